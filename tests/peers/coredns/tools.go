@@ -1,0 +1,6 @@
+//go:build tools
+
+// Package tools pins the release of coredns that the tests run against; see tests/peers/README.md.
+package tools
+
+import _ "github.com/coredns/coredns"
