@@ -1,0 +1,1 @@
+"""The `ztna` command: it starts the daemons as processes and never imports them."""

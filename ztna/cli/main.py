@@ -1,0 +1,52 @@
+"""The `ztna` command and its subcommands; each is loaded only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import version
+
+import click
+
+from ztna.errors import ZtnaError
+
+_COMMANDS = {
+    "up": "ztna.cli.up:up",
+    "ca": "ztna.cli.ca:ca",
+    "leases": "ztna.cli.leases:leases",
+    "check-config": "ztna.cli.check_config:check_config",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when asked for: `ztna ca` need not load QUIC."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order they are told."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command; None for an unknown name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.command(cls=LazyGroup)
+@click.version_option(version("ztna-mesh"), prog_name="ztna")
+def cli() -> None:
+    """Zero-trust service mesh for Consul: private services, reached by name.
+
+    Exit status: 0 fine, 1 failed, 2 wrong usage or configuration.
+    """
+
+
+def main() -> None:
+    """Run the command; what we raise on purpose becomes one line and status 1."""
+    try:
+        cli()
+    except ZtnaError as error:
+        click.echo(f"ztna: {error}", err=True)
+        sys.exit(1)
