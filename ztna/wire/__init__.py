@@ -1,1 +1,1 @@
-"""The bytes of protocol.md and nothing else: one codec a module, hostile bytes give a value or ProtocolError."""
+"""The bytes of protocol.md and nothing else: hostile bytes give a value or ProtocolError."""

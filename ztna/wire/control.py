@@ -10,14 +10,17 @@ Knows no rule about who may send what; relay.policy and relay.sessions do.
 
 from __future__ import annotations
 
-import base64
 import struct
+from collections.abc import Iterator
 from ipaddress import IPv4Address, ip_address
-from typing import Any
+from typing import Annotated
 
 import msgspec
 
 from ztna.errors import ProtocolError
+from ztna.jsontypes import Binary as Binary
+from ztna.jsontypes import Secret as Secret
+from ztna.jsontypes import decode_hook, decoding, to_json
 from ztna.leases import Port
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason
@@ -33,24 +36,12 @@ FEATURES = frozenset(
     }
 )  # fmt: skip
 
+UNKNOWN_TYPE_CHARACTERS = 64
+
 _LENGTH = struct.Struct(">I")
 
-
-class Binary(bytes):
-    """Bytes that travel as base64url without padding."""
-
-    __slots__ = ()
-
-
-class Secret(Binary):
-    """Binary that must never be seen in a log: its repr is `***`."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "***"
-
-    __str__ = __repr__
+Counter = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Address(msgspec.Struct, frozen=True, order=True):
@@ -64,18 +55,23 @@ class Address(msgspec.Struct, frozen=True, order=True):
             canonical = str(ip_address(self.ip))
         except ValueError:
             raise ValueError(f"address {self.ip!r}: expected an IPv4 or IPv6 address") from None
-        if canonical != self.ip or not 0 <= self.port <= 65535:
-            raise ValueError(f"address {self.ip!r} port {self.port}: expected canonical text and a port up to 65535")
+        if canonical != self.ip or "%" in self.ip or not 0 <= self.port <= 65535:
+            raise ValueError(
+                f"address {self.ip!r} port {self.port}: expected canonical text and a port up to 65535"
+            )
 
     def __str__(self) -> str:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
+
+
+Candidates = Annotated[tuple[Address, ...], msgspec.Meta(max_length=CANDIDATES_MAX)]
 
 
 class LeaseRef(msgspec.Struct, frozen=True):
     """The lease an agent believes in: what `open`, `offered` and OPEN carry."""
 
     ip: IPv4Address
-    epoch: int
+    epoch: Counter
 
 
 class Offering(msgspec.Struct, frozen=True):
@@ -89,7 +85,7 @@ class PeerIdentity(msgspec.Struct, frozen=True):
     """The agent as the relay verified it: its name and the SHA-256 of its leaf, hex."""
 
     name: str
-    fingerprint: str
+    fingerprint: Fingerprint
 
 
 class ForwarderBind(msgspec.Struct, frozen=True):
@@ -108,14 +104,14 @@ def _snake(name: str) -> str:
     return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
 
 
-class Hello(Message, tag=_snake):
+class Hello(Message, frozen=True, tag=_snake):
     """First each way."""
 
     version: int = PROTOCOL_VERSION
     features: frozenset[str] = FEATURES
 
 
-class Register(Message, tag=_snake):
+class Register(Message, frozen=True, tag=_snake):
     """Connector -> relay."""
 
     connector_id: ConnectorId
@@ -123,29 +119,29 @@ class Register(Message, tag=_snake):
     link_address: Address | None = None
 
 
-class Registered(Message, tag=_snake):
+class Registered(Message, frozen=True, tag=_snake):
     """Relay -> connector, one per service."""
 
     name: ServiceName
 
 
-class Refused(Message, tag=_snake):
+class Refused(Message, frozen=True, tag=_snake):
     """Relay -> connector, one per service refused."""
 
     name: str
     reason: Reason
 
 
-class Open(Message, tag=_snake):
+class Open(Message, frozen=True, tag=_snake):
     """Agent -> relay."""
 
-    request: int
+    request: Counter
     service: ServiceName
     lease: LeaseRef | None = None
     connector_id: ConnectorId | None = None
 
 
-class Offered(Message, tag=_snake):
+class Offered(Message, frozen=True, tag=_snake):
     """Relay -> connector."""
 
     session: SessionId
@@ -157,83 +153,83 @@ class Offered(Message, tag=_snake):
     v1: bool = False
 
 
-class Accepted(Message, tag=_snake):
+class Accepted(Message, frozen=True, tag=_snake):
     """Connector -> relay."""
 
     session: SessionId
 
 
-class Opened(Message, tag=_snake):
+class Opened(Message, frozen=True, tag=_snake):
     """Relay -> agent."""
 
-    request: int
+    request: Counter
     session: SessionId
     service: ServiceName
     connector_id: ConnectorId
-    fingerprint: str
+    fingerprint: Fingerprint
     link_address: Address | None = None
     forwarder: ForwarderBind | None = None
     probe_key: Secret = Secret()
 
 
-class Denied(Message, tag=_snake):
+class Denied(Message, frozen=True, tag=_snake):
     """Relay -> agent."""
 
-    request: int
+    request: Counter
     service: str
     reason: Reason
 
 
-class Dial(Message, tag=_snake):
+class Dial(Message, frozen=True, tag=_snake):
     """Agent -> relay."""
 
     session: SessionId
 
 
-class DialToken(Message, tag=_snake):
+class DialToken(Message, frozen=True, tag=_snake):
     """Relay -> agent: one TCP connection to the forwarder within 30 s."""
 
     session: SessionId
     token: Secret
 
 
-class Carry(Message, tag=_snake):
+class Carry(Message, frozen=True, tag=_snake):
     """Relay -> connector: an agent waits at the forwarder's TCP port."""
 
     session: SessionId
     token: Secret
 
 
-class Closed(Message, tag=_snake):
+class Closed(Message, frozen=True, tag=_snake):
     """Any -> relay -> the other."""
 
     session: SessionId
     reason: Reason
 
 
-class CandidateOffer(Message, tag=_snake):
+class CandidateOffer(Message, frozen=True, tag=_snake):
     """Agent -> relay -> that connector."""
 
     session: SessionId
-    candidates: tuple[Address, ...]
+    candidates: Candidates
 
 
-class CandidateAnswer(Message, tag=_snake):
+class CandidateAnswer(Message, frozen=True, tag=_snake):
     """Connector -> relay -> that agent."""
 
     session: SessionId
-    candidates: tuple[Address, ...]
+    candidates: Candidates
 
 
-class StartPunching(Message, tag=_snake):
+class StartPunching(Message, frozen=True, tag=_snake):
     """Relay -> both."""
 
     session: SessionId
-    candidates: tuple[Address, ...]
-    delay_ms: int = 100
+    candidates: Candidates
+    delay_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 100
 
 
-class PunchingResult(Message, tag=_snake):
+class PunchingResult(Message, frozen=True, tag=_snake):
     """Either -> relay -> the other."""
 
     session: SessionId
@@ -241,14 +237,14 @@ class PunchingResult(Message, tag=_snake):
     address: Address | None = None
 
 
-class Health(Message, tag=_snake):
+class Health(Message, frozen=True, tag=_snake):
     """Relay -> agent: for granted services, at the start and on change."""
 
     service: ServiceName
     state: str
 
 
-class Conflict(Message, tag=_snake):
+class Conflict(Message, frozen=True, tag=_snake):
     """Agent -> relay."""
 
     cidr: str
@@ -256,10 +252,10 @@ class Conflict(Message, tag=_snake):
     detail: str = ""
 
 
-class Drain(Message, tag=_snake):
+class Drain(Message, frozen=True, tag=_snake):
     """Relay -> all."""
 
-    deadline_s: float
+    deadline_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)]
     relays: tuple[str, ...] = ()
 
 
@@ -268,3 +264,65 @@ AnyMessage = (
     | Carry | Closed | CandidateOffer | CandidateAnswer | StartPunching | PunchingResult | Health | Conflict
     | Drain
 )  # fmt: skip
+
+
+class UnknownMessage(msgspec.Struct, frozen=True):
+    """A message of a type we do not have: to be counted and ignored."""
+
+    type: str
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Return the message as one whole frame. Raises ProtocolError when it is over MESSAGE_BYTES_MAX."""
+    body = to_json(message)
+    if len(body) > MESSAGE_BYTES_MAX:
+        raise ProtocolError(f"control message of {len(body)} bytes: at most {MESSAGE_BYTES_MAX}")
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts the bytes of one control stream into messages; after a ProtocolError it is of no more use."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[AnyMessage | UnknownMessage]:
+        """Return the messages that these bytes complete, in order.
+
+        Raises ProtocolError for a frame over MESSAGE_BYTES_MAX as soon as its length is there, and
+        for a body that is no message. Unknown fields are ignored, unknown types are UnknownMessage.
+        """
+        self._buffer += data
+        return [_decode(body) for body in self._bodies()]
+
+    def _bodies(self) -> Iterator[bytes]:
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MESSAGE_BYTES_MAX:
+                raise ProtocolError(f"control frame of {length} bytes: at most {MESSAGE_BYTES_MAX}")
+            end = start + _LENGTH.size + length
+            if end > len(self._buffer):
+                break
+            yield bytes(self._buffer[start + _LENGTH.size : end])
+            start = end
+        del self._buffer[:start]
+
+
+class _Typed(msgspec.Struct, frozen=True):
+    type: str
+
+
+_MESSAGES: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage, dec_hook=decode_hook)
+_TYPES = msgspec.json.Decoder(_Typed)
+_KNOWN_TYPES = FEATURES | {"hello"}
+
+
+def _decode(body: bytes) -> AnyMessage | UnknownMessage:
+    try:
+        return decoding(_MESSAGES, body)
+    except ProtocolError as error:
+        type_ = decoding(_TYPES, body).type
+        if type_ in _KNOWN_TYPES:
+            raise ProtocolError(f"control message {type_}: {error}") from None
+        return UnknownMessage(type_[:UNKNOWN_TYPE_CHARACTERS])
