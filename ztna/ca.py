@@ -1,0 +1,234 @@
+"""A certificate authority in a directory: a root, an intermediate that signs, and the leaves of design.md 5.
+
+The root's key is only used to sign the intermediate and may be moved away afterwards. Does not judge
+certificates (ztna.identity does) and does not revoke.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPublicKeyTypes
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ztna.errors import ConfigError
+from ztna.names import ConnectorId, ServiceName, is_label
+
+KeyKind = Literal["ec", "ed25519"]
+LeafKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+ROOT_DAYS = 3650
+INTERMEDIATE_DAYS = 1825
+LEAF_DAYS = 90
+BACKDATE = timedelta(minutes=5)
+TRUST_DOMAIN = "ztna"
+EVERY = "*"
+
+ROOT_CERTIFICATE = "ca.pem"
+ROOT_KEY = "ca.key"
+INTERMEDIATE_CERTIFICATE = "intermediate.pem"
+INTERMEDIATE_KEY = "intermediate.key"
+
+_PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """The signing half of a CA: the root's certificate, and the intermediate with its key."""
+
+    root: x509.Certificate
+    intermediate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @classmethod
+    def create(cls, directory: Path, name: str, *, now: datetime | None = None) -> Authority:
+        """Make a root and an intermediate and write them: `ca.pem`, `ca.key`, `intermediate.pem`, `.key`.
+
+        Raises ConfigError when the directory already holds a CA. Keys are written with mode 0600.
+        """
+        for file in (ROOT_CERTIFICATE, ROOT_KEY, INTERMEDIATE_CERTIFICATE, INTERMEDIATE_KEY):
+            if (directory / file).exists():
+                raise ConfigError(f"{directory / file} exists already; choose another directory for a new CA")
+        moment = now or datetime.now(UTC)
+        root_key = ec.generate_private_key(ec.SECP256R1())
+        root = _authority(name, root_key, None, root_key, moment, ROOT_DAYS, 1)
+        key = ec.generate_private_key(ec.SECP256R1())
+        intermediate = _authority(f"{name} intermediate", key, root, root_key, moment, INTERMEDIATE_DAYS, 0)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_private(directory / ROOT_KEY, _key_pem(root_key))
+        write_private(directory / INTERMEDIATE_KEY, _key_pem(key))
+        (directory / ROOT_CERTIFICATE).write_bytes(_pem(root))
+        (directory / INTERMEDIATE_CERTIFICATE).write_bytes(_pem(intermediate))
+        return cls(root, intermediate, key)
+
+    @classmethod
+    def load(cls, directory: Path) -> Authority:
+        """Read a CA that `create` wrote; the root's key may be gone. Raises ConfigError."""
+        try:
+            root = x509.load_pem_x509_certificate((directory / ROOT_CERTIFICATE).read_bytes())
+            intermediate = x509.load_pem_x509_certificate((directory / INTERMEDIATE_CERTIFICATE).read_bytes())
+            key = serialization.load_pem_private_key((directory / INTERMEDIATE_KEY).read_bytes(), None)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"no CA to be read in {directory} (`ztna ca init` makes one): {error}"
+            ) from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != intermediate.public_key():
+            raise ConfigError(f"{directory / INTERMEDIATE_KEY} is not the key of {INTERMEDIATE_CERTIFICATE}")
+        return cls(root, intermediate, key)
+
+    @property
+    def ca_pem(self) -> bytes:
+        """The root's certificate: what every daemon trusts."""
+        return _pem(self.root)
+
+    def issue(
+        self,
+        name: str,
+        *,
+        agent: Sequence[str] = (),
+        connector: Sequence[str] = (),
+        relay: str | None = None,
+        connector_id: str | None = None,
+        days: float = LEAF_DAYS,
+        key: KeyKind = "ec",
+        now: datetime | None = None,
+    ) -> tuple[bytes, bytes]:
+        """Return a leaf's chain (leaf, intermediate) and its key, both PEM.
+
+        `agent` and `connector` are the services granted, `*` for all; a connector needs `connector_id`, of
+        which the certificate carries the part before `--`. Raises ConfigError, or BadName for a bad service.
+        """
+        names = _alternative_names(name, agent, connector, relay, connector_id)
+        usages = _extended_usages(bool(agent), bool(connector), relay is not None)
+        moment = now or datetime.now(UTC)
+        private = (
+            ec.generate_private_key(ec.SECP256R1()) if key == "ec" else ed25519.Ed25519PrivateKey.generate()
+        )
+        until = min(moment + timedelta(days=days), self.intermediate.not_valid_after_utc)
+        builder = _builder(name, self.intermediate.subject, private.public_key(), self.key, moment, until)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_key_usage(ca=False), critical=True)
+        builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        leaf = builder.sign(self.key, hashes.SHA256())
+        return _pem(leaf) + _pem(self.intermediate), _key_pem(private)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner may read (0600 from its first moment); it must not exist yet."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists already and is not overwritten") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _alternative_names(
+    name: str,
+    agent: Sequence[str],
+    connector: Sequence[str],
+    relay: str | None,
+    connector_id: str | None,
+) -> list[x509.GeneralName]:
+    if _PEER_NAME.fullmatch(name) is None:
+        raise ConfigError(f"name {name!r}: expected 1 to 63 letters, digits, dots, hyphens and underscores")
+    if not (agent or connector or relay):
+        raise ConfigError(
+            f"certificate {name!r} would grant nothing: give it an agent, connector or relay grant"
+        )
+    if bool(connector) != (connector_id is not None):
+        raise ConfigError(f"certificate {name!r}: connector grants and a connector id go together")
+    names = [f"agent.{_granted(service)}.ztna" for service in agent]
+    names += [f"connector.{_granted(service)}.ztna" for service in connector]
+    if relay is not None:
+        if not is_label(relay) or "--" in relay:
+            raise ConfigError(f"relay name {relay!r}: expected one lower-case label without `--`")
+        names.append(f"relay.{relay}.ztna")
+    if connector_id is not None:
+        names.append(f"id.{ConnectorId(connector_id).name}.ztna")
+    uri = x509.UniformResourceIdentifier(f"spiffe://{TRUST_DOMAIN}/{name}")
+    return [*(x509.DNSName(each) for each in names), uri]
+
+
+def _granted(service: str) -> str:
+    return EVERY if service == EVERY else ServiceName(service)
+
+
+def _extended_usages(agent: bool, connector: bool, relay: bool) -> list[x509.ObjectIdentifier]:
+    usages = []
+    if agent or connector:
+        usages.append(ExtendedKeyUsageOID.CLIENT_AUTH)
+    if relay or connector:
+        usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
+    return usages
+
+
+def _authority(
+    name: str,
+    key: ec.EllipticCurvePrivateKey,
+    issuer: x509.Certificate | None,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    now: datetime,
+    days: int,
+    path_length: int,
+) -> x509.Certificate:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    until = now + timedelta(days=days)
+    builder = _builder(name, issuer.subject if issuer else subject, key.public_key(), issuer_key, now, until)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+    builder = builder.add_extension(_key_usage(ca=True), critical=True)
+    return builder.sign(issuer_key, hashes.SHA256())
+
+
+def _builder(
+    name: str,
+    issuer: x509.Name,
+    public: CertificateIssuerPublicKeyTypes,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    now: datetime,
+    until: datetime,
+) -> x509.CertificateBuilder:
+    builder = x509.CertificateBuilder(
+        issuer_name=issuer,
+        subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
+        public_key=public,
+        serial_number=x509.random_serial_number(),
+    )
+    builder = builder.not_valid_before(now - BACKDATE).not_valid_after(until)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
+    return builder.add_extension(authority, critical=False)
+
+
+def _key_usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_pem(key: LeafKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
