@@ -1,0 +1,89 @@
+# ztna-mesh: `make demo` runs a whole mesh on this machine, `make test` proves it. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# What Debian calls the things the targets need; installed as root, named otherwise.
+BASE_PACKAGES := python3-venv
+TEST_PACKAGES := bind9-dnsutils ca-certificates conntrack curl debootstrap docker.io iproute2 iptables \
+                 iputils-ping netcat-openbsd nftables procps
+BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
+
+.PHONY: help demo install test lint types contracts unit test-tools peers peers-bench bench fmt clean
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: install ## Run a whole mesh on this machine until Ctrl-C
+	@$(BIN)/ztna up $(ARGS)
+
+test: install test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## Ruff: rules and format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+
+types: install ## mypy --strict
+	@$(BIN)/mypy
+
+contracts: install ## Who may import whom (setup.cfg)
+	@$(BIN)/lint-imports --no-timings
+
+unit: install ## The quick tests only
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+peers: install ## Get the real Consul and Nomad that the tests run against
+	@$(BIN)/python tests/peers/fetch.py consul consul-oldest nomad
+
+peers-bench: peers ## Get what `make bench` is measured against
+	@$(BIN)/python tests/peers/fetch.py coredns
+	@$(call debian_packages,$(BENCH_PACKAGES))
+
+bench: install peers-bench ## Ours and the peers in turn, medians and ratios
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+fmt: install ## Format the code
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean: ## Remove the environment and what tools cached here
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call debian_packages_required,$(BASE_PACKAGES)); }
+	@echo "making the environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	@touch $@
+
+test-tools:
+	@$(call debian_packages,$(TEST_PACKAGES))
+
+# Install the packages as root; without root go on, and let the tests that need them say so.
+define debian_packages
+missing=$$(for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+if [ -n "$$missing" ]; then \
+  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+    echo "installing" $$missing; \
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing; } >/dev/null \
+      || { echo "apt-get could not install:" $$missing >&2; exit 2; }; \
+  else \
+    echo "not installed, so what needs them is left out:" $$missing; \
+  fi; \
+fi
+endef
+
+# The same for what nothing works without.
+define debian_packages_required
+if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+  echo "installing" $(1); \
+  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $(1); } >/dev/null; \
+else \
+  echo "needed first, as root: apt-get install $(1)" >&2; exit 2; \
+fi
+endef
