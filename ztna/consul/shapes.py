@@ -1,0 +1,82 @@
+"""Consul's JSON into the values of ztna.catalog.
+
+Pure. What is absent or null in an answer becomes Consul's default; nothing is asked for here.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ztna.catalog import AgentService, Instance, KvPair, Status, TaggedAddress
+
+_WORST_FIRST: tuple[Status, ...] = ("critical", "warning", "passing")
+
+
+def kv_pair(entry: Mapping[str, Any]) -> KvPair:
+    """Read an entry of /v1/kv or of a transaction's results; the value may be base64 text, bytes or null."""
+    value = entry.get("Value")
+    return KvPair(
+        key=entry["Key"],
+        value=base64.b64decode(value) if isinstance(value, str) else (value or b""),
+        modify_index=entry["ModifyIndex"],
+        create_index=entry["CreateIndex"],
+        lock_index=entry["LockIndex"],
+        flags=entry["Flags"],
+        session=entry.get("Session") or None,
+    )
+
+
+def status(text: str) -> Status:
+    """Read a check's status; maintenance and anything unknown count as critical."""
+    return next((known for known in _WORST_FIRST if known == text), "critical")
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """Return the worst of them, passing when there is none."""
+    given = set(statuses)
+    return next((known for known in _WORST_FIRST if known in given), "passing")
+
+
+def instances(entries: Iterable[Mapping[str, Any]]) -> tuple[Instance, ...]:
+    """Read /v1/health/service/<name>, ordered by (node, instance id)."""
+    return tuple(sorted(map(_instance, entries), key=lambda found: (found.node, found.instance_id)))
+
+
+def agent_service(entry: Mapping[str, Any]) -> AgentService:
+    """Read an entry of /v1/agent/services."""
+    weights = entry.get("Weights") or {}
+    return AgentService(
+        service=entry["Service"],
+        instance_id=entry["ID"],
+        address=entry["Address"],
+        port=entry["Port"],
+        tags=tuple(entry.get("Tags") or ()),
+        meta=entry.get("Meta") or {},
+        tagged_addresses=_tagged(entry.get("TaggedAddresses")),
+        weight_passing=weights.get("Passing", 1),
+        weight_warning=weights.get("Warning", 1),
+    )
+
+
+def _instance(entry: Mapping[str, Any]) -> Instance:
+    node, service = entry["Node"], entry["Service"]
+    weights = service.get("Weights") or {}
+    return Instance(
+        service=service["Service"],
+        instance_id=service["ID"],
+        node=node["Node"],
+        address=service["Address"] or node["Address"],
+        port=service["Port"],
+        tags=tuple(service.get("Tags") or ()),
+        meta=service.get("Meta") or {},
+        weight_passing=weights.get("Passing", 1),
+        weight_warning=weights.get("Warning", 1),
+        tagged_addresses=_tagged(service.get("TaggedAddresses")),
+        status=worst(status(check["Status"]) for check in entry["Checks"]),
+    )
+
+
+def _tagged(entries: Mapping[str, Any] | None) -> Mapping[str, TaggedAddress]:
+    return {name: TaggedAddress(found["Address"], found["Port"]) for name, found in (entries or {}).items()}

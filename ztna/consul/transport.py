@@ -1,0 +1,267 @@
+"""The HTTP client given to python-consul2: one pooled aiohttp session with TLS, token, deadlines and retries.
+
+It decides nothing about Consul's API beyond which requests may safely be sent twice; ztna.consul.client maps
+its answers. python-consul2's own async client opens a session per request and drops the client certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import tenacity
+from consul import base
+from yarl import URL
+
+from ztna.config import ConsulConfig
+from ztna.errors import ConfigError, ConsulRejected, ConsulUnavailable
+
+POOL_CONNECTIONS = 32
+POOL_KEEPALIVE_SECONDS = 60.0
+RESPONSE_BYTES_MAX = 64 * 1024 * 1024
+RETRY_ATTEMPTS = 3
+RETRY_WAIT_SECONDS_MIN = 0.05
+RETRY_WAIT_SECONDS_MAX = 1.0
+BLOCKING_WAIT_JITTER = 16
+"""Consul adds up to wait/16 to a blocking query so that watchers do not come back together."""
+
+T = TypeVar("T")
+Params = Sequence[tuple[str, Any]] | Mapping[str, Any] | None
+Callback = Callable[[base.Response], T]
+
+# Saying these twice changes nothing. Session creation, transactions and KV writes are not here: a lost answer
+# there means "unknown", and the caller must read before it decides.
+_REPEATABLE_PUT = re.compile(r"/v1/(?:agent/|session/renew/|session/destroy/)")
+
+# Faults of the request that Consul answers with 500: asking again is useless. Seen on 1.8.7 and 1.19.2.
+_NOT_THERE = re.compile(r"does not have associated TTL|Unknown (?:check|service) ID")
+_OUR_FAULT = re.compile(r"invalid session|Invalid (?:Session TTL|Behavior)")
+
+
+class NotThere(ConsulRejected):
+    """What was to be changed does not exist."""
+
+
+class TokenSource:
+    """The ACL token: the one given, or the content of a file that is read again when it changes."""
+
+    def __init__(self, token: str | None, token_file: str | None) -> None:
+        self._token = token
+        self._path = Path(token_file) if token_file and token is None else None
+        self._seen: tuple[int, int, int] | None = None
+
+    def current(self) -> str | None:
+        """Return the token of now; ConfigError when its file cannot be read."""
+        if self._path is None:
+            return self._token
+        try:
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if seen != self._seen:
+                self._token = self._path.read_text().strip() or None
+                self._seen = seen
+        except OSError as error:
+            raise ConfigError(f"consul.token_file: cannot read {self._path}: {error.strerror}") from error
+        return self._token
+
+
+def tls_context(config: ConsulConfig) -> ssl.SSLContext:
+    """Return a verifying context with the CA and the client certificate of the configuration."""
+    try:
+        context = ssl.create_default_context(cafile=config.ca)
+    except OSError as error:
+        raise ConfigError(f"consul.ca: cannot use {config.ca}: {error}") from error
+    if config.certificate is not None:
+        try:
+            context.load_cert_chain(config.certificate, config.key)
+        except OSError as error:
+            raise ConfigError(f"consul.certificate, consul.key: cannot use them: {error}") from error
+    return context
+
+
+def base_url(address: str) -> str:
+    """Return the address as `scheme://host:port`; ConfigError when it is none."""
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    wrong = ConfigError(f"consul.address: expected http://host:port or https://host:port, got {address!r}")
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise wrong from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+        raise wrong
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{port or 8500}"
+
+
+class Transport(base.HTTPClient):  # type: ignore[misc]
+    """What `consul.base.Consul` calls: get, put, delete and post, each returning what the callback makes.
+
+    Raises ConsulUnavailable when there is no answer in time or the connection breaks, and whatever the
+    callback raises on an answer. The deadline covers all attempts of one call.
+    """
+
+    def __init__(self, config: ConsulConfig) -> None:
+        self.base_uri = base_url(config.address)
+        self._tokens = TokenSource(config.token, config.token_file)
+        self._timeout_s = config.timeout_s
+        self._tls = tls_context(config) if self.base_uri.startswith("https:") else None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Transport:
+        connector = aiohttp.TCPConnector(
+            limit=POOL_CONNECTIONS,
+            keepalive_timeout=POOL_KEEPALIVE_SECONDS,
+            ssl=self._tls if self._tls is not None else True,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=None), auto_decompress=True
+        )
+        # aiohttp sends PUT and DELETE again by itself when a kept connection turns out to be closed. A lock
+        # or a transaction must not run twice; what may be repeated is decided here.
+        self._session._retry_connection = False
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def get(
+        self,
+        callback: Callback[T],
+        path: str,
+        params: Params = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Read; sent again on a broken connection or a 5xx unless it blocks."""
+        deadline_s, repeatable = self._timeout_s, True
+        if wait_s := blocking_wait_s(params):
+            deadline_s, repeatable = self._timeout_s + wait_s + wait_s / BLOCKING_WAIT_JITTER, False
+        return await self._call(callback, "GET", path, params, headers, None, deadline_s, repeatable)
+
+    async def put(
+        self,
+        callback: Callback[T],
+        path: str,
+        params: Params = None,
+        data: str | bytes | None = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Write; sent again only where saying it twice changes nothing."""
+        repeatable = _REPEATABLE_PUT.match(path) is not None
+        return await self._call(callback, "PUT", path, params, headers, data, self._timeout_s, repeatable)
+
+    async def delete(
+        self,
+        callback: Callback[T],
+        path: str,
+        params: Params = None,
+        data: str | bytes | None = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Delete, once."""
+        return await self._call(callback, "DELETE", path, params, headers, data, self._timeout_s, False)
+
+    async def post(
+        self,
+        callback: Callback[T],
+        path: str,
+        params: Params = None,
+        data: str | bytes | None = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Post, once."""
+        return await self._call(callback, "POST", path, params, headers, data, self._timeout_s, False)
+
+    async def _call(
+        self,
+        callback: Callback[T],
+        method: str,
+        path: str,
+        params: Params,
+        headers: Mapping[str, str] | None,
+        data: str | bytes | None,
+        deadline_s: float,
+        repeatable: bool,
+    ) -> T:
+        url = URL(self.uri(path, params), encoded=True)
+        attempts = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(ConsulUnavailable),
+            stop=tenacity.stop_after_attempt(RETRY_ATTEMPTS if repeatable else 1),
+            wait=tenacity.wait_random_exponential(
+                multiplier=RETRY_WAIT_SECONDS_MIN, max=RETRY_WAIT_SECONDS_MAX
+            ),
+            reraise=True,
+        )
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await attempts(self._once, callback, method, url, headers, data)
+        except TimeoutError as error:
+            raise ConsulUnavailable(f"{method} {path}: no answer within {deadline_s:g} s") from error
+
+    async def _once(
+        self,
+        callback: Callback[T],
+        method: str,
+        url: URL,
+        headers: Mapping[str, str] | None,
+        data: str | bytes | None,
+    ) -> T:
+        if self._session is None:
+            raise ConsulUnavailable("the Consul client is closed")
+        sent = dict(headers or {})
+        if token := self._tokens.current():
+            sent["X-Consul-Token"] = token
+        try:
+            async with self._session.request(
+                method, url, data=data or None, headers=sent, allow_redirects=False
+            ) as response:
+                body = await _bounded_body(response)
+                answer = base.Response(
+                    response.status, response.headers, body.decode("utf-8", errors="replace"), body
+                )
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConsulUnavailable(f"{method} {url.path} at {self.base_uri}: {error}") from error
+        _check_server(answer)
+        return callback(answer)
+
+
+def blocking_wait_s(params: Params) -> float:
+    """Return the seconds a request asks Consul to hold it, 0.0 when it does not block."""
+    given = dict(params or ())
+    if not given.get("index"):
+        return 0.0
+    # Without `wait` Consul holds a query for five minutes.
+    return float(str(given.get("wait", "300s")).removesuffix("s"))
+
+
+def _check_server(answer: base.Response) -> None:
+    """Raise for a 5xx or 429: worth asking again, except where Consul blames the request."""
+    text = answer.body.strip()
+    if answer.code != 429 and answer.code < 500:
+        return
+    if _NOT_THERE.search(text):
+        raise NotThere(text)
+    if _OUR_FAULT.search(text):
+        raise ConsulRejected(f"Consul refused the request: {text}")
+    raise ConsulUnavailable(f"Consul answered {answer.code}: {text}")
+
+
+async def _bounded_body(response: aiohttp.ClientResponse) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > RESPONSE_BYTES_MAX:
+            raise ConsulRejected(f"{response.url.path}: the answer is larger than {RESPONSE_BYTES_MAX} bytes")
+        parts.append(part)
+    return b"".join(parts)
