@@ -1,0 +1,156 @@
+"""Test hosts: network namespaces on one bridge, each with an address, sockets, processes and drops of its own.
+
+Needs root. Everything made has a name unique to the run and is removed at the end, whatever happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COMMAND_SECONDS = 60
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def why_not() -> str | None:
+    """Say why namespaces cannot be had here; None when they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    missing = [tool for tool in ("ip", "nft") if shutil.which(tool) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def run(*argv: str) -> str:
+    """Run a command to its end and return what it printed; AssertionError with its words when it fails."""
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+    assert done.returncode == 0, f"{' '.join(argv)}: status {done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@dataclass
+class Host:
+    """One namespace: `address` on the test network, and its own loopback."""
+
+    name: str
+    namespace: str
+    address: str
+
+    @property
+    def prefix(self) -> list[str]:
+        """What to put before a command to run it on this host."""
+        return ["ip", "netns", "exec", self.namespace]
+
+    def run(self, *argv: str) -> str:
+        """Run a command on this host to its end; as `run`."""
+        return run(*self.prefix, *argv)
+
+    def try_run(self, *argv: str, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:
+        """Run a command on this host and return how it ended."""
+        return subprocess.run([*self.prefix, *argv], capture_output=True, text=True, timeout=seconds)
+
+    def socket(self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET) -> socket.socket:
+        """Return a fresh socket that lives on this host, usable from the test process itself."""
+        made: list[socket.socket | OSError] = []
+
+        def make() -> None:
+            # A namespace belongs to a thread: this one enters it, makes the socket and ends (setns(2)).
+            with Path(f"/run/netns/{self.namespace}").open() as handle:
+                if _libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
+                    made.append(OSError(ctypes.get_errno(), f"setns {self.namespace}"))
+                    return
+            made.append(socket.socket(family, kind))
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        if isinstance(made[0], OSError):
+            raise made[0]
+        return made[0]
+
+    @contextlib.contextmanager
+    def dropping(self, *rules: str) -> Iterator[None]:
+        """Drop what matches (nft match text, e.g. `tcp dport 4435`), in and out, while inside."""
+        table = f"drop_{secrets.token_hex(3)}"
+        lines = [f"table inet {table} {{"]
+        for hook in ("input", "output"):
+            matches = "\n".join(f"{rule} drop" for rule in rules)
+            lines.append(f"chain {hook} {{ type filter hook {hook} priority -10;\n{matches}\n}}")
+        lines.append("}")
+        subprocess.run(
+            [*self.prefix, "nft", "-f", "-"],
+            input="\n".join(lines),
+            text=True,
+            check=True,
+            timeout=COMMAND_SECONDS,
+        )
+        try:
+            yield
+        finally:
+            self.run("nft", "delete", "table", "inet", table)
+
+    def processes(self) -> list[int]:
+        """Return the pids that live in this namespace."""
+        return [int(pid) for pid in run("ip", "netns", "pids", self.namespace).split()]
+
+
+@dataclass
+class Network:
+    """A bridge in a namespace of its own, with hosts attached to it by veth pairs."""
+
+    subnet: str = "10.91.0"
+    token: str = field(default_factory=lambda: secrets.token_hex(3))
+    hosts: dict[str, Host] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def _switch(self) -> str:
+        return f"zt{self.token}sw"
+
+    def open(self) -> None:
+        """Make the bridge."""
+        run("ip", "netns", "add", self._switch)
+        run("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
+        run("ip", "-n", self._switch, "link", "set", "br0", "up")
+
+    def host(self, name: str) -> Host:
+        """Make a host of this network; its loopback is up."""
+        number = next(self._numbers)
+        namespace = f"zt{self.token}{name}"
+        host = self.hosts[name] = Host(name, namespace, f"{self.subnet}.{number}")
+        run("ip", "netns", "add", namespace)
+        run("ip", "-n", namespace, "link", "set", "lo", "up")
+        pair = ("link", "add", "eth0", "type", "veth", "peer", "name", f"port{number}", "netns", self._switch)
+        run("ip", "-n", namespace, *pair)
+        run("ip", "-n", namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
+        run("ip", "-n", namespace, "link", "set", "eth0", "up")
+        run("ip", "-n", self._switch, "link", "set", f"port{number}", "master", "br0", "up")
+        return host
+
+    def close(self) -> None:
+        """Remove every namespace that was made, however far it got."""
+        for namespace in [*(host.namespace for host in self.hosts.values()), self._switch]:
+            subprocess.run(["ip", "netns", "del", namespace], capture_output=True, timeout=COMMAND_SECONDS)
+
+
+@contextlib.contextmanager
+def network(*names: str) -> Iterator[Network]:
+    """A network with these hosts, removed at the end."""
+    made = Network()
+    try:
+        made.open()
+        for name in names:
+            made.host(name)
+        yield made
+    finally:
+        made.close()
