@@ -69,5 +69,9 @@ class LeaseConflict(LeaseError):
     """Another writer was faster LEASE_CAS_ATTEMPTS times, or the keeper's lock is lost."""
 
 
+class ResolverUnavailable(ZtnaError):
+    """No resolver gave an answer to use in time; names the question and what each one did."""
+
+
 class LinkError(ZtnaError):
     """A link to the other end that cannot be made or has gone."""
