@@ -1,0 +1,113 @@
+"""Batched UDP over real loopback sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from ztna import udp
+from ztna.errors import ZtnaError
+
+DEADLINE_S = 5
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self.packets: list[tuple[bytes, udp.SockAddr]] = []
+        self.arrived = asyncio.Event()
+
+    def __call__(self, batch: list[tuple[bytes, udp.SockAddr]]) -> None:
+        self.packets += batch
+        self.arrived.set()
+
+    async def has(self, count: int) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while len(self.packets) < count:
+                self.arrived.clear()
+                await self.arrived.wait()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_packets_arrive_in_order_with_their_source(host: str) -> None:
+    inbox = Inbox()
+    receiver = udp.UdpSocket.open((host, 0), inbox)
+    sender = udp.UdpSocket.open((host, 0), Inbox())
+    sent = [(bytes([i]) * (i + 1), receiver.address) for i in range(200)]
+    sender.send(sent)
+    await inbox.has(200)
+    assert inbox.packets == [(data, sender.address) for data, _ in sent]
+    receiver.close()
+    sender.close()
+    sender.close()
+    sender.send(sent)
+
+
+async def test_an_unreachable_destination_does_not_stop_the_rest() -> None:
+    inbox = Inbox()
+    receiver = udp.UdpSocket.open(("127.0.0.1", 0), inbox)
+    sender = udp.UdpSocket.open(("127.0.0.1", 0), Inbox())
+    # EINVAL: loopback cannot send to a foreign network's address from 127.0.0.1.
+    sender.send([(b"a", receiver.address), (b"b", ("192.0.2.1", 9)), (b"c", receiver.address)])
+    await inbox.has(2)
+    assert [data for data, _ in inbox.packets] == [b"a", b"c"]
+    assert sender.counters["dropped"] == 1
+    receiver.close()
+    sender.close()
+
+
+async def test_a_payload_above_a_slot_is_sent_alone_and_truncated_ones_are_counted() -> None:
+    inbox = Inbox()
+    receiver = udp.UdpSocket.open(("127.0.0.1", 0), inbox)
+    plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    plain.bind(("127.0.0.1", 0))
+    plain.settimeout(DEADLINE_S)
+    receiver.send([(bytes(9000), plain.getsockname())])
+    assert len(plain.recv(65536)) == 9000
+    plain.sendto(bytes(9000), receiver.address)
+    plain.sendto(b"end", receiver.address)
+    await inbox.has(1)
+    assert inbox.packets == [(b"end", plain.getsockname())]
+    assert receiver.counters == {"received": 1, "sent": 1, "dropped": 0, "truncated": 1}
+    plain.close()
+    receiver.close()
+
+
+async def test_the_other_family_is_dropped_and_counted() -> None:
+    sender = udp.UdpSocket.open(("127.0.0.1", 0), Inbox())
+    sender.send([(b"x", ("::1", 9))])
+    assert sender.counters["dropped"] == 1
+    sender.close()
+
+
+async def test_a_taken_port_is_named() -> None:
+    first = udp.UdpSocket.open(("127.0.0.1", 0), Inbox())
+    with pytest.raises(ZtnaError, match=rf"127\.0\.0\.1:{first.address[1]}"):
+        udp.UdpSocket.open(first.address, Inbox())
+    first.close()
+
+
+@pytest.mark.parametrize("address", [("127.0.0.1", 1), ("2001:db8::1", 65535)])
+def test_raw_addresses_round_trip(address: udp.SockAddr) -> None:
+    assert udp.decode_address(udp.encode_address(address)) == address
+
+
+@pytest.mark.parametrize("address", [("localhost", 1), ("127.0.0.1", 70000), ("a:b", 1)])
+def test_a_name_is_no_raw_address(address: udp.SockAddr) -> None:
+    with pytest.raises(ZtnaError):
+        udp.encode_address(address)
+
+
+def test_raw_sockets_answer_a_batch_without_reading_addresses() -> None:
+    server = udp.RawSocket.open(("127.0.0.1", 0))
+    plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    plain.bind(("127.0.0.1", 0))
+    plain.settimeout(DEADLINE_S)
+    for i in range(3):
+        plain.sendto(b"%d" % i, server.address)
+    server.send([(data + b"!", source) for data, source in server.receive()])
+    assert sorted(plain.recv(100) for _ in range(3)) == [b"0!", b"1!", b"2!"]
+    assert server.receive() == []
+    plain.close()
+    server.close()
