@@ -1,4 +1,4 @@
-"""Test hosts: network namespaces on one bridge, each with an address, sockets, processes and drops of its own.
+"""Test hosts: network namespaces on one bridge, each with an address, sockets, processes and drops.
 
 Needs root. Everything made has a name unique to the run and is removed at the end, whatever happened.
 """
