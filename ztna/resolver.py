@@ -114,6 +114,11 @@ class Resolver:
         ttl = min(ttl for _, ttl in found) if found else _negative_ttl(message)
         return TxtAnswer(strings, ttl, stale=message.stale)
 
+    async def addresses(self, name: str) -> tuple[str, ...]:
+        """Return the IPv4 addresses of a name; none when there are no such records. Raises ResolverUnavailable."""
+        message = await self._ask(name, Type.A)
+        return _addresses(message.answers).get(name, ((), 0))[0]
+
     async def _ask_address(self, target: str) -> tuple[tuple[str, ...], int]:
         try:
             message = await self._ask(target, Type.A)
