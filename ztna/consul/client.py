@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Awaitable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from consul import base
@@ -44,10 +45,10 @@ OUTPUT_CHARACTERS_MAX = 4096
 T = TypeVar("T")
 
 
-class Read(msgspec.Struct, frozen=True):
+class Read(msgspec.Struct, Generic[T], frozen=True):
     """What a read said: decoded JSON (None for a 404), Consul's index, and who answered."""
 
-    data: Any
+    data: T
     index: int
     known_leader: bool
     last_contact_ms: int
@@ -270,13 +271,24 @@ class ConsulClient:
         return tuple(sorted(name for name, tags in found.data.items() if tag is None or tag in tags))
 
     async def read(
-        self, path: str, params: Sequence[tuple[str, str]] = (), *, index: int = 0, wait_s: float = 0.0
-    ) -> Read:
-        """Read JSON with its index; with `index`, block up to `wait_s` for something newer."""
+        self,
+        path: str,
+        params: Sequence[tuple[str, str]] = (),
+        *,
+        shape: Any = Any,
+        index: int = 0,
+        wait_s: float = 0.0,
+    ) -> Read[Any]:
+        """Read JSON of a shape that msgspec knows, with its index.
+
+        With `index` it blocks up to `wait_s` for something newer. A KV path that has nothing gives None.
+        """
         asked = [*params, *self._in_datacenter()]
         if index:
             asked += [("index", str(index)), ("wait", f"{wait_s:g}s")]
-        return await _mapped(self._http.get(_read_answer, path, params=asked), _read_rule(path))
+        return await _mapped(
+            self._http.get(partial(_read_answer, shape), path, params=asked), _read_rule(path)
+        )
 
     def _in_datacenter(self) -> list[tuple[str, str]]:
         return [("dc", self._dc)] if self._dc else []
@@ -353,14 +365,14 @@ def _txn_answer(response: base.Response) -> tuple[int, Any]:
     return response.code, json.loads(response.body)
 
 
-def _read_answer(response: base.Response) -> Read:
+def _read_answer(shape: Any, response: base.Response) -> Read[Any]:
     headers = response.headers
     # Only a KV read answers 404 for "nothing there", and then with an index to block on.
     nothing = response.code == 404 and "X-Consul-Index" in headers
     if not nothing:
         _check_status(response)
     return Read(
-        data=None if nothing else msgspec.json.decode(response.content),
+        data=None if nothing else msgspec.json.decode(response.content, type=shape),
         index=int(headers.get("X-Consul-Index", "0")),
         known_leader=headers.get("X-Consul-KnownLeader", "true") == "true",
         last_contact_ms=int(headers.get("X-Consul-LastContact", "0")),
