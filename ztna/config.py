@@ -1,19 +1,28 @@
 """Configuration as types: file, then environment, then flags (design.md 3).
 
 One YAML or JSON file, one top key per daemon (`relay`, `dnsd`, `connector`, `agent`) beside the shared
-`consul`, `domain` and `log`. An unknown key or a bad value raises ConfigError with its path.
+`domain`, `consul` and `log`. An unknown key or a bad value raises ConfigError with its path. Opens no file
+that a configuration names: certificates, keys and tokens are their users'.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import yaml
 
+from ztna import sections
 from ztna.leases import Protocol
 from ztna.names import ConnectorId, ServiceName, Zone
+from ztna.sections import Endpoint as Endpoint
+from ztna.sections import Section, about
 from ztna.wire.control import Address
+
+DAEMON_SECTIONS = ("relay", "dnsd", "connector", "agent")
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
 PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -21,160 +30,281 @@ ListenPort = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 
-class _Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=False):
-    """A section: unknown keys are errors."""
-
-
-class Endpoint(msgspec.Struct, frozen=True, order=True):
-    """`host:port` in a file; the host may be a name where a daemon dials it."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class TlsConfig(_Section):
+class TlsConfig(Section, frozen=True, kw_only=True):
     """A daemon's own certificate chain and key (PEM, the key 0600) and whom it trusts."""
 
-    certificate: str
-    key: str
-    ca: str
+    certificate: Annotated[
+        str, about("PEM file: the daemon's leaf, then its intermediates.", "/etc/ztna/daemon.pem")
+    ]
+    key: Annotated[
+        str, about("PEM file of the leaf's private key; mode 0600 or 0400.", "/etc/ztna/daemon.key")
+    ]
+    ca: Annotated[
+        str, about("PEM file of the certificate authorities whose peers are believed.", "/etc/ztna/ca.pem")
+    ]
 
 
-class ConsulConfig(_Section):
+class ConsulConfig(Section, frozen=True, kw_only=True):
     """How to reach Consul's HTTP API."""
 
-    address: str = "http://127.0.0.1:8500"
-    token: str | None = None
-    token_file: str | None = None
-    datacenter: str | None = None
-    ca: str | None = None
-    certificate: str | None = None
-    key: str | None = None
-    timeout_s: Seconds = 10.0
+    address: Annotated[str, about("Consul's HTTP API: http://host:port or https://host:port.")] = (
+        "http://127.0.0.1:8500"
+    )
+    token: Annotated[str | None, about("ACL token; token_file keeps it out of this file.", "6b1e...")] = None
+    token_file: Annotated[str | None, about("File that holds the ACL token.", "/etc/ztna/consul.token")] = (
+        None
+    )
+    datacenter: Annotated[
+        str | None, about("The one datacenter whose catalog is used; unset: the agent's own.", "dc1")
+    ] = None
+    ca: Annotated[
+        str | None,
+        about("PEM file of the authorities for https; unset: the system's.", "/etc/ztna/consul-ca.pem"),
+    ] = None
+    certificate: Annotated[
+        str | None,
+        about("Client certificate for https, when Consul asks for one.", "/etc/ztna/consul-client.pem"),
+    ] = None
+    key: Annotated[str | None, about("Its private key.", "/etc/ztna/consul-client.key")] = None
+    timeout_s: Annotated[
+        Seconds, about("A request that is not a blocking query ends by then, in seconds.")
+    ] = 10.0
 
 
-class LogConfig(_Section):
+class LogConfig(Section, frozen=True, kw_only=True):
     """`auto` is human on a terminal and JSON otherwise."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "human", "json"] = "auto"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        about("The least level that is written: debug, info, warning or error."),
+    ] = "info"
+    format: Annotated[
+        Literal["auto", "human", "json"],
+        about("human, json, or auto: human on a terminal and JSON lines otherwise."),
+    ] = "auto"
 
 
-class PoolConfig(_Section):
+class PoolConfig(Section, frozen=True, kw_only=True):
     """The addresses that leases are taken from."""
 
-    cidr: IPv4Network = IPv4Network("10.100.0.0/16")
-    reserved: tuple[IPv4Network, ...] = ()
+    cidr: Annotated[IPv4Network, about("The network that virtual addresses are leased from.")] = IPv4Network(
+        "10.100.0.0/16"
+    )
+    reserved: Annotated[tuple[IPv4Network, ...], about("Parts of it that are never leased.")] = ()
 
 
-class DnsdConfig(_Section):
+class DnsdConfig(Section, frozen=True, kw_only=True):
     """ztna-dnsd."""
 
-    listen: Endpoint = Endpoint("127.0.0.1", 5533)
-    admin: Endpoint = Endpoint("127.0.0.1", 9432)
-    allow: tuple[IPv4Network, ...] = (IPv4Network("127.0.0.0/8"),)
-    pool: PoolConfig = PoolConfig()
-    keeper: bool = True
-    ttl_s: Annotated[int, msgspec.Meta(ge=0, le=86400)] = 5
-    negative_ttl_s: Annotated[int, msgspec.Meta(ge=0, le=86400)] = 10
-    quarantine_s: Seconds = 3600.0
-    grace_s: Seconds = 300.0
-    keeper_session_ttl_s: Annotated[float, msgspec.Meta(ge=10, le=86400)] = 10.0
+    listen: Annotated[Endpoint, about("Where it answers, UDP and TCP.")] = Endpoint("127.0.0.1", 5533)
+    admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
+        "127.0.0.1", 9432
+    )
+    allow: Annotated[tuple[IPv4Network, ...], about("Who may ask; everybody else is refused.")] = (
+        IPv4Network("127.0.0.0/8"),
+    )
+    pool: Annotated[PoolConfig, about("The addresses that leases are taken from.")] = PoolConfig()
+    keeper: Annotated[bool, about("Stand for election as the keeper of the leases.")] = True
+    ttl_s: Annotated[Annotated[int, msgspec.Meta(ge=0, le=86400)], about("TTL of answers, in seconds.")] = 5
+    negative_ttl_s: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=86400)],
+        about("How long a name that does not exist may be remembered, in seconds."),
+    ] = 10
+    quarantine_s: Annotated[
+        Seconds, about("How long a freed address is kept from other services; more than any TTL.")
+    ] = 3600.0
+    grace_s: Annotated[
+        Seconds, about("How long a service without instances keeps its lease, in seconds.")
+    ] = 300.0
+    keeper_session_ttl_s: Annotated[
+        Annotated[float, msgspec.Meta(ge=10, le=86400)],
+        about("TTL of the keeper's session in Consul, 10 seconds to a day."),
+    ] = 10.0
 
 
-class RelayConfig(_Section):
+class RelayConfig(Section, frozen=True, kw_only=True):
     """ztna-relay. `name` must stand in its certificate as `relay.<name>.ztna`."""
 
-    name: str
-    tls: TlsConfig
-    listen: Endpoint = Endpoint("0.0.0.0", 4433)
-    forwarder: Endpoint = Endpoint("0.0.0.0", 4434)
-    forwarder_advertise: Endpoint | None = None
-    admin: Endpoint = Endpoint("127.0.0.1", 9431)
-    resolvers: tuple[Endpoint, ...] = (Endpoint("127.0.0.1", 5533),)
-    dns_insecure: bool = False
-    reset_key_file: str | None = None
-    retry: bool = True
-    sessions_per_identity: Count = 1000
-    sessions_total: Count = 100_000
-    half_open_max: Count = 1000
-    srv_hold_s: Seconds = 600.0
-    drain_s: Seconds = 25.0
+    name: Annotated[str, about("Its name, which its certificate carries as relay.<name>.ztna.", "edge-1")]
+    tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
+    listen: Annotated[Endpoint, about("Where agents and connectors connect (QUIC).")] = Endpoint(
+        "0.0.0.0", 4433
+    )
+    forwarder: Annotated[
+        Endpoint, about("Where links that have no direct path are forwarded, UDP and TCP.")
+    ] = Endpoint("0.0.0.0", 4434)
+    forwarder_advertise: Annotated[
+        Endpoint | None,
+        about("The forwarder's address as peers reach it, when it is another.", "203.0.113.7:4434"),
+    ] = None
+    admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
+        "127.0.0.1", 9431
+    )
+    resolvers: Annotated[
+        tuple[Endpoint, ...],
+        about("The dnsd's (or secondaries) asked for SRV records; on loopback unless dns_insecure."),
+    ] = (Endpoint("127.0.0.1", 5533),)
+    dns_insecure: Annotated[
+        bool, about("Accept resolvers that are not on loopback: whoever answers DNS decides permission.")
+    ] = False
+    reset_key_file: Annotated[
+        str | None,
+        about(
+            "File with the key of stateless resets, made when missing; unset: new at each start.",
+            "/var/lib/ztna/reset.key",
+        ),
+    ] = None
+    retry: Annotated[bool, about("Make clients prove their address before a handshake (QUIC Retry).")] = True
+    sessions_per_identity: Annotated[Count, about("The most sessions one identity may have.")] = 1000
+    sessions_total: Annotated[Count, about("The most sessions in all.")] = 100_000
+    half_open_max: Annotated[Count, about("The most handshakes under way at once.")] = 1000
+    srv_hold_s: Annotated[
+        Seconds, about("How long sessions outlive the last confirmed catalog read, in seconds.")
+    ] = 600.0
+    drain_s: Annotated[Seconds, about("How long sessions may go on after SIGTERM, in seconds.")] = 25.0
 
 
-class RelayTarget(_Section):
+class RelayTarget(Section, frozen=True, kw_only=True):
     """A relay that an agent or connector connects to, and the name its certificate must carry."""
 
-    address: Endpoint
-    name: str
+    address: Annotated[Endpoint, about("Where it listens; the host may be a name.", "relay.example.net:4433")]
+    name: Annotated[str, about("The name its certificate must carry as relay.<name>.ztna.", "edge-1")]
 
 
-class CheckConfig(_Section):
+class CheckConfig(Section, frozen=True, kw_only=True):
     """How a backend's health is found out."""
 
-    kind: Literal["tcp", "http", "none"] = "tcp"
-    path: str = "/"
-    interval_s: Seconds = 5.0
-    timeout_s: Seconds = 2.0
-    success_before_passing: Count = 1
-    failures_before_critical: Count = 2
+    kind: Annotated[
+        Literal["tcp", "http", "none"],
+        about("tcp (connect), http (GET, 2xx passes) or none (always passing)."),
+    ] = "tcp"
+    path: Annotated[str, about("What an http check gets.")] = "/"
+    interval_s: Annotated[Seconds, about("Seconds from one check to the next.")] = 5.0
+    timeout_s: Annotated[Seconds, about("A check that takes longer has failed, in seconds.")] = 2.0
+    success_before_passing: Annotated[Count, about("Successes in a row before the service is passing.")] = 1
+    failures_before_critical: Annotated[Count, about("Failures in a row before the service is critical.")] = 2
 
 
-class RouteConfig(_Section):
+class RouteConfig(Section, frozen=True, kw_only=True):
     """One service: where its backend listens, its virtual port, how it is checked."""
 
-    service: ServiceName
-    backend: Endpoint
-    port: PortNumber
-    protocol: Protocol = "tcp"
-    check: CheckConfig = CheckConfig()
-    connect_timeout_s: Seconds = 5.0
-    udp_idle_s: Seconds = 120.0
-    allow_v1: bool = False
-    weight: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 1
+    service: Annotated[ServiceName, about("The service's name: one lower-case label.", "web-app")]
+    backend: Annotated[Endpoint, about("Where it really listens.", "127.0.0.1:8080")]
+    port: Annotated[PortNumber, about("The port on its virtual address.", 80)]
+    protocol: Annotated[Protocol, about("tcp, udp or icmp.")] = "tcp"
+    check: Annotated[CheckConfig, about("How its health is found out.")] = CheckConfig()
+    connect_timeout_s: Annotated[
+        Seconds, about("How long a connection to the backend may take, in seconds.")
+    ] = 5.0
+    udp_idle_s: Annotated[Seconds, about("A UDP flow that is silent for so many seconds is forgotten.")] = (
+        120.0
+    )
+    allow_v1: Annotated[bool, about("Take packets of ztna-v1 agents, which the relay can read.")] = False
+    weight: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=65535)],
+        about("Weight among the service's instances (RFC 2782)."),
+    ] = 1
 
 
-class ConnectorConfig(_Section):
+class ConnectorConfig(Section, frozen=True, kw_only=True):
     """ztna-sidecar connector."""
 
-    id: ConnectorId
-    tls: TlsConfig
-    relays: tuple[RelayTarget, ...]
-    routes: tuple[RouteConfig, ...]
-    link: Endpoint = Endpoint("0.0.0.0", 4435)
-    link_advertise: Address | None = None
-    admin: Endpoint = Endpoint("127.0.0.1", 9433)
-    deregister_critical_after_s: Annotated[float, msgspec.Meta(ge=60, le=31_536_000)] = 600.0
-    ttl_s: Annotated[float, msgspec.Meta(ge=3, le=86400)] = 15.0
-    flows_per_agent: Count = 1000
-    flows_total: Count = 20_000
-    drain_s: Seconds = 25.0
+    id: Annotated[
+        ConnectorId,
+        about("Its id: <name> or <name>--<instance>; its certificate carries id.<name>.ztna.", "rack-7"),
+    ]
+    tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
+    relays: Annotated[tuple[RelayTarget, ...], about("The relays it keeps a connection to.")]
+    routes: Annotated[tuple[RouteConfig, ...], about("The services it fronts.")]
+    link: Annotated[Endpoint, about("Where agents connect directly, UDP and TCP.")] = Endpoint(
+        "0.0.0.0", 4435
+    )
+    link_advertise: Annotated[
+        Address | None, about("That address as agents reach it, when it is another.", "192.0.2.10:4435")
+    ] = None
+    admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
+        "127.0.0.1", 9433
+    )
+    deregister_critical_after_s: Annotated[
+        Annotated[float, msgspec.Meta(ge=60, le=31_536_000)],
+        about("Consul removes an instance that was critical for so long; at least 60 s."),
+    ] = 600.0
+    ttl_s: Annotated[
+        Annotated[float, msgspec.Meta(ge=3, le=86400)],
+        about("TTL of the checks in Consul, refreshed each third of it, in seconds."),
+    ] = 15.0
+    flows_per_agent: Annotated[Count, about("The most flows of one agent.")] = 1000
+    flows_total: Annotated[Count, about("The most flows in all.")] = 20_000
+    drain_s: Annotated[Seconds, about("How long flows may go on after SIGTERM, in seconds.")] = 25.0
 
 
-class AgentConfig(_Section):
+class AgentConfig(Section, frozen=True, kw_only=True):
     """ztna-sidecar agent."""
 
-    tls: TlsConfig
-    relays: tuple[RelayTarget, ...]
-    mode: Literal["listen", "anyip"] = "listen"
-    pool: IPv4Network = IPv4Network("10.100.0.0/16")
-    direct: bool = True
-    admin: Endpoint = Endpoint("127.0.0.1", 9434)
-    flows_total: Count = 20_000
-    udp_idle_s: Seconds = 120.0
-    drain_s: Seconds = 5.0
+    tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
+    relays: Annotated[tuple[RelayTarget, ...], about("The relays it may connect to.")]
+    mode: Annotated[
+        Literal["listen", "anyip"],
+        about("listen: a pool inside 127.0.0.0/8, no privileges; anyip: any pool, by a local route."),
+    ] = "listen"
+    pool: Annotated[IPv4Network, about("The network of virtual addresses; the same as dnsd's.")] = (
+        IPv4Network("10.100.0.0/16")
+    )
+    direct: Annotated[bool, about("Try connectors directly before forwarding through a relay.")] = True
+    admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
+        "127.0.0.1", 9434
+    )
+    flows_total: Annotated[Count, about("The most flows in all.")] = 20_000
+    udp_idle_s: Annotated[Seconds, about("A UDP flow that is silent for so many seconds is forgotten.")] = (
+        120.0
+    )
+    drain_s: Annotated[Seconds, about("How long flows may go on after SIGTERM, in seconds.")] = 5.0
 
 
-class Config(_Section):
+class Config(Section, frozen=True, kw_only=True):
     """A whole file; a daemon reads the shared sections and its own."""
 
-    domain: Zone = Zone("ztna.local")
-    consul: ConsulConfig = ConsulConfig()
-    log: LogConfig = LogConfig()
-    dnsd: DnsdConfig | None = None
-    relay: RelayConfig | None = None
-    connector: ConnectorConfig | None = None
-    agent: AgentConfig | None = None
+    domain: Annotated[Zone, about("The zone of the services' names.")] = Zone("ztna.local")
+    consul: Annotated[ConsulConfig, about("How to reach Consul's HTTP API.")] = ConsulConfig()
+    log: Annotated[LogConfig, about("What is logged and how.")] = LogConfig()
+    dnsd: Annotated[DnsdConfig | None, about("The dnsd's own section.")] = None
+    relay: Annotated[RelayConfig | None, about("The relay's own section.")] = None
+    connector: Annotated[ConnectorConfig | None, about("The connector's own section.")] = None
+    agent: Annotated[AgentConfig | None, about("The agent's own section.")] = None
+
+
+def load(
+    path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, str], section: str | None = None
+) -> Config:
+    """Read the file, then `ZTNA_<SECTION>_<KEY>` of the environment, then overrides `{"relay.listen": ...}`.
+
+    `section` is the daemon that asks: its section is read from the environment even when the file has
+    none; of other daemons only those in the file are. Raises ConfigError naming the key's path.
+    """
+    raw = sections.read_file(path) if path is not None else {}
+    for name, text in sorted(environ.items()):
+        keys = sections.environment_path(Config, name)
+        if keys and (keys[0] not in DAEMON_SECTIONS or keys[0] in raw or keys[0] == section):
+            sections.override(Config, raw, keys, text)
+    for dotted, text in overrides.items():
+        sections.override(Config, raw, sections.flag_path(Config, dotted), text)
+    return sections.build(Config, raw)
+
+
+def dump(config: Config, *, secrets: bool = False) -> str:
+    """Return the configuration as YAML that load reads; secrets are hidden unless asked for."""
+    return yaml.safe_dump(sections.plain(config, secrets=secrets), sort_keys=False)
+
+
+def example(section: str) -> str:
+    """Return a daemon's example file: each key with what it is for and its default, made from the types."""
+    # The relay knows DNS and certificates, never Consul (design.md 2.2).
+    shared = ("domain", "log") if section == "relay" else ("domain", "consul", "log")
+    lines = [
+        f"# Example configuration, top key `{section}`. Keys marked (required) have no default; the others",
+        "# show theirs. Keys can be given as variables too (ZTNA_LOG_LEVEL) and as flags (--set log.level=debug).",
+    ]
+    for field in msgspec.structs.fields(Config):
+        if field.name in (*shared, section):
+            lines += ["", *sections.described(field)]
+    return "\n".join(lines) + "\n"
