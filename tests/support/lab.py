@@ -6,6 +6,7 @@ what is right; the tests do.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -23,6 +24,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+from tests.support.consul import require_binary, server_argv
 from tests.support.namespaces import Host, Network
 from ztna import config as configuration
 from ztna.ca import Authority
@@ -44,6 +46,7 @@ from ztna.config import (
 from ztna.names import ConnectorId, ServiceName
 from ztna.wire.control import Address
 
+CONSUL_PORT = 8500
 READY_SECONDS = 30.0
 POLL_SECONDS = 0.05
 STOP_SECONDS = 10.0
@@ -265,6 +268,70 @@ class Lab:
     def python(self, name: str, host: Host, *argv: str) -> Running:
         """Start a Python program of ours on a host."""
         return self.spawn(name, host, sys.executable, *argv)
+
+    # -- Consul --------------------------------------------------------------------------------------
+
+    def start_consul(self, kind: str, host: str = "core") -> Running:
+        """Start a Consul (`embedded` or a version) that keeps its data over a restart; waits for its leader."""
+        at = self.host(host)
+        self.consul = ConsulConfig(address=f"http://{at.address}:{CONSUL_PORT}")
+        self._consul_host = at
+        data = self.directory / "consul"
+        if kind == "embedded":
+            where = ("--listen", f"0.0.0.0:{CONSUL_PORT}", "--data", str(data))
+            running = self.python("consul", at, "-m", "ztna.consul.embedded", *where)
+        else:
+            argv = server_argv(require_binary(kind), kind, data, bind=at.address, http=CONSUL_PORT)
+            running = self.spawn("consul", at, *argv)
+        until("Consul has a leader", lambda: self.consul_get("/v1/status/leader"), READY_SECONDS)
+        return running
+
+    def consul_get(self, path: str) -> Any:
+        """Return what Consul's HTTP API answers; OSError when it does not with 200."""
+        code, text = http_get(self._consul_host, self.consul.address + path)
+        if code != 200:
+            raise OSError(f"Consul {path}: {code} {text[:200]}")
+        return json.loads(text)
+
+    def consul_put(self, path: str, body: object = None) -> None:
+        """PUT to Consul's HTTP API."""
+        data = json.dumps(body) if body is not None else ""
+        self._consul_host.run("curl", "-sS", "--fail", "-X", "PUT", "-d", data, self.consul.address + path)
+
+    def check_states(self, service: str) -> list[str]:
+        """Return the states of a service's checks in Consul."""
+        return [check["Status"] for check in self.consul_get(f"/v1/health/checks/{service}")]
+
+    def kv(self, prefix: str) -> dict[str, Any]:
+        """Return the JSON values of all keys under a prefix."""
+        try:
+            pairs = self.consul_get(f"/v1/kv/{prefix}?recurse")
+        except OSError:
+            return {}
+        return {
+            pair["Key"]: json.loads(base64.b64decode(pair["Value"]))
+            for pair in pairs
+            if pair["Value"] is not None
+        }
+
+    @contextlib.contextmanager
+    def registered(self, name: str) -> Iterator[str]:
+        """A service that somebody else registered in Consul, as long as inside."""
+        definition = {
+            "Name": name,
+            "ID": f"{name}@elsewhere",
+            "Tags": ["ztna"],
+            "Address": "192.0.2.7",
+            "Port": 4435,
+            "Meta": {"ztna-connector": "elsewhere", "ztna-ports": "tcp:8080"},
+        }
+        self.consul_put("/v1/agent/service/register", definition)
+        try:
+            yield name
+        finally:
+            self.consul_put(f"/v1/agent/service/deregister/{name}@elsewhere")
+
+    # -- daemons -------------------------------------------------------------------------------------
 
     def certificate(
         self,
