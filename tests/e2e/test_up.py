@@ -1,0 +1,123 @@
+"""`ztna up` as its user meets it: one pass with --check, JSON, taken ports, a clean end on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.console import command, run
+from tests.support.lab import until
+
+pytestmark = pytest.mark.slow
+
+END_SECONDS = 3.0
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the pids of a process's children."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+def test_check_passes_and_tells_what_it_did_as_json() -> None:
+    done = run("ztna", "up", "--check", "--json", **os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"] is True
+    assert [step["step"] for step in told["steps"]] == ["resolve", "udp echo", "http get", "denied service"]
+    assert all(step["ok"] for step in told["steps"])
+    assert "no_grant" in told["steps"][3]["detail"]
+    health = {row["service"]: row["health"] for row in told["services"]}
+    assert health == {"echo-service": "passing", "web-app": "passing", "db": "critical"}
+
+
+def test_a_taken_port_is_said_and_another_chosen() -> None:
+    with socket.socket() as taken:
+        try:
+            taken.bind(("127.0.0.1", 5533))
+            taken.listen()
+        except OSError:
+            pass  # somebody else has it already, which serves as well
+        done = run("ztna", "up", "--check", **os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "port 5533 (dnsd) is taken; using " in done.stdout
+
+
+def test_ctrl_c_ends_everything_in_time_and_leaves_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path), "COLUMNS": "200"}
+    output = tmp_path / "printed"
+    with output.open("wb") as printed:
+        process = subprocess.Popen([command("ztna"), "up"], stdout=printed, stderr=printed, env=environment)
+    try:
+        text = until(
+            "the commands to try", lambda: "Try, from" in output.read_text() and output.read_text(), 60
+        )
+        children = children_of(process.pid)
+        assert len(children) >= 5
+        web_port = re.search(r"http://127\.0\.0\.1:(\d+)/db/up", text)
+        assert web_port is not None
+        url = f"http://127.0.0.1:{web_port.group(1)}/db/up"
+        subprocess.run(["curl", "-sS", "--fail", "-X", "POST", url], check=True, timeout=10)
+        until("db is told to be passing", lambda: "db: passing" in output.read_text(), 20)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        assert process.wait(END_SECONDS + 5) == 0, output.read_text()
+        assert time.monotonic() - started < END_SECONDS
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert [path.name for path in tmp_path.iterdir()] == ["printed"]
+
+
+def test_the_commands_it_prints_work(tmp_path: Path) -> None:
+    output = tmp_path / "printed"
+    with output.open("wb") as printed:
+        process = subprocess.Popen([command("ztna"), "up"], stdout=printed, stderr=printed)
+    try:
+        text = until(
+            "the commands to try", lambda: "Try, from" in output.read_text() and output.read_text(), 60
+        )
+        lines = [line.strip().partition("   #")[0] for line in text.splitlines() if line.startswith("  ")]
+        commands = [line for line in lines if line.startswith(("dig", "curl", "echo"))]
+        assert len(commands) >= 7
+        until("the page is served", lambda: "hello from web-app" in _shell(commands[3]))
+        for line in commands:
+            expected = "ok select" if "select" in line else "hello" if line.startswith("echo") else ""
+            until(line, lambda line=line, expected=expected: expected in _shell(line) and _shell(line))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+
+
+def _shell(line: str) -> str:
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=20).stdout
+
+
+def test_bad_usage_exits_with_2_and_says_why() -> None:
+    for arguments, words in (
+        (("up", "--pool", "nonsense"), "expected a network"),
+        (("up", "--json"), "--json goes with --check"),
+        (("check-config", "/nowhere/x.yaml"), "/nowhere/x.yaml"),
+        (("nothing",), "No such command"),
+    ):
+        done = run("ztna", *arguments, **os.environ)
+        assert done.returncode == 2, f"{arguments}: {done.stdout}{done.stderr}"
+        assert words in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_consul_that_does_not_answer_is_named() -> None:
+    done = run("ztna", "up", "--check", "--consul", "http://127.0.0.1:1", **os.environ)
+    assert done.returncode == 1
+    assert "127.0.0.1:1" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,25 @@
+"""The console scripts of this environment, as a user calls them."""
+
+from __future__ import annotations
+
+import subprocess
+
+from ztna.cli.processes import console_script
+
+COMMAND_SECONDS = 120
+
+
+def command(name: str) -> str:
+    """Return the path of a console script."""
+    return console_script(name)
+
+
+def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a console script to its end."""
+    return subprocess.run(
+        [command(name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        env=environment or None,
+    )
