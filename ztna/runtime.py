@@ -1,0 +1,338 @@
+"""What every daemon has in common: loop, signals, limits, readiness, the admin pages and the exit status.
+
+A daemon is one coroutine `body(daemon)`. It declares what it awaits before its first `await`, owns its
+tasks through `daemon.tasks`, and returns when `daemon.stopping` is set and it has drained. Knows nothing
+of what a daemon does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import msgspec
+import uvloop
+from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from ztna import config as configuration
+from ztna import telemetry
+from ztna.config import Config, Endpoint
+from ztna.errors import ConfigError, ZtnaError
+from ztna.jsontypes import Secret, encode_hook
+
+EXIT_FINE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+# A scrape or probe that does not end by then is cut off when the daemon stops.
+ADMIN_SHUTDOWN_SECONDS = 0.5
+
+_log = telemetry.logger(__name__)
+
+
+class Readiness:
+    """What the daemon still waits for, and what an operator should know although it works."""
+
+    def __init__(self) -> None:
+        self._awaiting: dict[str, str] = {}
+        self._warnings: dict[str, str] = {}
+        self._said_ready = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing is awaited."""
+        return not self._awaiting
+
+    def awaiting(self, name: str, detail: str = "") -> None:
+        """Be not ready until `done(name)`; again with another detail to say how it goes."""
+        self._awaiting[name] = detail
+        self._said_ready = False
+        telemetry.READY.set(0)
+
+    def done(self, name: str) -> None:
+        """End one wait; logs once when it was the last."""
+        self._awaiting.pop(name, None)
+        if self.ready and not self._said_ready:
+            self._said_ready = True
+            telemetry.READY.set(1)
+            _log.info("ready", **self._warnings)
+
+    def warn(self, name: str, detail: str) -> None:
+        """Show something under its name that is wrong or risky, while being ready."""
+        self._warnings[name] = detail
+
+    def unwarn(self, name: str) -> None:
+        """Take a warning back."""
+        self._warnings.pop(name, None)
+
+    def report(self) -> dict[str, Any]:
+        """Return what /readyz shows."""
+        return {"ready": self.ready, "awaiting": dict(self._awaiting), "warnings": dict(self._warnings)}
+
+
+@dataclass
+class Daemon:
+    """What the body of a daemon is given."""
+
+    name: str
+    config: Config
+    tasks: asyncio.TaskGroup
+    readiness: Readiness = field(default_factory=Readiness)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    on_reload: list[Callable[[], None]] = field(default_factory=list)
+    status_sources: dict[str, Callable[[], object]] = field(default_factory=dict)
+    admin_address: tuple[str, int] = ("", 0)
+    started_at: float = field(default_factory=time.monotonic)
+
+
+Body = Callable[[Daemon], Awaitable[None]]
+
+
+class _Finished(Exception):
+    """The body has returned: what still runs in its task group is cancelled."""
+
+
+def daemon_command(name: str, section: str, body: Body) -> click.Command:
+    """Return the command line of a daemon: `--config`, `--set`, `--log-level`, `--version`."""
+
+    @click.command(name=name.rpartition(" ")[2], context_settings={"help_option_names": ["-h", "--help"]})
+    @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML or JSON file.")
+    @click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=f"One key, e.g. {section}.admin=HOST:PORT.",
+    )
+    @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+    @click.version_option(version("ztna-mesh"), prog_name=name)
+    def command(file: Path | None, settings: tuple[str, ...], log_level: str | None) -> None:
+        try:
+            config = configuration.load(file, os.environ, dict(_pairs(settings, log_level)), section)
+            own = getattr(config, section)
+            if own is None:
+                raise ConfigError(f"{section}: the configuration has no such section")
+        except ConfigError as error:
+            click.echo(f"{name}: {error}", err=True)
+            sys.exit(EXIT_USAGE)
+        sys.exit(run(name, body, config=config, admin=own.admin))
+
+    command.help = f"Run {name} until SIGTERM; SIGHUP reads certificates again."
+    return command
+
+
+def run(daemon_name: str, body: Body, *, config: Config, admin: Endpoint) -> int:
+    """Run a daemon until its body returns; return the exit status.
+
+    0 after a clean end, 2 for a ConfigError, 1 for anything else. A ZtnaError is one line in the log; only
+    an error that nobody foresaw has its traceback there.
+    """
+    telemetry.configure(config.log)
+    telemetry.BUILD.labels(daemon_name, version("ztna-mesh")).set(1)
+    raise_file_limit()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(daemon_name, body, config, admin))
+
+
+async def sleep_or_stop(daemon: Daemon, seconds: float) -> bool:
+    """Wait, but not past the start of the stop; return whether the daemon is stopping."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await daemon.stopping.wait()
+    return daemon.stopping.is_set()
+
+
+def port_in_use_error(endpoint: Endpoint | tuple[str, int]) -> ZtnaError:
+    """Return the error that names a port somebody else holds."""
+    return ZtnaError(
+        f"{_endpoint_text(endpoint)} is taken by another process; stop it or choose another port"
+    )
+
+
+def bind_error(endpoint: Endpoint | tuple[str, int], error: OSError) -> ZtnaError:
+    """Return the error for a socket that could not be bound, in words for the operator."""
+    if error.errno == errno.EADDRINUSE:
+        return port_in_use_error(endpoint)
+    return ZtnaError(f"cannot listen on {_endpoint_text(endpoint)}: {error.strerror or error}")
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the hard limit does."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _run(daemon_name: str, body: Body, config: Config, admin: Endpoint) -> int:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_unexpected)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            daemon = Daemon(daemon_name, config, tasks)
+            _install_signals(loop, daemon)
+            runner = await _serve_admin(daemon, admin)
+            _log.info("started", daemon=daemon_name, admin=_endpoint_text(daemon.admin_address))
+            try:
+                await body(daemon)
+            finally:
+                await runner.cleanup()
+            raise _Finished
+    except BaseExceptionGroup as group:
+        return _exit_status(daemon_name, group)
+
+
+def _exit_status(daemon_name: str, group: BaseExceptionGroup[BaseException]) -> int:
+    """Log what ended the daemon, once each, and return the exit status."""
+    status = EXIT_FINE
+    for error in _leaves(group):
+        if isinstance(error, _Finished):
+            continue
+        if isinstance(error, ZtnaError):
+            _log.error("failed", daemon=daemon_name, error=error)
+            status = max(status, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
+        else:
+            _log_unexpected(f"{daemon_name} failed", error)
+            status = max(status, EXIT_FAILED)
+    if status == EXIT_FINE:
+        _log.info("stopped", daemon=daemon_name)
+    return status
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _install_signals(loop: asyncio.AbstractEventLoop, daemon: Daemon) -> None:
+    loop.add_signal_handler(signal.SIGTERM, _stop, daemon, "SIGTERM")
+    loop.add_signal_handler(signal.SIGINT, _stop, daemon, "SIGINT")
+    loop.add_signal_handler(signal.SIGHUP, _reload, daemon)
+
+
+def _stop(daemon: Daemon, name: str) -> None:
+    if daemon.stopping.is_set():
+        _exit_now(name)
+    _log.info("stopping", signal=name)
+    daemon.readiness.awaiting("stopping", f"{name} was received")
+    daemon.stopping.set()
+
+
+def _exit_now(name: str) -> NoReturn:
+    _log.warning("exit_at_once", signal=name)
+    os._exit(EXIT_FAILED)
+
+
+def _reload(daemon: Daemon) -> None:
+    """Tell each who wants to read its files again; one that cannot keeps what it had."""
+    _log.info("reloading")
+    for callback in daemon.on_reload:
+        try:
+            callback()
+        except ZtnaError as error:
+            _log.error("reload_failed", error=error)
+
+
+def _unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log and count an error in a callback of the loop.
+
+    It cost the one connection or packet whose callback it was; ending the daemon would hand whoever can
+    provoke it everybody else's connections as well.
+    """
+    _log_unexpected(str(context.get("message", "")), context.get("exception"))
+
+
+def _log_unexpected(message: str, error: BaseException | None) -> None:
+    telemetry.UNEXPECTED.inc()
+    _log.exception("unexpected", error, message=message)
+
+
+async def _serve_admin(daemon: Daemon, admin: Endpoint) -> web.AppRunner:
+    app = web.Application()
+    pages = _AdminPages(daemon)
+    app.router.add_get("/metrics", pages.metrics)
+    app.router.add_get("/healthz", pages.healthz)
+    app.router.add_get("/readyz", pages.readyz)
+    app.router.add_get("/status", pages.status)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=ADMIN_SHUTDOWN_SECONDS,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, admin.host, admin.port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise bind_error(admin, error) from None
+    host, port = runner.addresses[0][:2]
+    daemon.admin_address = (host, port)
+    return runner
+
+
+class _AdminPages:
+    """The four pages; they only read."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(telemetry.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        readiness = self._daemon.readiness
+        return _json(readiness.report(), 200 if readiness.ready else 503)
+
+    async def status(self, request: web.Request) -> web.Response:
+        daemon = self._daemon
+        own = {
+            "daemon": daemon.name,
+            "version": version("ztna-mesh"),
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - daemon.started_at, 1),
+            "readiness": daemon.readiness.report(),
+        }
+        return _json(own | {name: source() for name, source in daemon.status_sources.items()}, 200)
+
+
+def _json(value: object, status: int) -> web.Response:
+    body = msgspec.json.format(msgspec.json.encode(value, enc_hook=_shown), indent=2)
+    return web.Response(body=body + b"\n", status=status, content_type="application/json")
+
+
+def _shown(value: Any) -> str:
+    return telemetry.HIDDEN if isinstance(value, Secret) else encode_hook(value)
+
+
+def _pairs(settings: tuple[str, ...], log_level: str | None) -> Iterator[tuple[str, str]]:
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE")
+        yield key, value
+    if log_level is not None:
+        yield "log.level", log_level
+
+
+def _endpoint_text(endpoint: Endpoint | tuple[str, int]) -> str:
+    return str(endpoint if isinstance(endpoint, Endpoint) else Endpoint(*endpoint))

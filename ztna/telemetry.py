@@ -1,0 +1,175 @@
+"""Logs and metrics of every daemon: event names with fields on stderr, counters on one Prometheus registry.
+
+All metrics of the project are defined here, so that this list is what `/metrics` has. Decides nothing
+and serves nothing; ztna.runtime serves the registry.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any, TextIO
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics
+
+from ztna.config import LogConfig
+from ztna.jsontypes import Secret, to_json
+from ztna.reasons import Reason
+
+# A `_created` series beside every counter would double the page for nothing.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+
+REFUSALS = Counter(
+    "ztna_refusals", "What was refused, by the place and the reason.", ("where", "reason"), registry=REGISTRY
+)
+DROPS = Counter(
+    "ztna_drops",
+    "Packets, messages and bytes thrown away: malformed, too large, or over a bound.",
+    ("where", "why"),
+    registry=REGISTRY,
+)
+UNEXPECTED = Counter(
+    "ztna_unexpected_errors", "Errors nobody foresaw; each is logged with its traceback.", registry=REGISTRY
+)
+READY = Gauge("ztna_ready", "1 when /readyz says ready.", registry=REGISTRY)
+BUILD = Gauge("ztna_build_info", "Always 1.", ("daemon", "version"), registry=REGISTRY)
+
+HIDDEN = "***"
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_COLOURS = {"DEBUG": "\x1b[2m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m"}
+_ROOTS = ("ztna", "sidecar", "dnsd", "relay")
+
+
+def refused(where: str, reason: Reason) -> None:
+    """Count one refusal."""
+    REFUSALS.labels(where, reason.value).inc()
+
+
+def dropped(where: str, why: str, count: int = 1) -> None:
+    """Count what was thrown away. Hot paths keep the child of DROPS.labels instead."""
+    DROPS.labels(where, why).inc(count)
+
+
+class Logger:
+    """Writes one event with its fields; the event is a snake_case name, never a sentence."""
+
+    __slots__ = ("_logger",)
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, event: str, **fields: object) -> None:
+        """Write what only a developer wants."""
+        self._write(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        """Write what an operator may want: a connection opens, a connection ends."""
+        self._write(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Write what an operator should look at."""
+        self._write(logging.WARNING, event, fields)
+
+    def error(self, event: str, **fields: object) -> None:
+        """Write what keeps the daemon from doing its work."""
+        self._write(logging.ERROR, event, fields)
+
+    def exception(self, event: str, exception: BaseException | None, **fields: object) -> None:
+        """Write an error that nobody foresaw, with its traceback."""
+        self._logger.error(event, extra={"fields": fields}, exc_info=exception)
+
+    def _write(self, level: int, event: str, fields: dict[str, object]) -> None:
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, event, extra={"fields": fields})
+
+
+def logger(name: str) -> Logger:
+    """Return the logger of a module; `name` is its `__name__`."""
+    return Logger(name)
+
+
+def configure(config: LogConfig, stream: TextIO | None = None) -> None:
+    """Send all logs to the stream (stderr), human on a terminal and JSON lines otherwise unless told.
+
+    Of libraries only warnings and errors are written, whatever our level.
+    """
+    out = stream if stream is not None else sys.stderr
+    human = config.format == "human" or (config.format == "auto" and out.isatty())
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(_Human(colour=out.isatty()) if human else _Json())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in _ROOTS:
+        logging.getLogger(name).setLevel(_LEVELS[config.level])
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line: time (RFC 3339, UTC), level, logger, event, then the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": _utc(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        for name, value in _fields(record, self).items():
+            line.setdefault(name, value)
+        return msgspec.json.encode(line).decode()
+
+
+class _Human(logging.Formatter):
+    """Local time, level, event and `key=value`; what could break a line is escaped."""
+
+    def __init__(self, *, colour: bool) -> None:
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = _fields(record, self)
+        traceback = fields.pop("traceback", None)
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        text = f"{clock}.{int(record.msecs):03d} {record.levelname:<7} {_one_line(record.getMessage())}"
+        text += "".join(f" {name}={_quoted(value)}" for name, value in fields.items())
+        if self._colour and record.levelname in _COLOURS:
+            text = f"{_COLOURS[record.levelname]}{text}\x1b[0m"
+        return f"{text}\n{traceback}" if traceback else text
+
+
+def _fields(record: logging.LogRecord, formatter: logging.Formatter) -> dict[str, object]:
+    """Return the event's fields as JSON has them, and the traceback when there is one."""
+    fields = {name: _told(value) for name, value in getattr(record, "fields", {}).items()}
+    if record.exc_info:
+        fields["traceback"] = formatter.formatException(record.exc_info)
+    return fields
+
+
+def _told(value: object) -> object:
+    if isinstance(value, Secret):
+        return HIDDEN
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(value)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    if text and text.isprintable() and not any(c in text for c in ' "='):
+        return text
+    return to_json(text).decode()
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else to_json(text).decode()
+
+
+def _utc(seconds: float) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
