@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv6Address
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from dnslib import AAAA, NS, RD, SOA, SRV, TXT, A, DNSHeader, DNSQuestion, DNSRecord
@@ -31,6 +31,8 @@ RECORDS_MAX = 4096
 """Records of one message; 64 KiB hold no more useful ones."""
 
 EDE_STALE_ANSWER = 3
+EDE_STALE_NXDOMAIN_ANSWER = 19
+_STALE = frozenset({EDE_STALE_ANSWER, EDE_STALE_NXDOMAIN_ANSWER})
 _OPTION_EDE = 15
 _CLASS_IN = 1
 
@@ -142,10 +144,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def stale(self) -> bool:
-        """Whether the answer is marked as older than it should be (EDE 3, RFC 8914 4.4)."""
+        """Whether the answer is marked as older than it should be (EDE 3 or 19, RFC 8914)."""
         options = self.edns.options if self.edns else ()
         return any(
-            code == _OPTION_EDE and len(data) >= 2 and int.from_bytes(data[:2]) == EDE_STALE_ANSWER
+            code == _OPTION_EDE and len(data) >= 2 and int.from_bytes(data[:2]) in _STALE
             for code, data in options
         )
 
@@ -333,14 +335,27 @@ def encode_query(message_id: int, name: str, kind: Type, udp_payload: int) -> by
     return packed[:10] + b"\x00\x01" + packed[12:] + opt
 
 
-def order(records: Iterable[SrvData], draw: Callable[[int], int]) -> Sequence[SrvData]:
+class Weighted(Protocol):
+    """What the choice looks at: an SrvData, or a resolver's SrvRecord."""
+
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def weight(self) -> int: ...
+
+
+W = TypeVar("W", bound=Weighted)
+
+
+def order(records: Iterable[W], draw: Callable[[int], int]) -> Sequence[W]:
     """Put SRV records into the order in which to try them (RFC 2782, "Usage rules").
 
     Lowest priority first; within one, each next record is drawn with a chance in proportion to its weight,
     those of weight 0 with a very small one. `draw(n)` returns an integer 0 <= x < n, evenly.
     """
     remaining = sorted(records, key=lambda record: (record.priority, record.weight != 0))
-    ordered: list[SrvData] = []
+    ordered: list[W] = []
     while remaining:
         group = [record for record in remaining if record.priority == remaining[0].priority]
         running_sums = list(accumulate(record.weight for record in group))

@@ -5,11 +5,15 @@ Pure. Who may have which address is decided in dnsd.keeper; who carries it out i
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
-from typing import Literal
+from collections.abc import Mapping
+from ipaddress import AddressValueError, IPv4Address
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
+from ztna.catalog import KvPair
+from ztna.errors import BadName, ProtocolError
+from ztna.jsontypes import decode_hook, decoding
 from ztna.names import ServiceName
 
 SERVICE_PREFIX = "ztna/vip/service/"
@@ -38,7 +42,7 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """KV `ztna/vip/ip/<address>`: who holds, or in quarantine last held, an address. Times in Unix seconds."""
+    """KV `ztna/vip/ip/<address>`: who has an address, or had it last. Times in Unix seconds."""
 
     service: str
     epoch: int
@@ -56,3 +60,50 @@ def service_key(service: ServiceName) -> str:
 def address_key(address: IPv4Address) -> str:
     """Return the KV key of an address's holding."""
     return ADDRESS_PREFIX + str(address)
+
+
+T = TypeVar("T", bound=Lease | Holding)
+
+
+class Stored(msgspec.Struct, Generic[T], frozen=True):
+    """A record as it lies in KV; `index` is the modify index that a compare-and-set must name."""
+
+    record: T
+    index: int
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """Every lease and every holding. `unreadable` says by key what is wrong with a record nobody may touch."""
+
+    leases: Mapping[ServiceName, Stored[Lease]] = {}
+    holdings: Mapping[IPv4Address, Stored[Holding]] = {}
+    unreadable: Mapping[str, str] = {}
+
+
+def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Table:
+    """Read the records under VIP_PREFIX (or a part of it); what did not change since `previous` is kept."""
+    before = previous or Table()
+    leases: dict[ServiceName, Stored[Lease]] = {}
+    holdings: dict[IPv4Address, Stored[Holding]] = {}
+    unreadable: dict[str, str] = {}
+    for key, pair in pairs.items():
+        try:
+            if key.startswith(SERVICE_PREFIX):
+                service = ServiceName(key[len(SERVICE_PREFIX) :])
+                leases[service] = _stored(pair, before.leases.get(service), _LEASE)
+            elif key.startswith(ADDRESS_PREFIX):
+                address = IPv4Address(key[len(ADDRESS_PREFIX) :])
+                holdings[address] = _stored(pair, before.holdings.get(address), _HOLDING)
+        except (BadName, AddressValueError, ProtocolError) as error:
+            unreadable[key] = str(error)
+    return Table(leases=leases, holdings=holdings, unreadable=unreadable)
+
+
+def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decoder[T]) -> Stored[T]:
+    if before is not None and before.index == pair.modify_index:
+        return before
+    return Stored(decoding(decoder, pair.value), pair.modify_index)
+
+
+_LEASE = msgspec.json.Decoder(Lease, dec_hook=decode_hook)
+_HOLDING = msgspec.json.Decoder(Holding, dec_hook=decode_hook)

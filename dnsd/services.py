@@ -1,0 +1,107 @@
+"""What the instances in the catalog together say of a service: its ports, or why it cannot be served.
+
+Pure. Both the keeper and the zone read the catalog through this, so that they never disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+from ztna.catalog import Instance
+from ztna.errors import BadName
+from ztna.leases import Port, Protocol
+from ztna.names import ConnectorId, ServiceName
+
+PORTS_META = "ztna-ports"
+CONNECTOR_META = "ztna-connector"
+PORTS_PER_SERVICE_MAX = 64
+
+_PROTOCOLS: Mapping[str, Protocol] = {"tcp": "tcp", "udp": "udp", "icmp": "icmp"}
+_PORT_TAG = re.compile(r"ztna-(tcp|udp|icmp):(\d{1,5})")
+_PORT = re.compile(r"(tcp|udp|icmp):(\d{1,5})")
+
+
+class Service(msgspec.Struct, frozen=True):
+    """A service of the catalog. With a `problem` it has no ports and is not served; the text says why."""
+
+    name: str
+    ports: tuple[Port, ...]
+    instances: tuple[Instance, ...]
+    problem: str | None = None
+
+
+def describe(name: str, instances: tuple[Instance, ...]) -> Service:
+    """Return the service that these instances (at least one) make.
+
+    A name that is no service name, ports nobody can read and instances that disagree on the ports are
+    problems (design.md 4).
+    """
+    try:
+        ServiceName(name)
+        published = {_ports(instance): instance.instance_id for instance in instances}
+    except BadName as error:
+        return Service(name, (), instances, str(error))
+    if len(published) > 1:
+        said = "; ".join(
+            f"{instance_id} says {','.join(map(_port_text, ports)) or 'none'}"
+            for ports, instance_id in sorted(published.items())
+        )
+        return Service(name, (), instances, f"instances disagree on the ports: {said}")
+    (ports,) = published
+    return Service(name, ports, instances)
+
+
+def describe_all(
+    catalog: Mapping[str, tuple[Instance, ...]], previous: Mapping[str, Service] | None = None
+) -> Mapping[str, Service]:
+    """Describe every service of a catalog; what did not change since `previous` is the very same object."""
+    before = previous or {}
+    services: dict[str, Service] = {}
+    for name, instances in catalog.items():
+        known = before.get(name)
+        unchanged = known is not None and (known.instances is instances or known.instances == instances)
+        services[name] = known if known is not None and unchanged else describe(name, instances)
+    return services
+
+
+def connectors(service: Service) -> Iterator[tuple[ConnectorId, Instance]]:
+    """Yield the passing instances that a connector serves, with its id: what a relay may route to."""
+    for instance in service.instances:
+        connector = instance.meta.get(CONNECTOR_META, "")
+        if connector and instance.status == "passing" and 0 < instance.port <= 65535:
+            try:
+                yield ConnectorId(connector), instance
+            except BadName:
+                continue
+
+
+def _ports(instance: Instance) -> tuple[Port, ...]:
+    """Meta `ztna-ports`, else tags `ztna-tcp:8080`, else the instance's own port as tcp."""
+    listed = instance.meta.get(PORTS_META)
+    if listed is not None:
+        texts = [_PORT.fullmatch(part.strip()) for part in listed.split(",")]
+    else:
+        texts = [_PORT_TAG.fullmatch(tag) for tag in instance.tags if tag.startswith("ztna-")]
+        if not texts:
+            return (Port("tcp", instance.port),) if instance.port else ()
+    ports = {
+        Port(_PROTOCOLS[match[1]], int(match[2])) for match in texts if match and _is_port(match[1], match[2])
+    }
+    if None in texts or len(ports) != len(texts) or len(ports) > PORTS_PER_SERVICE_MAX:
+        raise BadName(
+            f"instance {instance.instance_id!r}: expected {PORTS_META} like 'tcp:8080,udp:53', each once, "
+            f"at most {PORTS_PER_SERVICE_MAX}"
+        )
+    return tuple(sorted(ports))
+
+
+def _is_port(protocol: str, number: str) -> bool:
+    """ICMP has no ports: it is published as `icmp:0`."""
+    return int(number) == 0 if protocol == "icmp" else 1 <= int(number) <= 65535
+
+
+def _port_text(port: Port) -> str:
+    return f"{port.protocol}:{port.port}"

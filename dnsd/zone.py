@@ -1,0 +1,295 @@
+"""The names that dnsd answers for, from the catalog and the leases (design.md 6).
+
+Pure, and immutable once built. Knows nothing of DNS messages: dnsd.answer puts what is found into bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+from ipaddress import AddressValueError, IPv4Address, IPv4Network
+
+import msgspec
+
+from dnsd.services import Service, connectors
+from ztna.dns import Data, HostData, SoaData, SrvData, Type
+from ztna.leases import Lease
+from ztna.names import Zone
+
+SRV_RECORDS_MAX = 500
+"""Records of one SRV answer: more would not fit a DNS message over TCP with their addresses."""
+SERVICES_LISTED_MAX = 500
+TXT_BYTES_MAX = 255
+
+SOA_REFRESH_SECONDS = 60
+SOA_RETRY_SECONDS = 10
+SOA_EXPIRE_SECONDS = 86_400
+FRESH_TTL_SECONDS = 1
+
+CONNECTOR_LABEL = "connector"
+NAMESERVER_LABEL = "ns"
+FRESH_LABEL = "_fresh"
+_SERVICE_LIST = ("_services", "_dns-sd", "_udp")
+_EMPTY_NON_TERMINALS = frozenset({(CONNECTOR_LABEL,), ("_tcp",), ("_udp",), ("_dns-sd", "_udp")})
+
+Labels = tuple[str, ...]
+
+
+class Outcome(Enum):
+    """What became of a question."""
+
+    ANSWER = auto()
+    NODATA = auto()
+    NXDOMAIN = auto()
+    OUTSIDE = auto()
+    FRESH = auto()
+    """The zone's own freshness: the answer moves with the clock of the catalog, not with the zone."""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """`nameserver` is the address behind `ns.<domain>`, when it is known."""
+
+    domain: Zone
+    pool: IPv4Network
+    ttl_s: int
+    negative_ttl_s: int
+    nameserver: IPv4Address | None = None
+
+
+class Found(msgspec.Struct, frozen=True):
+    """The outcome, the apex of the zone asked about ("" outside), and the records for the name asked.
+
+    `additional` are names with the addresses that save the asker another question.
+    """
+
+    outcome: Outcome
+    apex: str = ""
+    records: tuple[Data, ...] = ()
+    additional: tuple[tuple[str, tuple[IPv4Address, ...]], ...] = ()
+
+
+class ZoneData:
+    """One state of the zone; a changed one is another object with a higher serial."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        services: Mapping[str, Service],
+        leases: Mapping[str, Lease],
+        serial: int = 1,
+    ) -> None:
+        self.settings = settings
+        self.services = services
+        self.leases = leases
+        self.serial = serial
+        self._domain = tuple(settings.domain.split("."))
+        self._reverse = reverse_zones(settings.pool)
+        self._connectors = _connector_addresses(services)
+        self._addresses = {
+            str(lease.ip): name for name, lease in leases.items() if not _has_problem(services.get(name))
+        }
+        self._octets = _octet_prefixes(self._addresses)
+
+    def soa(self, apex: str) -> SoaData:
+        """Return the SOA of the zone or of one of its reverse zones."""
+        domain, settings = self.settings.domain, self.settings
+        return SoaData(
+            f"{NAMESERVER_LABEL}.{domain}",
+            f"hostmaster.{domain}",
+            self.serial,
+            SOA_REFRESH_SECONDS,
+            SOA_RETRY_SECONDS,
+            SOA_EXPIRE_SECONDS,
+            settings.negative_ttl_s,
+        )
+
+    def find(self, labels: Labels, kind: int) -> Found:
+        """Return what the zone has for a name (lower-case labels, the root left out) and a record type."""
+        depth = len(self._domain)
+        if labels[-depth:] == self._domain:
+            return self._find_forward(labels[:-depth], kind)
+        if labels[-2:] == ("in-addr", "arpa"):
+            return self._find_reverse(labels, kind)
+        return Found(Outcome.OUTSIDE)
+
+    def _find_forward(self, relative: Labels, kind: int) -> Found:
+        apex: str = self.settings.domain
+        if not relative:
+            return self._find_apex(apex, kind)
+        if relative == (FRESH_LABEL,):
+            return Found(Outcome.FRESH if kind == Type.TXT else Outcome.NODATA, apex)
+        records = self._records(relative)
+        if records is None:
+            return Found(Outcome.NXDOMAIN, apex)
+        found = records.get(kind, ())
+        if not found:
+            return Found(Outcome.NODATA, apex)
+        return Found(Outcome.ANSWER, apex, found, self._additional(found))
+
+    def _find_apex(self, apex: str, kind: int) -> Found:
+        if kind == Type.SOA:
+            return Found(Outcome.ANSWER, apex, (self.soa(apex),))
+        if kind == Type.NS:
+            nameserver = HostData(f"{NAMESERVER_LABEL}.{self.settings.domain}")
+            return Found(Outcome.ANSWER, apex, (nameserver,), self._additional((nameserver,)))
+        return Found(Outcome.NODATA, apex)
+
+    def _records(self, relative: Labels) -> Mapping[int, tuple[Data, ...]] | None:
+        """Return a name's records by type, empty when the name exists without any, None when it does not."""
+        match relative:
+            case (str(name),) if name in self.services or name in self.leases:
+                return self._service_records(name)
+            case (str(connector), "connector") if connector in self._connectors:
+                return {Type.A: self._connectors[connector]}
+            case (str(name), "_tcp" | "_udp" as protocol) if name.startswith("_"):
+                return self._program_records(name[1:], protocol[1:])
+            case ("ns",):
+                address = self.settings.nameserver
+                return {Type.A: (address,)} if address else {}
+            case ("_services", "_dns-sd", "_udp"):
+                return {Type.PTR: self._service_list()}
+        return {} if relative in _EMPTY_NON_TERMINALS else None
+
+    def _service_records(self, name: str) -> Mapping[int, tuple[Data, ...]]:
+        service, lease = self.services.get(name), self.leases.get(name)
+        if _has_problem(service):
+            return {}
+        records: dict[int, tuple[Data, ...]] = {}
+        if service is not None:
+            records[Type.SRV] = self._relay_records(service)
+        if lease is not None:
+            records[Type.A] = (lease.ip,)
+            records[Type.TXT] = (_txt(lease),)
+        return records
+
+    def _relay_records(self, service: Service) -> tuple[SrvData, ...]:
+        """Return what relays pull: one record per passing instance that has a connector."""
+        domain = self.settings.domain
+        found = {
+            SrvData(0, min(instance.weight, 65535), instance.port, f"{connector}.{CONNECTOR_LABEL}.{domain}")
+            for connector, instance in connectors(service)
+        }
+        return tuple(sorted(found)[:SRV_RECORDS_MAX])
+
+    def _program_records(self, name: str, protocol: str) -> Mapping[int, tuple[Data, ...]] | None:
+        """Return what programs ask (RFC 2782): the virtual ports of one protocol at the service's name."""
+        lease = self.leases.get(name)
+        if lease is None or _has_problem(self.services.get(name)):
+            return None
+        target = f"{name}.{self.settings.domain}"
+        ports = tuple(SrvData(0, 1, port.port, target) for port in lease.ports if port.protocol == protocol)
+        return {Type.SRV: ports} if ports else None
+
+    def _service_list(self) -> tuple[HostData, ...]:
+        """Return every service and protocol with a lease (RFC 6763 9), as many as a message holds."""
+        names = sorted(
+            {
+                f"_{name}._{port.protocol}.{self.settings.domain}"
+                for name, lease in self.leases.items()
+                if not _has_problem(self.services.get(name))
+                for port in lease.ports
+                if port.protocol != "icmp"
+            }
+        )
+        return tuple(map(HostData, names[:SERVICES_LISTED_MAX]))
+
+    def _additional(self, records: Sequence[Data]) -> tuple[tuple[str, tuple[IPv4Address, ...]], ...]:
+        names: dict[str, tuple[IPv4Address, ...]] = {}
+        for record in records:
+            target = ""
+            if isinstance(record, SrvData):
+                target = record.target
+            elif isinstance(record, HostData):
+                target = record.host
+            addresses = self._addresses_of(target)
+            if addresses:
+                names[target] = addresses
+        return tuple(names.items())
+
+    def _addresses_of(self, target: str) -> tuple[IPv4Address, ...]:
+        first, _, rest = target.partition(".")
+        if rest == f"{CONNECTOR_LABEL}.{self.settings.domain}":
+            return self._connectors.get(first, ())
+        if rest != self.settings.domain:
+            return ()
+        if first == NAMESERVER_LABEL:
+            return (self.settings.nameserver,) if self.settings.nameserver else ()
+        lease = self.leases.get(first)
+        return (lease.ip,) if lease else ()
+
+    def _find_reverse(self, labels: Labels, kind: int) -> Found:
+        apex = next((zone for zone in self._reverse if labels[-len(zone) :] == zone), None)
+        if apex is None:
+            return Found(Outcome.OUTSIDE)
+        apex_name = ".".join(apex)
+        if labels == apex:
+            return self._find_apex(apex_name, kind)
+        address = ".".join(reversed(labels[:-2]))
+        name = self._addresses.get(address)
+        if name is None:
+            return Found(Outcome.NODATA if address in self._octets else Outcome.NXDOMAIN, apex_name)
+        if kind != Type.PTR:
+            return Found(Outcome.NODATA, apex_name)
+        host = HostData(f"{name}.{self.settings.domain}")
+        return Found(Outcome.ANSWER, apex_name, (host,))
+
+
+def rebuilt(
+    previous: ZoneData, services: Mapping[str, Service], leases: Mapping[str, Lease], now: float
+) -> ZoneData:
+    """Return the zone as it is now: `previous` itself when nothing in it changed.
+
+    The serial rises with the Unix time `now`, and always (RFC 1982 arithmetic, 32 bits).
+    """
+    if services == previous.services and leases == previous.leases:
+        return previous
+    serial = max(previous.serial + 1, int(now)) & 0xFFFFFFFF
+    return ZoneData(previous.settings, services, leases, serial)
+
+
+def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:
+    """Return the in-addr.arpa zones that make up a pool, cut at the octet (RFC 1035 3.5)."""
+    octets = max(1, min(3, -(-pool.prefixlen // 8)))
+    length = octets * 8
+    networks = (
+        pool.subnets(new_prefix=length) if pool.prefixlen < length else [pool.supernet(new_prefix=length)]
+    )
+    return tuple(
+        (*reversed(str(network.network_address).split(".")[:octets]), "in-addr", "arpa")
+        for network in networks
+    )
+
+
+def _has_problem(service: Service | None) -> bool:
+    return service is not None and service.problem is not None
+
+
+def _connector_addresses(services: Mapping[str, Service]) -> Mapping[str, tuple[IPv4Address, ...]]:
+    found: dict[str, set[IPv4Address]] = {}
+    for service in services.values():
+        for connector, instance in connectors(service):
+            try:
+                found.setdefault(connector, set()).add(IPv4Address(instance.address))
+            except AddressValueError:
+                continue
+    return {connector: tuple(sorted(addresses)) for connector, addresses in found.items()}
+
+
+def _octet_prefixes(addresses: Mapping[str, str]) -> frozenset[str]:
+    """Return the names between the reverse zone and its records: they exist without records (RFC 8020)."""
+    prefixes: set[str] = set()
+    for address in addresses:
+        first, second, third, _ = address.split(".")
+        prefixes |= {first, f"{first}.{second}", f"{first}.{second}.{third}"}
+    return frozenset(prefixes)
+
+
+def _txt(lease: Lease) -> tuple[bytes, ...]:
+    """Return the strings of a service's TXT record; a long list of ports is cut into several."""
+    lines = ["ports="]
+    for port in lease.ports:
+        text = f"{port.protocol}:{port.port}"
+        if len(lines[-1]) + len(text) + 1 > TXT_BYTES_MAX:
+            lines.append("ports=")
+        lines[-1] += text if lines[-1].endswith("=") else f",{text}"
+    return (*(line.encode() for line in lines), f"epoch={lease.epoch}".encode())
