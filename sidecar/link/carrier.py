@@ -1,0 +1,176 @@
+"""One stream carrier: a TLS connection that speaks frames and carries one flow at a time.
+
+Frames in and out, blocking and closing; what is inside a flow is sidecar.link.flow's, how carriers come to be
+sidecar.link.stream's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from sidecar.link.flow import TcpFlow
+from ztna.errors import ProtocolError
+from ztna.identity import Identity
+from ztna.reasons import Reason
+from ztna.tls_tcp import RECORD_BYTES, SockAddr, TlsStream
+from ztna.wire.stream import Data, Frame, FrameReader
+
+READ_BYTES_PER_TURN = 16 * RECORD_BYTES
+FINISH_SECONDS = 2.0
+
+# One for the whole process: what is read is handed on or copied before the next read.
+_SCRATCH = memoryview(bytearray(READ_BYTES_PER_TURN))
+
+
+class FrameStream:
+    """Frames over a TlsStream. `on_frame` gets what comes while no flow runs; `on_closed` the reason of the end."""
+
+    def __init__(
+        self, tls: TlsStream, on_frame: Callable[[Frame], None], on_closed: Callable[[Reason], None]
+    ) -> None:
+        self.peer: Identity = tls.identity
+        self.peer_address: SockAddr = tls.peer_address
+        self.flow: TcpFlow | None = None
+        self.is_closed = False
+        self._tls = tls
+        self._reader = FrameReader()
+        # The first may be half written: TLS wants the same bytes again. True marks the DATA frame of the flow.
+        self._unsent: deque[tuple[memoryview, bool]] = deque()
+        self._is_finishing = False
+        self._on_frame = on_frame
+        self._on_closed = on_closed
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._tls.start(self._readable, self._writable)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether earlier bytes still wait to be written."""
+        return bool(self._unsent)
+
+    def send(self, frame: bytes) -> None:
+        """Write a frame, after whatever waits. A broken connection shows later, as its end."""
+        self._send(memoryview(frame), is_piece=False)
+
+    def send_piece(self, frame: memoryview) -> bool:
+        """Write the flow's DATA frame; False: it waits, and the flow is told when it is written."""
+        return self._send(frame, is_piece=True)
+
+    def flow_ended(self, *, reusable: bool) -> None:
+        """Be free for the next flow, or close once what waits is written."""
+        self.flow = None
+        if not reusable:
+            self.finish(Reason.CLOSED_BY_PEER)
+
+    def finish(self, reason: Reason) -> None:
+        """Close once what waits is written, so that the peer can read it."""
+        if self.is_closed or self._is_finishing:
+            return
+        self._is_finishing = True
+        if self._unsent:
+            asyncio.get_running_loop().call_later(FINISH_SECONDS, self.close, reason)
+        else:
+            self._finished(reason)
+
+    def close(self, reason: Reason) -> None:
+        """Close at once; a flow that runs is lost."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._tls.close()
+        self._ended(reason)
+
+    def _finished(self, reason: Reason) -> None:
+        self.is_closed = True
+        self._tls.finish(FINISH_SECONDS)
+        self._ended(reason)
+
+    def _ended(self, reason: Reason) -> None:
+        self._unsent.clear()
+        flow, self.flow = self.flow, None
+        if flow is not None:
+            flow.carrier_lost()
+        self._on_closed(reason)
+
+    def _send(self, frame: memoryview, *, is_piece: bool) -> bool:
+        if self.is_closed or self._is_finishing:
+            return False
+        written = 0
+        if not self._unsent:
+            try:
+                written = self._tls.write(frame)
+            except OSError:
+                # Found out in the middle of somebody's turn; told in a turn of its own.
+                asyncio.get_running_loop().call_soon(self.close, Reason.PEER_GONE)
+                self._is_finishing = True
+                return False
+            if written == len(frame):
+                return True
+        self._unsent.append((frame[written:], is_piece))
+        return False
+
+    def _writable(self) -> None:
+        unsent = self._unsent
+        while unsent:
+            rest, is_piece = unsent[0]
+            try:
+                written = self._tls.write(rest)
+            except OSError:
+                self.close(Reason.PEER_GONE)
+                return
+            if written < len(rest):
+                unsent[0] = (rest[written:], is_piece)
+                return
+            unsent.popleft()
+            if is_piece and self.flow is not None:
+                self.flow.piece_written()
+        if self._is_finishing:
+            self._finished(Reason.CLOSED_BY_PEER)
+        elif self.flow is not None:
+            self.flow.carrier_writable()
+
+    def _readable(self) -> None:
+        if self.is_closed:
+            return
+        try:
+            size = self._tls.read_into(_SCRATCH)
+            if size and not self._is_finishing:
+                self._dispatch(self._reader.feed(_SCRATCH[:size]))
+        except ProtocolError:
+            self.close(Reason.MALFORMED)
+        except OSError:
+            self.close(Reason.PEER_GONE)
+        else:
+            if self._tls.is_ended:
+                self.close(Reason.CLOSED_BY_PEER)
+
+    def _dispatch(self, frames: list[Frame]) -> None:
+        pieces: list[bytes | memoryview] = []
+        for frame in frames:
+            if isinstance(frame, Data):
+                pieces.append(frame.data)
+                continue
+            if pieces:
+                self._data(pieces)
+                pieces = []
+            self._other(frame)
+        if pieces:
+            self._data(pieces)
+
+    def _data(self, pieces: list[bytes | memoryview]) -> None:
+        if self.is_closed or self._is_finishing:
+            return
+        if self.flow is None:
+            raise ProtocolError("DATA without a flow")
+        self.flow.data_received(pieces)
+
+    def _other(self, frame: Frame) -> None:
+        if self.is_closed or self._is_finishing:
+            return
+        if self.flow is None:
+            self._on_frame(frame)
+        else:
+            self.flow.frame_received(frame)

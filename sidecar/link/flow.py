@@ -1,0 +1,335 @@
+"""One TCP flow at one end: bytes between the local socket and its carrier, within windows and budgets.
+
+The same at agent and connector. Positions and windows are sidecar.link.resume's, frames on the wire
+sidecar.link.carrier's; who may open a flow is decided before one exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+from sidecar.link.budget import Share
+from sidecar.link.resume import ACK_DELAY_SECONDS, FlowState
+from ztna.errors import ProtocolError
+from ztna.identity import Identity
+from ztna.reasons import Reason
+from ztna.wire.stream import DATA, HEADER_BYTES, Ack, Fin, Frame, OpenFrame, ResetFrame, encode
+
+# With its header a full piece is exactly four TLS records.
+PIECE_BYTES = 64 * 1024 - HEADER_BYTES
+READS_PER_TURN = 4
+GATHERED_PIECES_MAX = 64
+LOCAL_WRITE_BYTES_MAX = 256 * 1024
+# Smaller reads are kept as copies, so that what is kept is not mostly empty chunk.
+WHOLE_CHUNK_BYTES_MIN = 32 * 1024
+SPARE_CHUNKS_MAX = 128
+
+_HEADER = struct.Struct(">I")
+_RST = struct.pack("ii", 1, 0)
+_REASONS = tuple(Reason)
+
+
+def reset_code(reason: Reason | None) -> int:
+    """Return the byte of RESET: 0 for the local socket's own RST, else which Reason counted from 1."""
+    return 0 if reason is None else 1 + _REASONS.index(reason)
+
+
+def abort(sock: socket.socket) -> None:
+    """Close a TCP socket with a RST."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST)
+    sock.close()
+
+
+class FlowCarrier(Protocol):
+    """What a flow needs of the connection that carries it."""
+
+    peer: Identity
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether earlier bytes still wait to be written."""
+
+    def send(self, frame: bytes) -> None:
+        """Write a small frame, after whatever waits."""
+
+    def send_piece(self, frame: memoryview) -> bool:
+        """Write a DATA frame while not blocked; False: `piece_written` is called once it is wholly written."""
+
+    def flow_ended(self, *, reusable: bool) -> None:
+        """The flow is over: be free for the next one, or close once what waits is written."""
+
+
+class TcpFlow:
+    """A flow that runs. `finished` tells whether its carrier may carry another."""
+
+    def __init__(self, carrier: FlowCarrier, opened: OpenFrame, send_window: int, share: Share) -> None:
+        self.opened = opened
+        self.peer = carrier.peer
+        self.state = FlowState(send_window=send_window, receive_window=share.window)
+        self.finished: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._loop = asyncio.get_running_loop()
+        self._carrier = carrier
+        self._share = share
+        self._held = bytearray()
+        self._in_flight: memoryview | None = None
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._is_reading = False
+        self._is_writing = False
+        self._is_over = False
+
+    def start(self, local: socket.socket) -> None:
+        """Take the connected local socket over and begin."""
+        local.setblocking(False)
+        local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._local = local
+        self._local_fd = local.fileno()
+        self._look_at_reading()
+
+    def reset(self, reason: Reason | None = None) -> None:
+        """End the flow at once at both ends: RESET to the other, RST to the local program."""
+        if not self._is_over:
+            self._carrier.send(encode(ResetFrame(reset_code(reason))))
+            self._end(reusable=False)
+
+    # From the carrier
+
+    def data_received(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Hand bytes to the local socket, or hold them. Raises ProtocolError as FlowState does."""
+        if self._is_over:
+            return
+        size = sum(map(len, pieces))
+        self.state.received(size)
+        self.bytes_received += size
+        taken = 0
+        if not self._held:
+            try:
+                taken = self._write_local(pieces)
+            except OSError:
+                self.reset()
+                return
+            self.state.delivered(taken)
+        if taken < size:
+            self._hold(pieces, taken)
+        self._acknowledge()
+
+    def frame_received(self, frame: Frame) -> None:
+        """Take any other frame of the running flow. Raises ProtocolError for one that does not belong."""
+        if self._is_over:
+            return
+        if isinstance(frame, Ack):
+            self._recycle(self.state.acknowledged(frame.position))
+            self._share.keep(self.state.kept_bytes)
+            if self.state.is_complete:
+                self._end(reusable=True)
+            else:
+                self._look_at_reading()
+        elif isinstance(frame, Fin):
+            self.state.fin_received()
+            self._finish_local()
+        elif isinstance(frame, ResetFrame):
+            self._end(reusable=False)
+        else:
+            raise ProtocolError(f"{type(frame).__name__} inside a flow")
+
+    def piece_written(self) -> None:
+        """The DATA frame that was given to a blocked carrier is written."""
+        piece, self._in_flight = self._in_flight, None
+        if piece is not None and not self._is_over:
+            self._keep(piece)
+
+    def carrier_writable(self) -> None:
+        """Nothing waits in the carrier any more."""
+        if not self._is_over:
+            self._acknowledge()
+            self._look_at_reading()
+
+    def carrier_lost(self) -> None:
+        """The carrier broke: the local program sees a RST, never a clean end of half its bytes."""
+        if not self._is_over:
+            self._end(reusable=False)
+
+    # Local socket -> carrier
+
+    def _look_at_reading(self) -> None:
+        """Read the local socket exactly while its bytes have somewhere to go."""
+        state = self.state
+        wanted = not (self._is_over or state.fin_is_sent or self._carrier.is_blocked)
+        if wanted:
+            wanted = state.send_credit > 0
+            if wanted and self._share.room() == 0:
+                wanted = False
+                self._share.wait(self._look_at_reading)
+        if wanted != self._is_reading:
+            self._is_reading = wanted
+            if wanted:
+                self._loop.add_reader(self._local_fd, self._local_readable)
+            else:
+                self._loop.remove_reader(self._local_fd)
+
+    def _local_readable(self) -> None:
+        for _ in range(READS_PER_TURN):
+            limit = min(self.state.send_credit, self._share.room(), PIECE_BYTES)
+            if limit <= 0 or not self._read_local(limit):
+                break
+        self._look_at_reading()
+
+    def _read_local(self, limit: int) -> bool:
+        """Carry one read of at most `limit` bytes; return whether there may be more and room for it."""
+        chunk = _CHUNKS.take()
+        view = memoryview(chunk)
+        try:
+            size = self._local.recv_into(view[HEADER_BYTES : HEADER_BYTES + limit])
+        except BlockingIOError:
+            _CHUNKS.give(chunk)
+            return False
+        except OSError:
+            _CHUNKS.give(chunk)
+            self.reset()
+            return False
+        if not size:
+            _CHUNKS.give(chunk)
+            self.state.fin_sent()
+            self._carrier.send(encode(Fin()))
+            return False
+        self.bytes_sent += size
+        _HEADER.pack_into(chunk, 0, DATA << 24 | size)
+        frame = view[: HEADER_BYTES + size]
+        if self._carrier.send_piece(frame):
+            self._keep(frame)
+            return size == limit and not self._is_over
+        self._in_flight = frame
+        return False
+
+    def _keep(self, frame: memoryview) -> None:
+        """Keep a written DATA frame until its ACK; only now, so that no ACK can free what is still being written."""
+        piece = frame[HEADER_BYTES:]
+        chunk = frame.obj
+        assert isinstance(chunk, bytearray)
+        if len(piece) < WHOLE_CHUNK_BYTES_MIN:
+            self.state.sent(memoryview(bytes(piece)))
+            _CHUNKS.give(chunk)
+        else:
+            self.state.sent(piece)
+        self._share.keep(self.state.kept_bytes)
+
+    # Carrier -> local socket
+
+    def _write_local(self, pieces: Sequence[bytes | memoryview]) -> int:
+        try:
+            if len(pieces) == 1:
+                return self._local.send(pieces[0])
+            if len(pieces) <= GATHERED_PIECES_MAX:
+                return self._local.sendmsg(pieces)
+            return self._local.send(b"".join(pieces))
+        except BlockingIOError:
+            return 0
+
+    def _hold(self, pieces: Sequence[bytes | memoryview], skip: int) -> None:
+        for piece in pieces:
+            if skip < len(piece):
+                self._held += piece[skip:]
+                skip = 0
+            else:
+                skip -= len(piece)
+        if not self._is_writing:
+            self._is_writing = True
+            self._loop.add_writer(self._local_fd, self._local_writable)
+
+    def _local_writable(self) -> None:
+        try:
+            with memoryview(self._held) as view:
+                taken = self._write_local((view[:LOCAL_WRITE_BYTES_MAX],))
+        except OSError:
+            self.reset()
+            return
+        del self._held[:taken]
+        self.state.delivered(taken)
+        if not self._held:
+            self._is_writing = False
+            self._loop.remove_writer(self._local_fd)
+        self._finish_local()
+        self._acknowledge()
+
+    def _finish_local(self) -> None:
+        if self._is_over or not self.state.fin_is_due:
+            return
+        # A local program that has gone is noticed at the next read or write; here it cannot be told any more.
+        with contextlib.suppress(OSError):
+            self._local.shutdown(socket.SHUT_WR)
+        self.state.fin_delivered()
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Send an ACK when one is due, or soon when one is wanted; while the carrier is blocked, after that."""
+        state = self.state
+        if self._is_over or not state.ack_is_wanted:
+            return
+        if not state.ack_is_due:
+            if self._ack_timer is None:
+                self._ack_timer = self._loop.call_later(ACK_DELAY_SECONDS, self._ack_delay_over)
+        elif not self._carrier.is_blocked:
+            self._send_ack()
+
+    def _ack_delay_over(self) -> None:
+        self._ack_timer = None
+        if self.state.ack_is_wanted and not self._carrier.is_blocked:
+            self._send_ack()
+        else:
+            self._acknowledge()
+
+    def _send_ack(self) -> None:
+        self._carrier.send(encode(Ack(self.state.take_ack())))
+        if self.state.is_complete:
+            self._end(reusable=True)
+
+    # The end
+
+    def _end(self, *, reusable: bool) -> None:
+        self._is_over = True
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+        if self._is_reading:
+            self._loop.remove_reader(self._local_fd)
+        if self._is_writing:
+            self._loop.remove_writer(self._local_fd)
+        if reusable:
+            self._local.close()
+        else:
+            abort(self._local)
+        self._held = bytearray()
+        self._recycle(self.state.forget())
+        self._share.close()
+        if not self.finished.done():
+            self.finished.set_result(reusable)
+        self._carrier.flow_ended(reusable=reusable)
+
+    @staticmethod
+    def _recycle(pieces: Sequence[memoryview]) -> None:
+        for piece in pieces:
+            if isinstance(piece.obj, bytearray):
+                _CHUNKS.give(piece.obj)
+
+
+class _Chunks:
+    """Spare buffers of one full DATA frame, so that the hot path allocates and zeroes none."""
+
+    def __init__(self) -> None:
+        self._spare: list[bytearray] = []
+
+    def take(self) -> bytearray:
+        return self._spare.pop() if self._spare else bytearray(HEADER_BYTES + PIECE_BYTES)
+
+    def give(self, chunk: bytearray) -> None:
+        if len(self._spare) < SPARE_CHUNKS_MAX:
+            self._spare.append(chunk)
+
+
+_CHUNKS = _Chunks()

@@ -1,0 +1,296 @@
+"""TLS 1.3 over TCP on non-blocking sockets, both ends authenticated before anything is read.
+
+Bytes only: frames and flows are sidecar.link's. Plain `ssl` sockets on the loop's selector, because asyncio's own TLS
+transports copy more and cannot half-close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from ztna.credentials import Credentials
+from ztna.errors import IdentityError, LinkError
+from ztna.identity import Identity
+from ztna.reasons import Reason
+
+SockAddr = tuple[str, int]
+
+HANDSHAKE_SECONDS = 5.0
+DEAD_PEER_SECONDS = 10
+KEEPALIVE_IDLE_SECONDS = 4
+KEEPALIVE_INTERVAL_SECONDS = 2
+KEEPALIVE_PROBES = 3
+RECORD_BYTES = 16 * 1024
+CONTEXTS_MAX = 16
+
+_DER = 2  # _ssl.ENCODING_DER
+_VERIFY_EXPIRED = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+_VERIFY_WRONG_PURPOSE = 26  # X509_V_ERR_INVALID_PURPOSE: the extended key usage
+
+
+async def connect(address: SockAddr, timeout_s: float) -> socket.socket:
+    """Return a connected, non-blocking TCP socket with carrier options. Raises LinkError."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.get_running_loop().sock_connect(sock, address)
+        notice_dead_peer(sock)
+    except TimeoutError:
+        sock.close()
+        raise LinkError(f"{address[0]}:{address[1]} did not answer within {timeout_s:g} s") from None
+    except OSError as error:
+        sock.close()
+        raise LinkError(f"{address[0]}:{address[1]}: {error.strerror or error}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def notice_dead_peer(sock: socket.socket) -> None:
+    """Set a socket between agent and connector up: no delay, and a dead peer is noticed within 10 s."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+
+
+async def secure(
+    sock: socket.socket,
+    credentials: Credentials,
+    alpn: str,
+    *,
+    server_side: bool,
+    timeout_s: float = HANDSHAKE_SECONDS,
+) -> TlsStream:
+    """Take a connected, non-blocking socket over, do the handshake on it and say who the peer is.
+
+    Closes the socket, having read nothing past the handshake, unless the ALPN is exactly `alpn` and the peer's whole
+    presented chain proves an identity for its role. Raises IdentityError, or LinkError for anything else.
+    """
+    context = _context(credentials, alpn, server_side)
+    tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _handshake(tls)
+        if tls.selected_alpn_protocol() != alpn:
+            raise LinkError(f"the peer speaks {tls.selected_alpn_protocol() or 'no ALPN'}, not {alpn}")
+        identity = credentials.trust.verify(
+            _presented_chain(tls), "client" if server_side else "server", datetime.now(UTC)
+        )
+        return TlsStream(tls, identity)
+    except TimeoutError:
+        tls.close()
+        raise LinkError(f"no TLS handshake within {timeout_s:g} s") from None
+    except ssl.SSLError as error:
+        tls.close()
+        raise _refusal(error) from None
+    except OSError as error:
+        tls.close()
+        raise LinkError(f"the connection broke in the TLS handshake: {error.strerror or error}") from None
+    except BaseException:
+        tls.close()
+        raise
+
+
+class TlsStream:
+    """An authenticated connection; its owner is called when it can be read or written and must not block."""
+
+    def __init__(self, tls: ssl.SSLSocket, identity: Identity) -> None:
+        self.identity = identity
+        self.peer_address: SockAddr = tls.getpeername()[:2]
+        self.is_ended = False
+        self._tls = tls
+        self._fd = tls.fileno()
+        self._loop = asyncio.get_running_loop()
+        # SSLSocket's own methods only check for states that cannot be here; at 16 KiB a call that shows.
+        ssl_object: Any = tls._sslobj  # type: ignore[attr-defined]
+        self._read = ssl_object.read
+        self._write = ssl_object.write
+        self._pending = ssl_object.pending
+        self._on_readable: Callable[[], None] | None = None
+        self._on_writable: Callable[[], None] | None = None
+        self._awaits_writable = False
+        self._read_awaits_writable = False
+        self._write_awaits_readable = False
+        self._is_closed = False
+
+    def start(self, on_readable: Callable[[], None], on_writable: Callable[[], None]) -> None:
+        """Begin to call: `on_readable` whenever there is something, `on_writable` once after a short `write`."""
+        self._on_readable = on_readable
+        self._on_writable = on_writable
+        self._loop.add_reader(self._fd, self._readable)
+        # The peer's first bytes may have come in the same segment as the end of its handshake.
+        self._loop.call_soon(self._read_pending)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill the buffer with what is there and return how much that was; `is_ended` tells the end.
+
+        Raises OSError (ssl.SSLError among them) when the connection is broken.
+        """
+        read = self._read
+        size = len(buffer)
+        got = 0
+        try:
+            while got < size:
+                count = read(size - got, buffer[got:])
+                if not count:
+                    self.is_ended = True
+                    return got
+                got += count
+        except ssl.SSLWantReadError:
+            return got
+        except ssl.SSLWantWriteError:  # the answer to a key update does not fit
+            self._read_awaits_writable = True
+            self._await_writable()
+            return got
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            self.is_ended = True
+            return got
+        if self._pending():
+            # The buffer ended inside a record, whose rest the selector knows nothing of.
+            self._loop.call_soon(self._read_pending)
+        return got
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write what fits and return how much that was; short means: `on_writable` is called, then go on from there.
+
+        The bytes not taken must be given again unchanged. Raises OSError when the connection is broken.
+        """
+        try:
+            written: int = self._write(data)
+        except ssl.SSLWantWriteError:
+            self._await_writable()
+            return 0
+        except ssl.SSLWantReadError:
+            self._write_awaits_readable = True
+            return 0
+        if written < len(data):
+            self._await_writable()
+        return written
+
+    def close(self) -> None:
+        """Close at once, without a word; again is harmless."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._stop_watching()
+            self._tls.close()
+
+    def finish(self, patience_s: float) -> None:
+        """Send the end, wait at most `patience_s` for the peer's, reading what comes without a look, and close.
+
+        Closing with unread bytes would send a RST, which may overtake what the peer has yet to read.
+        """
+        if self._is_closed:
+            return
+        self._stop_watching()
+        try:
+            socket.socket.shutdown(self._tls, socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        timer = self._loop.call_later(patience_s, self.close)
+        self._loop.add_reader(self._fd, self._discard, timer)
+
+    def _discard(self, timer: asyncio.TimerHandle) -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                if socket.socket.recv(self._tls, 4 * RECORD_BYTES):
+                    return
+            except ConnectionError:
+                pass
+            timer.cancel()
+            self.close()
+
+    def _stop_watching(self) -> None:
+        self._on_readable = self._on_writable = None
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+
+    def _await_writable(self) -> None:
+        if not self._awaits_writable:
+            self._awaits_writable = True
+            self._loop.add_writer(self._fd, self._writable)
+
+    def _readable(self) -> None:
+        if self._write_awaits_readable:
+            self._write_awaits_readable = False
+            self._call(self._on_writable)
+        self._call(self._on_readable)
+
+    def _read_pending(self) -> None:
+        self._call(self._on_readable)
+
+    def _writable(self) -> None:
+        if self._is_closed:
+            return
+        self._awaits_writable = False
+        self._loop.remove_writer(self._fd)
+        if self._read_awaits_writable:
+            self._read_awaits_writable = False
+            self._call(self._on_readable)
+        self._call(self._on_writable)
+
+    @staticmethod
+    def _call(callback: Callable[[], None] | None) -> None:
+        if callback is not None:
+            callback()
+
+
+@lru_cache(maxsize=CONTEXTS_MAX)
+def _context(credentials: Credentials, alpn: str, server_side: bool) -> ssl.SSLContext:
+    return credentials.server_context(alpn) if server_side else credentials.client_context(alpn)
+
+
+async def _handshake(tls: ssl.SSLSocket) -> None:
+    loop = asyncio.get_running_loop()
+    fd = tls.fileno()
+    while True:
+        ready: asyncio.Future[None] = loop.create_future()
+        try:
+            tls.do_handshake()
+            return
+        except ssl.SSLWantReadError:
+            loop.add_reader(fd, _set, ready)
+        except ssl.SSLWantWriteError:
+            loop.add_writer(fd, _set, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_reader(fd)
+            loop.remove_writer(fd)
+
+
+def _set(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _presented_chain(tls: ssl.SSLSocket) -> list[bytes]:
+    # Public only from Python 3.13 on; the leaf comes first on both sides.
+    ssl_object: Any = tls._sslobj  # type: ignore[attr-defined]
+    return [bytes(each.public_bytes(_DER)) for each in ssl_object.get_unverified_chain() or ()]
+
+
+def _refusal(error: ssl.SSLError) -> IdentityError | LinkError:
+    """Say in our words what OpenSSL refused in the handshake."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if error.verify_code in _VERIFY_EXPIRED:
+            return IdentityError(Reason.EXPIRED, error.verify_message)
+        if error.verify_code == _VERIFY_WRONG_PURPOSE:
+            return IdentityError(Reason.NO_GRANT, error.verify_message)
+        return IdentityError(Reason.UNTRUSTED, error.verify_message)
+    if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return IdentityError(Reason.NO_CERTIFICATE, "client cert required")
+    return LinkError(f"TLS handshake failed: {error.reason or error}")
