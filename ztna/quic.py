@@ -67,7 +67,7 @@ _RESET_PACKET_BYTES_MIN = 5 + RESET_TOKEN_BYTES
 _RESET_PACKET_BYTES_MAX = 42
 _VERSIONS = [QuicProtocolVersion.VERSION_1]
 
-_log = logger("quic")
+_log = logger(__name__)
 
 Clock = Callable[[], float]
 WallClock = Callable[[], datetime]
@@ -346,7 +346,7 @@ class Connection:
         where = self._endpoint.settings.where
         DROPS.labels(where, "malformed").inc()
         _log.warning(
-            "malformed packet", where=where, peer=repr(self), error=f"{type(error).__name__}: {error}"
+            "malformed_packet", where=where, peer=repr(self), error=f"{type(error).__name__}: {error}"
         )
 
     def _end(self, code: int, reason: str) -> None:
@@ -444,7 +444,7 @@ class _Endpoint:
         """Make the handler of a connection whose identity stands."""
         host, port = connection.peer_address
         _log.info(
-            "connection opened",
+            "connection_opened",
             where=self.settings.where,
             peer=connection.identity.name,
             address=f"{host}:{port}",
@@ -456,7 +456,7 @@ class _Endpoint:
         """Log the end of a connection."""
         host, port = connection.peer_address
         _log.info(
-            "connection ended" if was_open else "connection refused",
+            "connection_ended" if was_open else "connection_refused",
             where=self.settings.where,
             peer=connection.identity.name if was_open else "",
             address=f"{host}:{port}",

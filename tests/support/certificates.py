@@ -68,6 +68,8 @@ def forge(
     path_length: int | None = None,
     constraints: x509.NameConstraints | None = None,
     digital_signature: bool = True,
+    cert_sign: bool = True,
+    extra: x509.ExtensionType | None = None,
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """Make any certificate, sensible or not; without an issuer it signs itself."""
     now = datetime.now(UTC)
@@ -89,12 +91,14 @@ def forge(
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     builder = builder.add_extension(identifier, critical=False)
     if key_usage:
-        flags = (digital_signature, False, False, False, False, ca, ca, False, False)
+        flags = (digital_signature, False, False, False, False, ca and cert_sign, ca, False, False)
         builder = builder.add_extension(x509.KeyUsage(*flags), critical=True)
     if eku:
         builder = builder.add_extension(x509.ExtendedKeyUsage(list(eku)), critical=False)
     if constraints:
         builder = builder.add_extension(constraints, critical=True)
+    if extra:
+        builder = builder.add_extension(extra, critical=False)
     if dns or uris:
         names: list[x509.GeneralName] = [x509.DNSName(each) for each in dns]
         names += [x509.UniformResourceIdentifier(each) for each in uris]
