@@ -39,6 +39,23 @@ UNEXPECTED = Counter(
 READY = Gauge("ztna_ready", "1 when /readyz says ready.", registry=REGISTRY)
 BUILD = Gauge("ztna_build_info", "Always 1.", ("daemon", "version"), registry=REGISTRY)
 
+KEEPER = Gauge("ztna_keeper", "1 while this dnsd is the keeper of the leases.", registry=REGISTRY)
+LEASE_CHANGES = Counter(
+    "ztna_lease_changes", "What the keeper has done to leases, by kind.", ("kind",), registry=REGISTRY
+)
+UNLEASED = Gauge(
+    "ztna_services_without_lease",
+    "Services the keeper could not give an address, or that are not served.",
+    registry=REGISTRY,
+)
+DNS_QUERIES = Counter("ztna_dns_queries", "DNS queries taken.", ("transport",), registry=REGISTRY)
+DNS_CONNECTIONS = Gauge("ztna_dns_tcp_connections", "Open DNS connections over TCP.", registry=REGISTRY)
+CONFIRMED = Gauge(
+    "ztna_catalog_confirmed_seconds",
+    "Unix time when Consul last confirmed the names served.",
+    registry=REGISTRY,
+)
+
 HIDDEN = "***"
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
