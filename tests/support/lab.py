@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.consul import require_binary, server_argv
-from tests.support.namespaces import Host, Network
+from tests.support.namespaces import Host, LocalNetwork, Network
 from ztna import config as configuration
 from ztna.ca import Authority
 from ztna.cli.processes import console_script
@@ -236,7 +236,7 @@ def udp_ask(host: Host, address: str, port: int, payload: bytes, seconds: float 
 class Lab:
     """Hosts, one CA, one Consul, and whatever daemons a test adds."""
 
-    network: Network
+    network: Network | LocalNetwork
     directory: Path
     pool: IPv4Network = IPv4Network("127.100.0.0/16")  # noqa: RUF009 - immutable
     running: list[Running] = field(default_factory=list)

@@ -104,6 +104,30 @@ class Host:
         return [int(pid) for pid in run("ip", "netns", "pids", self.namespace).split()]
 
 
+class LocalHost(Host):
+    """This very machine as a host, for what needs no network of its own."""
+
+    @property
+    def prefix(self) -> list[str]:
+        """Nothing: a command runs here."""
+        return []
+
+    def socket(self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET) -> socket.socket:
+        """Return a fresh socket."""
+        return socket.socket(family, kind)
+
+
+@dataclass
+class LocalNetwork:
+    """A network whose every host is this machine on 127.0.0.1: ports must then be chosen."""
+
+    hosts: dict[str, Host] = field(default_factory=dict)
+
+    def host(self, name: str) -> Host:
+        """Return this machine under another name."""
+        return self.hosts.setdefault(name, LocalHost(name, "", "127.0.0.1"))
+
+
 @dataclass
 class Network:
     """A bridge in a namespace of its own, with hosts attached to it by veth pairs."""

@@ -1,0 +1,63 @@
+"""A mesh on 127.0.0.1 for measuring: embedded Consul, dnsd, relay, one connector, one agent."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+
+from tests.bench.harness import CannotMeasure, accepts, free_port, wait_until
+from tests.support.lab import Daemon, Lab
+from tests.support.namespaces import LocalNetwork
+from ztna.config import ConsulConfig, Endpoint, RouteConfig
+
+
+@dataclass
+class BenchMesh:
+    """The daemons whose CPU time is counted, and where the services are."""
+
+    lab: Lab
+    dns_port: int
+    relay: Daemon
+    connector: Daemon
+    agent: Daemon
+
+    def address(self, service: str) -> str:
+        """Return a service's virtual address."""
+        return self.lab.address(service, port=self.dns_port)
+
+
+@contextlib.contextmanager
+def bench_mesh(directory: Path, routes: Sequence[RouteConfig], *, direct: bool) -> Iterator[BenchMesh]:
+    """Start a mesh that fronts these routes; CannotMeasure when it does not come up."""
+    directory.mkdir()
+    lab = Lab(LocalNetwork(), directory, IPv4Network("127.100.0.0/16"))
+    try:
+        consul, dns, control, forwarder, link = (free_port() for _ in range(5))
+        lab.consul = ConsulConfig(address=f"http://127.0.0.1:{consul}")
+        lab.spawn("consul", lab.host("core"), *_embedded(consul))
+        wait_until("the embedded Consul", lambda: accepts(consul))
+        dnsd = lab.dnsd(listen=Endpoint("127.0.0.1", dns), admin=Endpoint("127.0.0.1", free_port()))
+        relay = lab.relay(
+            listen=Endpoint("127.0.0.1", control),
+            forwarder=Endpoint("127.0.0.1", forwarder),
+            resolvers=(Endpoint("127.0.0.1", dns),),
+        )
+        relays = (lab.target(port=control),)
+        connector = lab.connector("bench", routes, link=Endpoint("127.0.0.1", link), relays=relays)
+        agent = lab.agent("agent", [str(route.service) for route in routes], relays=relays, direct=direct)
+        try:
+            for daemon in (dnsd, relay, connector, agent):
+                daemon.wait_ready()
+        except AssertionError as error:
+            raise CannotMeasure(str(error)) from None
+        yield BenchMesh(lab, dns, relay, connector, agent)
+    finally:
+        lab.close()
+
+
+def _embedded(port: int) -> list[str]:
+    return [sys.executable, "-m", "ztna.consul.embedded", "--listen", f"127.0.0.1:{port}"]
