@@ -46,8 +46,11 @@ CHECK_FIELDS = frozenset(
         "notes",
         "deregistercriticalserviceafter",
         "successbeforepassing",
+        "failuresbeforecritical",
+        "serviceid",
+        "interval",
+        "timeout",
     ]
-    + ["failuresbeforecritical", "serviceid", "interval", "timeout"]
 )
 KINDS_NOT_RUN = frozenset(
     [

@@ -1,0 +1,21 @@
+# `ztna leases`: reads the leases and asks the keeper for changes; it writes no lease itself.
+
+key_prefix "ztna/vip/" {
+  policy = "read"
+}
+
+key_prefix "ztna/vip/wish/" {
+  policy = "write"
+}
+
+key "ztna/schema" {
+  policy = "read"
+}
+
+service_prefix "" {
+  policy = "read"
+}
+
+node_prefix "" {
+  policy = "read"
+}

@@ -1,0 +1,41 @@
+"""Fixtures for every test, and the last lines of a run: which Consuls it was proved on, and which not."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.support.consul import (
+    NEWEST,
+    OLDEST,
+    REAL_KINDS,
+    VERSIONS_TESTED,
+    _shared_consuls,
+    acl_consul,
+    consul,
+    find_binary,
+    own_consul,
+    unique,
+)
+
+__all__ = ["_shared_consuls", "acl_consul", "consul", "own_consul", "unique"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests passed on which Consul, and what was not proved for want of one."""
+    passed = Counter(
+        str(value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == VERSIONS_TESTED
+    )
+    if passed:
+        counted = ", ".join(f"{version} ({count} tests)" for version, count in sorted(passed.items()))
+        terminalreporter.write_line(f"Consul: passed on {counted}")
+    names = {"oldest": f"the oldest supported Consul ({OLDEST})", "newest": f"the newest Consul ({NEWEST})"}
+    missing = [names[kind] for kind in REAL_KINDS if find_binary(kind) is None]
+    if missing:
+        terminalreporter.write_line(
+            f"Consul: NOT proved on {' and '.join(missing)}: not here; `make peers` gets it"
+        )

@@ -1,0 +1,182 @@
+"""The policies of docs/policies, file by file, on real Consuls that deny everything else (design.md 4)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.consul import POLICIES, ConsulUnderTest
+from ztna.catalog import CheckDefinition, KvCheckSession, KvSet, Registration
+from ztna.config import ConsulConfig
+from ztna.consul.client import ConsulClient
+from ztna.errors import ConsulForbidden
+
+APPEAR_SECONDS = 10.0
+LEASE = "ztna/vip/service/web-app"
+HOLDING = "ztna/vip/ip/10.100.0.2"
+KEEPER = "ztna/vip/keeper"
+
+
+def client(consul: ConsulUnderTest, policy: str) -> ConsulClient:
+    return ConsulClient(consul.config(consul.token_for(f"{policy}.hcl")))
+
+
+def rule(kind: str, name: str) -> str:
+    """Return a pattern for the rule that a 403 has to name."""
+    return re.escape(f'{kind} "{name}" {{ policy = "write" }}')
+
+
+def registration(service: str, unique: str) -> Registration:
+    instance_id = f"{service}@{unique}"
+    check = CheckDefinition(check_id=f"{instance_id}:ttl", name="backend", ttl_s=60, status="passing")
+    return Registration(
+        service=service, instance_id=instance_id, address="127.0.0.1", port=4435, checks=(check,)
+    )
+
+
+async def appears(reader: ConsulClient, service: str, instance_id: str) -> None:
+    """Wait for the agent's sync with the catalog, which is Consul's own clock."""
+    end = time.monotonic() + APPEAR_SECONDS
+    while instance_id not in {each.instance_id for each in await reader.service_instances(service)}:
+        assert time.monotonic() < end, f"{instance_id} does not appear"
+        await asyncio.sleep(0.05)
+
+
+async def test_a_connector_serves_its_services_and_everyone_sees_them(
+    acl_consul: ConsulUnderTest, unique: str
+) -> None:
+    async with client(acl_consul, "connector") as connector:
+        for service in ("echo-service", "web-app", "db"):
+            made = registration(service, unique)
+            await connector.register_service(made)
+            assert await connector.update_check(made.checks[0].check_id, "passing", "ok")
+            for policy in ("dnsd", "dnsd-readonly", "agent", "operator"):
+                async with client(acl_consul, policy) as reader:
+                    await appears(reader, service, made.instance_id)
+            assert made.instance_id in await connector.agent_services()
+            await connector.deregister_service(made.instance_id)
+
+
+async def test_a_connector_can_register_no_other_name(acl_consul: ConsulUnderTest, unique: str) -> None:
+    async with client(acl_consul, "connector") as connector:
+        with pytest.raises(ConsulForbidden, match=rule("service", "billing")):
+            await connector.register_service(registration("billing", unique))
+
+
+async def test_a_connector_can_touch_no_other_services_check(
+    acl_consul: ConsulUnderTest, unique: str
+) -> None:
+    made = registration(f"billing-{unique}", unique)
+    async with (
+        ConsulClient(acl_consul.config()) as operator,
+        client(acl_consul, "connector") as connector,
+    ):
+        await operator.register_service(made)
+        with pytest.raises(ConsulForbidden):
+            await connector.update_check(made.checks[0].check_id, "critical", "mine now")
+        with pytest.raises(ConsulForbidden):
+            await connector.deregister_service(made.instance_id)
+        await operator.deregister_service(made.instance_id)
+
+
+@pytest.mark.parametrize("policy", ["connector", "agent", "dnsd-readonly", "operator"])
+@pytest.mark.parametrize("key", [LEASE, HOLDING, KEEPER])
+async def test_only_the_keeper_writes_leases(acl_consul: ConsulUnderTest, policy: str, key: str) -> None:
+    named = rule("key", key)
+    async with client(acl_consul, policy) as holder:
+        with pytest.raises(ConsulForbidden, match=named):
+            await holder.kv_put(key, b"{}")
+        with pytest.raises(ConsulForbidden, match=named):
+            await holder.kv_delete(key)
+        with pytest.raises(ConsulForbidden, match=named):
+            await holder.txn([KvSet(key, b"{}", 0)])
+
+
+@pytest.mark.parametrize("policy", ["connector", "agent", "dnsd-readonly", "operator"])
+async def test_everyone_reads_leases(acl_consul: ConsulUnderTest, policy: str, unique: str) -> None:
+    key = f"ztna/vip/service/{unique}"
+    async with client(acl_consul, "dnsd") as keeper, client(acl_consul, policy) as reader:
+        assert await keeper.kv_put(key, b"lease")
+        found = await reader.kv_get(key)
+        assert found is not None
+        assert found.value == b"lease"
+        assert key in {pair.key for pair in await reader.kv_list("ztna/vip/service/")}
+        assert await keeper.kv_delete(key)
+
+
+async def test_the_keeper_locks_and_writes_in_a_checked_transaction(
+    acl_consul: ConsulUnderTest, unique: str
+) -> None:
+    lock = f"ztna/vip/{unique}"
+    async with client(acl_consul, "dnsd") as keeper:
+        session = await keeper.session_create("keeper", ttl_s=10, lock_delay_s=0)
+        assert await keeper.kv_put(lock, b"", acquire=session)
+        outcome = await keeper.txn(
+            [KvCheckSession(lock, session), KvSet(f"{lock}/service", b"1", 0), KvSet(f"{lock}/ip", b"1", 0)]
+        )
+        assert outcome.ok
+        assert await keeper.session_renew(session)
+        await keeper.session_destroy(session)
+        assert await keeper.kv_delete(lock, recurse=True)
+        assert await keeper.kv_put("ztna/schema", b"1")
+
+
+async def test_an_agent_reports_its_own_conflict_only(acl_consul: ConsulUnderTest) -> None:
+    async with client(acl_consul, "agent") as agent:
+        session = await agent.session_create("laptop-1", ttl_s=10, behavior="delete", lock_delay_s=0)
+        assert await agent.kv_put("ztna/conflict/laptop-1", b"{}", acquire=session)
+        with pytest.raises(ConsulForbidden, match='key "ztna/conflict/laptop-2"'):
+            await agent.kv_put("ztna/conflict/laptop-2", b"{}", acquire=session)
+        await agent.session_destroy(session)
+
+
+async def test_an_operator_wishes_and_writes_nothing_else(acl_consul: ConsulUnderTest, unique: str) -> None:
+    wish = f"ztna/vip/wish/{unique}"
+    async with client(acl_consul, "operator") as operator:
+        assert await operator.kv_put(wish, b"{}")
+        assert await operator.kv_delete(wish)
+        with pytest.raises(ConsulForbidden):
+            await operator.session_create("x", ttl_s=10)
+
+
+async def test_a_token_that_consul_does_not_know_is_named_as_such(acl_consul: ConsulUnderTest) -> None:
+    unknown = "11111111-2222-3333-4444-555555555555"
+    async with ConsulClient(acl_consul.config(unknown)) as stranger:
+        with pytest.raises(ConsulForbidden, match="does not know the ACL token"):
+            await stranger.kv_put("ztna/vip/x", b"")
+
+
+async def test_without_a_token_the_missing_rule_is_named(acl_consul: ConsulUnderTest) -> None:
+    with pytest.raises(ConsulForbidden, match=rule("session_prefix", "")):
+        async with ConsulClient(acl_consul.config("anonymous")) as nobody:
+            await nobody.session_create("x", ttl_s=10)
+
+
+async def test_a_token_file_is_read_again_when_it_changes(
+    acl_consul: ConsulUnderTest, tmp_path: Path, unique: str
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(acl_consul.token_for("connector.hcl") + "\n")
+    config = ConsulConfig(address=acl_consul.address, token_file=str(file))
+    async with ConsulClient(config) as changing:
+        with pytest.raises(ConsulForbidden):
+            await changing.kv_put(f"ztna/vip/{unique}", b"")
+        fresh = tmp_path / "new"
+        fresh.write_text(acl_consul.token_for("dnsd.hcl"))
+        os.replace(fresh, file)
+        assert await changing.kv_put(f"ztna/vip/{unique}", b"")
+
+
+def test_every_policy_file_is_tested_here() -> None:
+    assert {file.stem for file in POLICIES.glob("*.hcl")} == {
+        "agent",
+        "connector",
+        "dnsd",
+        "dnsd-readonly",
+        "operator",
+    }
