@@ -95,8 +95,9 @@ def short_flows(address: str, port: int) -> Figures:
         return [await one() for _ in range(count)]
 
     async def all_of_them() -> list[float]:
-        share = SHORT_FLOWS // SHORT_AT_ONCE
-        return sum(await asyncio.gather(*(some(share) for _ in range(SHORT_AT_ONCE))), [])
+        count = SHORT_FLOWS // SHORT_AT_ONCE
+        shares = await asyncio.gather(*(some(count) for _ in range(SHORT_AT_ONCE)))
+        return [taken for share in shares for taken in share]
 
     started = time.perf_counter()
     times = asyncio.run(all_of_them())
@@ -145,7 +146,8 @@ class Tcp:
     def stunnel(self) -> Iterator[Measure]:
         """A stunnel client and server, TLS 1.3 with both certificates verified."""
         with backends(self.directory) as (iperf_port, echo_port):
-            with stunnel_pair(self.directory / "stunnel", {"iperf": iperf_port, "echo": echo_port}) as pair:
+            ports = {"iperf": iperf_port, "echo": echo_port}
+            with stunnel_pair(self.directory / "stunnel", ports) as pair:
                 ends = {"agent": pair.client, "connector": pair.server}
                 ports = pair.ports
                 yield lambda: {
