@@ -175,6 +175,11 @@ class Connection:
         self._endpoint.touch(self)
         return not overflow
 
+    @property
+    def blocked_streams(self) -> int:
+        """How many unidirectional streams wait until the peer allows more: the owner bounds them."""
+        return self._engine.unidirectional_streams_blocked
+
     def open_stream(self, unidirectional: bool = False) -> int:
         """Return the id of a new stream; it exists for the peer from its first data."""
         stream_id = self._engine.get_next_available_stream_id(is_unidirectional=unidirectional)

@@ -145,6 +145,11 @@ class Engine(QuicConnection):
         """How many DATAGRAMs wait to be sent."""
         return len(self._datagrams_pending)
 
+    @property
+    def unidirectional_streams_blocked(self) -> int:
+        """How many unidirectional streams wait until the peer allows more."""
+        return len(self._streams_blocked_uni)
+
     def drop_oldest_datagram(self) -> None:
         """Give up the DATAGRAM that has waited longest."""
         self._datagrams_pending.popleft()

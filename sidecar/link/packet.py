@@ -1,0 +1,264 @@
+"""The packet carrier of a link: one QUIC connection between an agent and a connector (protocol.md, Link).
+
+Carries IP packets with the name of their service, both ways. Whether a packet's flow may be is decided by the owner,
+and the way there by the path switch (sidecar.link.switch) under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from sidecar.link.switch import PathSwitch
+from ztna.credentials import Credentials
+from ztna.errors import BadName, LinkError, ProtocolError
+from ztna.identity import Identity
+from ztna.names import ServiceName
+from ztna.quic import CLOSE_OK, Client, Connection, Server, Settings
+from ztna.reasons import Reason
+from ztna.telemetry import dropped
+from ztna.wire.control import Address, ForwarderBind, Secret
+from ztna.wire.datagram import SERVICE_BYTES_MAX, service_packet, split_service_packet
+
+ALPN = "ztna-link"
+UDP_PAYLOAD_BYTES = 1200
+PING_INTERVAL_SECONDS = 10.0
+DIAL_SECONDS = 5.0
+# A link that waits for its agent, or for it to come back, and for nothing else.
+WAIT_SECONDS = 30.0
+HALF_OPEN_MAX = 4
+IP_PACKET_BYTES_MAX = 65_535
+MESSAGE_BYTES_MAX = 2 + SERVICE_BYTES_MAX + IP_PACKET_BYTES_MAX
+LARGE_PACKETS_WAITING_MAX = 64
+SERVICES_CACHED_MAX = 1024
+
+_WHERE = "packet_carrier"
+_SERVER_NAME = "connector.ztna"
+
+Receive = Callable[["PacketLink", ServiceName, bytes], None]
+
+
+class PacketLink:
+    """One end of a packet carrier. `closed` tells why it ended; until then `send` may be called."""
+
+    def __init__(
+        self, bind: ForwarderBind, probe_key: Secret, receive: Receive, *, allow_private: bool
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[Reason] = loop.create_future()
+        self.established: asyncio.Future[None] = loop.create_future()
+        self._receive = receive
+        self._connection: Connection | None = None
+        self._services: dict[bytes, ServiceName] = {}
+        self._endpoint: Client | Server | None = None
+        self._wait_timer: asyncio.TimerHandle | None = None
+        self._switch = PathSwitch(bind, probe_key, self._packets_received, allow_private=allow_private)
+
+    @classmethod
+    async def dial(
+        cls,
+        bind: ForwarderBind,
+        probe_key: Secret,
+        credentials: Credentials,
+        *,
+        check: Callable[[Identity], None],
+        receive: Receive,
+        timeout_s: float = DIAL_SECONDS,
+        allow_private: bool = False,
+    ) -> PacketLink:
+        """Bind at the forwarder and connect to the connector on its other side (the agent's end).
+
+        `check` raises Refused for a connector that is not the one meant. Raises LinkError, Refused.
+        """
+        link = cls(bind, probe_key, receive, allow_private=allow_private)
+        client = link._endpoint = Client(
+            link._switch,
+            link._switch.forwarder,
+            _SERVER_NAME,
+            credentials,
+            _settings(),
+            check=check,
+            factory=link._handler,
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Before the bind the forwarder drops everything, and QUIC would wait out its first timer.
+                await asyncio.shield(link._switch.bound)
+                await client.connect(timeout_s)
+        except TimeoutError:
+            link.close(Reason.PEER_GONE)
+            raise LinkError(f"no packet link through {bind.address} within {timeout_s:g} s") from None
+        except BaseException:
+            link.close(Reason.PEER_GONE)
+            raise
+        return link
+
+    @classmethod
+    def serve(
+        cls,
+        bind: ForwarderBind,
+        probe_key: Secret,
+        credentials: Credentials,
+        *,
+        admit: Callable[[Identity], None],
+        receive: Receive,
+        allow_private: bool = False,
+    ) -> PacketLink:
+        """Bind at the forwarder and wait for the agent (the connector's end); await `established`.
+
+        `admit` raises Refused for an agent that is not the one meant. When the agent connects again the newer
+        connection carries; without any for WAIT_SECONDS the link closes itself.
+        """
+        link = cls(bind, probe_key, receive, allow_private=allow_private)
+        link._endpoint = Server(
+            link._switch,
+            credentials,
+            _settings(),
+            admit=lambda identity, _alpn: admit(identity),
+            factory=link._handler,
+        )
+        link._wait()
+        return link
+
+    @property
+    def peer(self) -> Identity:
+        """The other end, once established. Raises LinkError before."""
+        if self._connection is None:
+            raise LinkError("the link is not established")
+        return self._connection.identity
+
+    @property
+    def path(self) -> str:
+        """`forwarded` or `direct`: where packets go now."""
+        return "direct" if self._switch.paths.is_direct else "forwarded"
+
+    def send(self, service: ServiceName, packet: bytes) -> bool:
+        """Send one IP packet of a service; False when it was lost here (counted): closed, or queues full."""
+        connection = self._connection
+        if connection is None:
+            dropped(_WHERE, "not_connected")
+            return False
+        message = service_packet(service.encode(), packet)
+        if len(message) <= connection.datagram_limit:
+            return connection.send_datagram(message)
+        if connection.blocked_streams >= LARGE_PACKETS_WAITING_MAX:
+            dropped(_WHERE, "stream_queue_full")
+            return False
+        return connection.send_stream(connection.open_stream(unidirectional=True), message, end=True)
+
+    def probe(self, candidates: Iterable[Address]) -> int:
+        """Start probing the peer's candidates; return how many may not be probed."""
+        return self._switch.probe((each.ip, each.port) for each in candidates)
+
+    def local_candidates(self) -> tuple[Address, ...]:
+        """Return at most CANDIDATES_MAX addresses that the peer may try."""
+        return self._switch.local_candidates()
+
+    def close(self, reason: Reason = Reason.CLOSED_BY_PEER) -> None:
+        """Tell the other end and close; again is harmless."""
+        if self.closed.done():
+            return
+        self.closed.set_result(reason)
+        self._stop_waiting()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close(CLOSE_OK, reason.value)
+        if self._endpoint is not None:
+            self._endpoint.close()
+        self._switch.close()
+        self.established.cancel()
+
+    def _handler(self, connection: Connection) -> _LinkHandler:
+        older, self._connection = self._connection, connection
+        if older is not None:
+            older.close(CLOSE_OK, Reason.PEER_GONE.value)
+        self._stop_waiting()
+        if not self.established.done():
+            self.established.set_result(None)
+        return _LinkHandler(self, connection)
+
+    def _packets_received(self, packets: Iterable[tuple[bytes, tuple[str, int]]]) -> None:
+        if self._endpoint is not None:
+            self._endpoint.packets_received(list(packets))
+
+    def _message_received(self, message: bytes) -> None:
+        try:
+            name, packet = split_service_packet(message)
+            service = self._services.get(name)
+            if service is None:
+                service = self._learn(name)
+        except (ProtocolError, BadName, UnicodeDecodeError):
+            dropped(_WHERE, "malformed")
+            return
+        self._receive(self, service, packet)
+
+    def _learn(self, name: bytes) -> ServiceName:
+        service = ServiceName(name.decode("ascii"))
+        if len(self._services) >= SERVICES_CACHED_MAX:
+            self._services.clear()
+        self._services[name] = service
+        return service
+
+    def _connection_lost(self, connection: Connection, reason: Reason) -> None:
+        if connection is not self._connection:
+            return
+        self._connection = None
+        if isinstance(self._endpoint, Server):
+            self._wait()
+        else:
+            self.close(reason)
+
+    def _wait(self) -> None:
+        self._wait_timer = asyncio.get_running_loop().call_later(WAIT_SECONDS, self.close, Reason.PEER_GONE)
+
+    def _stop_waiting(self) -> None:
+        if self._wait_timer is not None:
+            self._wait_timer.cancel()
+            self._wait_timer = None
+
+
+class _LinkHandler:
+    """Takes what one QUIC connection of a link brings."""
+
+    def __init__(self, link: PacketLink, connection: Connection) -> None:
+        self._link = link
+        self._connection = connection
+        self._partial: dict[int, bytearray] = {}
+
+    def datagram_received(self, data: bytes) -> None:
+        self._link._message_received(data)
+
+    def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
+        """Collect a packet that was too large for a DATAGRAM. Raises ProtocolError for any other stream."""
+        if not stream_id & 2:  # RFC 9000 2.1: bidirectional
+            raise ProtocolError("a bidirectional stream on a packet link")
+        message = self._partial.setdefault(stream_id, bytearray())
+        message += data
+        if len(message) > MESSAGE_BYTES_MAX:
+            raise ProtocolError(f"a packet of more than {MESSAGE_BYTES_MAX} bytes")
+        if end:
+            del self._partial[stream_id]
+            self._link._message_received(bytes(message))
+
+    def peer_address_changed(self, address: tuple[str, int]) -> None:
+        """Never: the path switch shows QUIC one address only."""
+
+    def connection_closed(self, code: int, reason: str) -> None:
+        self._link._connection_lost(self._connection, _reason(code, reason))
+
+
+def _reason(code: int, phrase: str) -> Reason:
+    try:
+        return Reason(phrase)
+    except ValueError:
+        return Reason.CLOSED_BY_PEER if code == CLOSE_OK and phrase else Reason.PEER_GONE
+
+
+def _settings() -> Settings:
+    return Settings(
+        alpn=(ALPN,),
+        udp_payload=UDP_PAYLOAD_BYTES,
+        ping_interval_s=PING_INTERVAL_SECONDS,
+        half_open_max=HALF_OPEN_MAX,
+        where=_WHERE,
+    )

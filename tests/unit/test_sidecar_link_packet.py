@@ -1,0 +1,292 @@
+"""sidecar.link.packet and .switch: real QUIC through the real forwarder on loopback."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from relay.forwarder import Forwarder
+from sidecar.link.packet import PacketLink
+from sidecar.link.switch import _interface_addresses
+from tests.support.certificates import Pki
+from ztna import udp
+from ztna.credentials import Credentials
+from ztna.errors import IdentityError, LinkError, ZtnaError
+from ztna.identity import Identity
+from ztna.jsontypes import Binary, Secret
+from ztna.names import ServiceName
+from ztna.reasons import Reason
+from ztna.telemetry import DROPS
+from ztna.wire.control import Address, ForwarderBind
+from ztna.wire.forwarder import Bound, encode, probe
+
+ECHO = ServiceName("echo-service")
+DEADLINE_SECONDS = 10
+PROBE_KEY = Secret(b"p" * 32)
+
+
+def anybody(_identity: Identity) -> None:
+    """Let everybody in whose certificate verified."""
+
+
+class Inbox:
+    """Packets received, and a way to wait for so many."""
+
+    def __init__(self) -> None:
+        self.packets: list[tuple[ServiceName, bytes]] = []
+        self._arrived = asyncio.Event()
+
+    def __call__(self, _link: PacketLink, service: ServiceName, packet: bytes) -> None:
+        self.packets.append((service, packet))
+        self._arrived.set()
+
+    async def wait(self, count: int) -> list[tuple[ServiceName, bytes]]:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while len(self.packets) < count:
+                self._arrived.clear()
+                await self._arrived.wait()
+        return self.packets
+
+
+class Ground:
+    """A forwarder, one link's binds, both ends' credentials and inboxes."""
+
+    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
+        self.pki = Pki(directory)
+        self.forwarder = Forwarder(udp.RawSocket.open((host, 0)))
+        self.agent = Credentials.load(self.pki.agent())
+        self.connector = Credentials.load(self.pki.connector())
+        self.near, self.far = Inbox(), Inbox()
+        address = Address(*self.forwarder.address)
+        self.binds = [
+            ForwarderBind(address, Binary(os.urandom(16)), Secret(os.urandom(32))) for _ in range(2)
+        ]
+        agent, connector = ((bytes(each.bind_id), each.bind_secret) for each in self.binds)
+        self.forwarder.add_link("link", agent, connector)
+        self.links: list[PacketLink] = []
+
+    def serve(
+        self, admit: Callable[[Identity], None] = anybody, *, allow_private: bool = False
+    ) -> PacketLink:
+        link = PacketLink.serve(
+            self.binds[1],
+            PROBE_KEY,
+            self.connector,
+            admit=admit,
+            receive=self.far,
+            allow_private=allow_private,
+        )
+        self.links.append(link)
+        return link
+
+    async def dial(
+        self,
+        check: Callable[[Identity], None] = anybody,
+        *,
+        allow_private: bool = False,
+        timeout_s: float = DEADLINE_SECONDS,
+    ) -> PacketLink:
+        link = await PacketLink.dial(
+            self.binds[0],
+            PROBE_KEY,
+            self.agent,
+            check=check,
+            receive=self.near,
+            allow_private=allow_private,
+            timeout_s=timeout_s,
+        )
+        self.links.append(link)
+        return link
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close()
+        self.forwarder.close()
+
+
+@pytest.fixture
+async def ground(tmp_path: Path) -> AsyncIterator[Ground]:
+    ground = Ground(tmp_path)
+    yield ground
+    ground.close()
+
+
+async def test_packets_go_both_ways_with_their_service(ground: Ground) -> None:
+    far = ground.serve()
+    near = await ground.dial()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await far.established
+    assert near.send(ECHO, b"ping")
+    assert await ground.far.wait(1) == [(ECHO, b"ping")]
+    assert far.send(ECHO, b"pong")
+    assert await ground.near.wait(1) == [(ECHO, b"pong")]
+    assert near.peer.fingerprint == ground.connector.identity.fingerprint
+    assert far.peer.name == ground.agent.identity.name
+    assert near.path == far.path == "forwarded"
+
+
+async def test_a_packet_above_the_datagram_limit_arrives_whole(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial()
+    packets = [os.urandom(size) for size in (1150, 1200, 9000, 65_535)]
+    for packet in packets:
+        assert near.send(ECHO, packet)
+    arrived = await ground.far.wait(len(packets))
+    assert sorted(packet for _, packet in arrived) == sorted(packets)
+
+
+async def test_large_packets_that_wait_are_bounded(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial()
+    sent = sum(near.send(ECHO, bytes(2000)) for _ in range(1000))
+    assert 100 < sent < 1000
+    assert len(await ground.far.wait(sent)) == sent
+
+
+async def test_closing_tells_the_other_end_why(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial()
+    near.close(Reason.DRAINING)
+    assert near.closed.result() is Reason.DRAINING
+    assert not near.send(ECHO, b"late")
+    near.close()
+
+
+async def test_the_agents_link_ends_when_the_connector_closes(ground: Ground) -> None:
+    far = ground.serve()
+    near = await ground.dial()
+    far.close(Reason.STALE_EPOCH)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await near.closed is Reason.STALE_EPOCH
+
+
+async def test_an_agent_that_connects_again_is_served_again(ground: Ground) -> None:
+    far = ground.serve()
+    first = await ground.dial()
+    first.close()
+    second = await ground.dial()
+    assert second.send(ECHO, b"again")
+    assert await ground.far.wait(1) == [(ECHO, b"again")]
+    assert not far.closed.done()
+
+
+async def test_a_second_connection_takes_over(ground: Ground) -> None:
+    far = ground.serve()
+    first = await ground.dial()
+    second = await ground.dial()
+    assert second.send(ECHO, b"two")
+    assert await ground.far.wait(1) == [(ECHO, b"two")]
+    assert far.send(ECHO, b"to the second")
+    assert await ground.near.wait(1) == [(ECHO, b"to the second")]
+    assert not second.closed.done()
+    assert first is not second
+
+
+def refuse(_identity: Identity) -> None:
+    raise IdentityError(Reason.NO_GRANT, "not the one that was meant")
+
+
+async def test_the_agent_refuses_another_connector(ground: Ground) -> None:
+    ground.serve()
+    with pytest.raises(IdentityError, match="no_grant"):
+        await ground.dial(check=refuse)
+
+
+async def test_the_connector_refuses_another_agent(ground: Ground) -> None:
+    far = ground.serve(admit=refuse)
+    with pytest.raises(LinkError, match="no_grant"):
+        await ground.dial()
+    assert not far.established.done()
+    with pytest.raises(LinkError):
+        _ = far.peer
+    assert not far.send(ECHO, b"to nobody")
+
+
+async def test_another_authority_s_certificate_is_refused(ground: Ground) -> None:
+    ground.serve(admit=anybody)
+    rogue = Pki(ground.pki.directory / "rogue-pki")
+    ground.agent = Credentials.load(rogue.agent())
+    with pytest.raises(ZtnaError):
+        await ground.dial()
+
+
+async def test_without_a_connector_dialling_ends_in_time(ground: Ground) -> None:
+    with pytest.raises(LinkError, match=r"within 0\.5 s|does not answer"):
+        await ground.dial(timeout_s=0.5)
+
+
+async def test_a_cut_binding_closes_nothing_of_others_and_garbage_is_dropped(ground: Ground) -> None:
+    far = ground.serve()
+    near = await ground.dial()
+    before = DROPS.labels("packet_carrier", "malformed")._value.get()
+    forged = DROPS.labels("packet_carrier", "forged_probe")._value.get()
+    stranger = udp.UdpSocket.open(("127.0.0.1", 0), lambda _: None)
+    target = ("127.0.0.1", far._switch._socket.address[1])
+    stranger.send(
+        [
+            (b"", target),
+            (b"\x00garbage", target),
+            (b"\x40" + bytes(40), target),
+            (probe(b"wrong key", bytes(12)), target),
+            (encode(Bound(bytes(8), Address("192.0.2.1", 1))), target),
+        ]
+    )
+    near.send(ECHO, b"\x00")
+    await ground.far.wait(1)
+    assert far._switch.reflexive != Address("192.0.2.1", 1)
+    assert DROPS.labels("packet_carrier", "malformed")._value.get() >= before + 1
+    assert DROPS.labels("packet_carrier", "forged_probe")._value.get() == forged + 1
+    stranger.close()
+
+
+async def test_malformed_messages_of_the_peer_are_dropped(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial()
+    connection = near._connection
+    assert connection is not None
+    for message in (b"", b"\x2f", b"\x2f\x04Caps....", b"\x2f\x02\xff\xfe....", b"\x45" + bytes(30)):
+        connection.send_datagram(message)
+    near.send(ECHO, b"good")
+    assert await ground.far.wait(1) == [(ECHO, b"good")]
+
+
+async def test_a_bidirectional_stream_ends_the_connection(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial()
+    connection = near._connection
+    assert connection is not None
+    connection.send_stream(connection.open_stream(), b"TCP?", end=True)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await near.closed
+
+
+async def test_a_validated_candidate_carries_and_the_forwarder_rests(tmp_path: Path) -> None:
+    """Needs an address that is not loopback; packets to it stay on this machine all the same."""
+    hosts = [host for host in _interface_addresses() if not host.startswith("127.")]
+    if not hosts:
+        pytest.skip("no interface with an address beside loopback")
+    ground = Ground(tmp_path, host=hosts[0])
+    try:
+        far = ground.serve(allow_private=True)
+        near = await ground.dial(allow_private=True)
+        assert near.local_candidates()
+        near.probe(far.local_candidates())
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while near.path != "direct" or far.path != "direct":  # the far end learns from our probe
+                await asyncio.sleep(0.05)
+        ground.forwarder.close()
+        near.send(ECHO, b"direct")
+        assert await ground.far.wait(1) == [(ECHO, b"direct")]
+        far.send(ECHO, b"direct too")
+        assert await ground.near.wait(1) == [(ECHO, b"direct too")]
+    finally:
+        ground.close()
+
+
+async def test_loopback_is_never_a_candidate(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial()
+    assert all(not each.ip.startswith("127.") for each in near.local_candidates())
+    assert near.probe([Address("127.0.0.1", 4435), Address("169.254.0.1", 4435)]) == 2
