@@ -140,8 +140,8 @@ def encode(datagram: Datagram) -> bytes:
             return bytes((REGISTER_CONNECTOR,)) + _counted(service)
         case Ack(service):
             return bytes((ACK, 0)) + _counted(service)
-        case Nack(status, service):
-            return bytes((NACK, status)) + _counted(service)
+        case _:
+            return bytes((NACK, datagram.status)) + _counted(datagram.service)
 
 
 def decode(data: bytes) -> Datagram:

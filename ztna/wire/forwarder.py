@@ -153,8 +153,12 @@ def encode(packet: ForwarderPacket) -> bytes:
             return BOUND + _exactly(nonce, NONCE_BYTES) + family + packed + _PORT.pack(address.port)
         case Probe(transaction, mac):
             return PROBE + _exactly(transaction, TRANSACTION_BYTES) + _exactly(mac, MAC_BYTES)
-        case ProbeAnswer(transaction, mac):
-            return PROBE_ANSWER + _exactly(transaction, TRANSACTION_BYTES) + _exactly(mac, MAC_BYTES)
+        case _:
+            return (
+                PROBE_ANSWER
+                + _exactly(packet.transaction, TRANSACTION_BYTES)
+                + _exactly(packet.mac, MAC_BYTES)
+            )
 
 
 def decode(data: bytes) -> ForwarderPacket:

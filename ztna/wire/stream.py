@@ -160,8 +160,8 @@ def encode(frame: Frame) -> bytes:
             return _framed(RESET, bytes((reason,)))
         case ResumeFrame():
             return _framed(RESUME, _json(frame))
-        case ResumedFrame(received, window):
-            return _framed(RESUMED, _RESUMED.pack(received, window))
+        case _:
+            return _framed(RESUMED, _RESUMED.pack(frame.received, frame.window))
 
 
 class FrameReader:

@@ -1,0 +1,169 @@
+"""ztna.wire.control: frames of every message, and each way to be malformed."""
+
+from __future__ import annotations
+
+import json
+import struct
+from ipaddress import IPv4Address
+from typing import Any
+
+import pytest
+
+from ztna.errors import ProtocolError
+from ztna.leases import Port
+from ztna.names import ConnectorId, ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire.control import (
+    CANDIDATES_MAX,
+    FEATURES,
+    MESSAGE_BYTES_MAX,
+    Accepted,
+    Address,
+    AnyMessage,
+    Binary,
+    CandidateAnswer,
+    CandidateOffer,
+    Carry,
+    Closed,
+    Conflict,
+    Denied,
+    Dial,
+    DialToken,
+    Drain,
+    ForwarderBind,
+    FrameReader,
+    Health,
+    Hello,
+    LeaseRef,
+    Offered,
+    Offering,
+    Open,
+    Opened,
+    PeerIdentity,
+    PunchingResult,
+    Refused,
+    Register,
+    Registered,
+    Secret,
+    StartPunching,
+    UnknownMessage,
+    encode,
+)
+
+SESSION = SessionId("00010203040506ff")
+WEB = ServiceName("web")
+ADDRESS = Address("192.0.2.7", 4435)
+LEASE = LeaseRef(IPv4Address("10.100.0.2"), 1_700_000_000_000)
+BIND = ForwarderBind(Address("::1", 4434), Binary(bytes(16)), Secret(b"s" * 32))
+FINGERPRINT = "ab" * 32
+CONNECTOR = ConnectorId("rack-7--b")
+
+MESSAGES: list[AnyMessage] = [
+    Hello(),
+    Register(CONNECTOR, (Offering(WEB, (Port("tcp", 80), Port("udp", 53))),), ADDRESS),
+    Registered(WEB),
+    Refused("WEB", Reason.NO_GRANT),
+    Open(1, WEB, LEASE, CONNECTOR),
+    Open(2, WEB),
+    Offered(SESSION, WEB, PeerIdentity("alice", FINGERPRINT), LEASE, BIND, Secret(b"p" * 32), True),
+    Accepted(SESSION),
+    Opened(1, SESSION, WEB, CONNECTOR, FINGERPRINT, ADDRESS, BIND, Secret(b"p" * 32)),
+    Denied(1, "web", Reason.NO_HEALTHY_CONNECTOR),
+    Dial(SESSION),
+    DialToken(SESSION, Secret(b"t" * 32)),
+    Carry(SESSION, Secret(b"t" * 32)),
+    Closed(SESSION, Reason.PEER_GONE),
+    CandidateOffer(SESSION, (ADDRESS,) * CANDIDATES_MAX),
+    CandidateAnswer(SESSION, ()),
+    StartPunching(SESSION, (ADDRESS,)),
+    PunchingResult(SESSION, True, ADDRESS),
+    Health(WEB, "passing"),
+    Conflict(cidr="10.100.0.0/16", with_="docker0", detail="route"),
+    Drain(25.0, ("edge-2",)),
+]
+
+
+def frame(body: Any) -> bytes:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return struct.pack(">I", len(raw)) + raw
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_each_message_round_trips(message: AnyMessage) -> None:
+    assert FrameReader().feed(encode(message)) == [message]
+
+
+def test_the_features_are_the_messages() -> None:
+    assert {json.loads(encode(message)[4:])["type"] for message in MESSAGES} == FEATURES | {"hello"}
+
+
+def test_the_layout_is_that_of_the_protocol() -> None:
+    assert encode(Dial(SESSION)) == b'\0\0\0\x2c{"type":"dial","session":"00010203040506ff"}'
+    assert b'"with":"docker0"' in encode(MESSAGES[-2])
+    assert b'"bind_id":"AAAAAAAAAAAAAAAAAAAAAA"' in encode(MESSAGES[6])
+
+
+def test_frames_may_come_in_any_pieces() -> None:
+    data = b"".join(map(encode, MESSAGES))
+    reader = FrameReader()
+    assert [message for byte in data for message in reader.feed(bytes((byte,)))] == MESSAGES
+    assert FrameReader().feed(data) == MESSAGES
+
+
+def test_unknown_fields_are_ignored() -> None:
+    assert FrameReader().feed(frame({"type": "dial", "session": SESSION, "new": [1]})) == [Dial(SESSION)]
+
+
+def test_unknown_types_are_told_apart_and_cut() -> None:
+    assert FrameReader().feed(frame({"type": "next_year"})) == [UnknownMessage("next_year")]
+    (message,) = FrameReader().feed(frame({"type": "x" * 1000}))
+    assert isinstance(message, UnknownMessage)
+    assert len(message.type) == 64
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{}", b"[]", b"nonsense", b"\xff", b'{"type":1}', b'{"type":"dial"', b"[" * 60_000,
+        b'{"x":' + b"[" * 60_000,
+        {"type": "dial"}, {"type": "dial", "session": "xyz"}, {"type": "dial", "session": SESSION.upper()},
+        {"type": "closed", "session": SESSION, "reason": "because"},
+        {"type": "open", "request": -1, "service": "web"}, {"type": "open", "request": 2**63, "service": "web"},
+        {"type": "open", "request": 1, "service": "Web"}, {"type": "open", "request": 1, "service": "relay"},
+        {"type": "open", "request": 1, "service": "web", "lease": {"ip": "10.0.0.256", "epoch": 1}},
+        {"type": "open", "request": 1, "service": "web", "lease": {"ip": "10.0.0.1", "epoch": -1}},
+        {"type": "candidate_offer", "session": SESSION, "candidates": [{"ip": "192.0.2.7", "port": 1}] * 9},
+        {"type": "candidate_offer", "session": SESSION, "candidates": [{"ip": "192.0.2.07", "port": 1}]},
+        {"type": "candidate_offer", "session": SESSION, "candidates": [{"ip": "host", "port": 1}]},
+        {"type": "candidate_offer", "session": SESSION, "candidates": [{"ip": "fe80::1%eth0", "port": 1}]},
+        {"type": "candidate_offer", "session": SESSION, "candidates": [{"ip": "2001:DB8::1", "port": 1}]},
+        {"type": "candidate_offer", "session": SESSION, "candidates": [{"ip": "192.0.2.7", "port": 65536}]},
+        {"type": "carry", "session": SESSION, "token": "a b"},
+        {"type": "start_punching", "session": SESSION, "candidates": [], "delay_ms": 10_001},
+        {"type": "drain", "deadline_s": -1},
+    ],
+    ids=lambda body: str(body)[:60],
+)  # fmt: skip
+def test_malformed(body: Any) -> None:
+    with pytest.raises(ProtocolError):
+        FrameReader().feed(frame(body))
+
+
+def test_an_oversized_frame_is_refused_by_its_length() -> None:
+    with pytest.raises(ProtocolError, match="65537"):
+        FrameReader().feed(struct.pack(">I", MESSAGE_BYTES_MAX + 1))
+
+
+def test_an_oversized_message_is_not_sent() -> None:
+    with pytest.raises(ProtocolError, match="at most"):
+        encode(Denied(1, "x" * MESSAGE_BYTES_MAX, Reason.NO_GRANT))
+
+
+def test_secrets_do_not_show() -> None:
+    assert "ssss" not in repr(BIND)
+    assert "***" in repr(BIND)
+
+
+def test_addresses_print_as_usual() -> None:
+    assert str(ADDRESS) == "192.0.2.7:4435"
+    assert str(Address("::1", 1)) == "[::1]:1"
