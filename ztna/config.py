@@ -175,9 +175,9 @@ class CheckConfig(Section, frozen=True, kw_only=True):
     """How a backend's health is found out."""
 
     kind: Annotated[
-        Literal["tcp", "http", "none"],
-        about("tcp (connect), http (GET, 2xx passes) or none (always passing)."),
-    ] = "tcp"
+        Literal["auto", "tcp", "udp", "http", "none"],
+        about("tcp (connect), udp (ICMP errors fail), http (GET, 2xx), none (passing) or auto (by protocol)."),
+    ] = "auto"
     path: Annotated[str, about("What an http check gets.")] = "/"
     interval_s: Annotated[Seconds, about("Seconds from one check to the next.")] = 5.0
     timeout_s: Annotated[Seconds, about("A check that takes longer has failed, in seconds.")] = 2.0

@@ -1,0 +1,115 @@
+"""The route table: service and published port -> backend, check and limits (design decision 6).
+
+Pure. Dials nothing and knows no health; `destination` of a flow picks a published port here, never an address.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ztna.config import CheckConfig, Endpoint, RouteConfig
+from ztna.errors import ConfigError
+from ztna.identity import Identity
+from ztna.leases import Port, Protocol
+from ztna.names import ConnectorId, ServiceName
+
+CARRIED_PROTOCOLS = frozenset({"tcp", "udp"})
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One published port of a service and the backend behind it."""
+
+    service: ServiceName
+    port: Port
+    backend: Endpoint
+    check: CheckConfig
+    connect_timeout_s: float
+    udp_idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRoutes:
+    """All routes of one service, in the order of their ports."""
+
+    service: ServiceName
+    routes: tuple[Route, ...]
+    weight: int
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """What the service publishes."""
+        return tuple(route.port for route in self.routes)
+
+
+class RouteTable:
+    """The services a connector fronts; never changes."""
+
+    def __init__(self, configs: Iterable[RouteConfig]) -> None:
+        """Group the routes by service. Raises ConfigError naming the route that cannot be used."""
+        grouped: dict[ServiceName, list[RouteConfig]] = {}
+        for index, config in enumerate(configs):
+            if config.protocol not in CARRIED_PROTOCOLS:
+                raise ConfigError(
+                    f"connector.routes[{index}].protocol: expected tcp or udp, got {config.protocol}"
+                )
+            grouped.setdefault(config.service, []).append(config)
+        if not grouped:
+            raise ConfigError("connector.routes: expected at least one route")
+        self.services: Mapping[ServiceName, ServiceRoutes] = {
+            service: _service_routes(service, group) for service, group in grouped.items()
+        }
+        self._routes = {
+            (route.service, route.port): route
+            for service in self.services.values()
+            for route in service.routes
+        }
+
+    def pick(self, service: ServiceName, protocol: Protocol, port: int) -> Route | None:
+        """Return the route behind a published port, None when the service publishes no such port."""
+        return self._routes.get((service, Port(protocol, port)))
+
+    def require_granted(self, identity: Identity, connector_id: ConnectorId) -> None:
+        """Raise ConfigError when our own certificate does not let us be this connector of these services."""
+        if not identity.carries(connector_id):
+            raise ConfigError(
+                f"connector.id: {connector_id} needs id.{connector_id.name}.ztna in connector.tls.certificate"
+            )
+        for service in self.services:
+            if not identity.may_serve(service):
+                raise ConfigError(
+                    f"connector.routes: {service} needs connector.{service}.ztna in connector.tls.certificate"
+                )
+
+
+def check_kind(route: Route) -> str:
+    """Return how the route's backend is checked: `tcp`, `udp`, `http` or `none`; `auto` follows the protocol."""
+    return route.port.protocol if route.check.kind == "auto" else route.check.kind
+
+
+def _service_routes(service: ServiceName, group: list[RouteConfig]) -> ServiceRoutes:
+    weights = {config.weight for config in group}
+    if len(weights) > 1:
+        raise ConfigError(
+            f"connector.routes: {service}: expected one weight, got {', '.join(map(str, sorted(weights)))}"
+        )
+    routes = sorted(map(_route, group), key=lambda route: route.port)
+    for first, second in itertools.pairwise(routes):
+        if first.port == second.port:
+            raise ConfigError(
+                f"connector.routes: {service}: {first.port.protocol} port {first.port.port} is routed twice"
+            )
+    return ServiceRoutes(service, tuple(routes), group[0].weight)
+
+
+def _route(config: RouteConfig) -> Route:
+    return Route(
+        service=config.service,
+        port=Port(config.protocol, config.port),
+        backend=config.backend,
+        check=config.check,
+        connect_timeout_s=config.connect_timeout_s,
+        udp_idle_s=config.udp_idle_s,
+    )

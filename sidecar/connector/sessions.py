@@ -1,0 +1,186 @@
+"""The sessions a connector was offered: who owns each, under which lease, and when its flows end.
+
+    (none) --offered, accepted--> live --connection lost, peer_gone--> detached --DETACHED_SECONDS--> (none)
+                                   |                                      |
+                                   +--closed, lease changed--> (none) <---+
+
+Pure. Keyed by (relay connection, session): what one relay connection says never touches a session of another.
+Source: protocol.md, Ownership, Ending, Epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sidecar.connector.flows import RelayConnection, SessionKey
+from ztna.errors import Refused
+from ztna.leases import Lease
+from ztna.names import ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire.control import ForwarderBind, LeaseRef, Offered, PeerIdentity, Secret
+
+SESSIONS_MAX = 20_000
+DETACHED_SECONDS = 30.0
+
+BindKey = tuple[RelayConnection, bytes]
+"""A relay connection and a bind id: one link, shared by the sessions of one agent connection."""
+
+Standing = Literal["current", "stale", "newer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session as it was offered."""
+
+    key: SessionKey
+    service: ServiceName
+    agent: PeerIdentity
+    lease: LeaseRef
+    forwarder: ForwarderBind | None
+    probe_key: Secret
+
+    @property
+    def bind(self) -> BindKey | None:
+        """Which link carries it, None when the relay has no forwarder."""
+        return (self.key[0], bytes(self.forwarder.bind_id)) if self.forwarder else None
+
+
+def standing(asked: LeaseRef | None, known: Lease | None) -> Standing:
+    """Compare the lease an agent believes in with the one we know; without a lease it must resolve first."""
+    if asked is None:
+        return "stale"
+    if known is None or asked.epoch > known.epoch:
+        return "newer"
+    if asked.epoch < known.epoch or asked.ip != known.ip:
+        return "stale"
+    return "current"
+
+
+class Sessions:
+    """Live and detached sessions."""
+
+    def __init__(self) -> None:
+        self._live: dict[SessionKey, Session] = {}
+        self._detached: dict[SessionKey, tuple[Session, float]] = {}
+        self._by_bind: dict[BindKey, dict[ServiceName, Session]] = {}
+
+    def __len__(self) -> int:
+        return len(self._live) + len(self._detached)
+
+    def live(self) -> list[Session]:
+        """Return the live ones."""
+        return list(self._live.values())
+
+    def detached(self) -> list[Session]:
+        """Return those whose connection has gone and whose flows may still live."""
+        return [session for session, _ in self._detached.values()]
+
+    def admit(self, connection: RelayConnection, offer: Offered) -> Session:
+        """Add an offered session that was found good and return it.
+
+        Raises Refused for a session that is known already, one without a lease, and at SESSIONS_MAX.
+        """
+        key = (connection, offer.session)
+        if key in self._live or key in self._detached:
+            raise Refused(Reason.MALFORMED, f"session {offer.session} was offered twice")
+        if offer.lease is None:
+            raise Refused(Reason.STALE_EPOCH, f"session {offer.session} names no lease")
+        if len(self) >= SESSIONS_MAX:
+            raise Refused(Reason.LIMIT_REACHED, f"{SESSIONS_MAX} sessions")
+        session = Session(key, offer.service, offer.agent, offer.lease, offer.forwarder, offer.probe_key)
+        self._live[key] = session
+        if session.bind is not None:
+            self._by_bind.setdefault(session.bind, {})[session.service] = session
+        return session
+
+    def owned(self, connection: RelayConnection, session: SessionId) -> Session:
+        """Return a live session of this very relay connection. Raises Refused(not_your_session)."""
+        found = self._live.get((connection, session))
+        if found is None:
+            raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} from relay {connection[0]}")
+        return found
+
+    def authorised(self, session: SessionId, service: ServiceName, agent: str, fingerprint: str) -> Session:
+        """Return the live session that an OPEN names, for the peer that its TLS proved.
+
+        Raises Refused(not_your_session) when it is not live, was given to another agent or certificate, or is for
+        another service. Source: protocol.md, Link: stream carrier, Authority.
+        """
+        given = (service, PeerIdentity(agent, fingerprint))
+        for found in self._live.values():
+            if found.key[1] == session and (found.service, found.agent) == given:
+                return found
+        raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} for {service} from {agent}")
+
+    def has_agent(self, agent: str, fingerprint: str) -> bool:
+        """Say whether any live session was given to this peer."""
+        identity = PeerIdentity(agent, fingerprint)
+        return any(session.agent == identity for session in self._live.values())
+
+    def has_service(self, agent: str, service: ServiceName) -> bool:
+        """Say whether the agent of that name has a live session for the service."""
+        return any((each.agent.name, each.service) == (agent, service) for each in self._live.values())
+
+    def carried(self, bind: BindKey, service: ServiceName) -> Session | None:
+        """Return the session, live or detached, under which this link may carry the service."""
+        return self._by_bind.get(bind, {}).get(service)
+
+    def is_live(self, session: Session) -> bool:
+        """Say whether new flows of it may begin."""
+        return session.key in self._live
+
+    def bind_in_use(self, bind: BindKey) -> bool:
+        """Say whether any session, live or detached, needs the link."""
+        return bind in self._by_bind
+
+    def close(
+        self, connection: RelayConnection, session: SessionId, reason: Reason, now: float
+    ) -> Session | None:
+        """End a live session; with peer_gone it is detached (None), else it is over and returned.
+
+        Raises Refused(not_your_session) as `owned`.
+        """
+        found = self.owned(connection, session)
+        if reason is Reason.PEER_GONE:
+            self._detach(found, now)
+            return None
+        return self._end(found)
+
+    def connection_lost(self, connection: RelayConnection, now: float) -> None:
+        """Detach every session that came by this relay connection."""
+        for session in [each for each in self._live.values() if each.key[0] == connection]:
+            self._detach(session, now)
+
+    def lease_changed(self, service: ServiceName, lease: Lease) -> list[Session]:
+        """End and return the sessions of the service under another lease."""
+        other = [
+            session
+            for session in [*self._live.values(), *self.detached()]
+            if session.service == service and standing(session.lease, lease) == "stale"
+        ]
+        return [self._end(session) for session in other]
+
+    def expire(self, now: float) -> list[Session]:
+        """End and return the detached sessions whose time is over."""
+        over = [session for session, until in self._detached.values() if now >= until]
+        return [self._end(session) for session in over]
+
+    def end_all(self) -> list[Session]:
+        """End and return every session."""
+        return [self._end(session) for session in [*self._live.values(), *self.detached()]]
+
+    def _detach(self, session: Session, now: float) -> None:
+        del self._live[session.key]
+        self._detached[session.key] = (session, now + DETACHED_SECONDS)
+
+    def _end(self, session: Session) -> Session:
+        self._live.pop(session.key, None)
+        self._detached.pop(session.key, None)
+        bind = session.bind
+        # A newer session for the same service on the same link stays.
+        if bind is not None and self.carried(bind, session.service) is session:
+            del self._by_bind[bind][session.service]
+            if not self._by_bind[bind]:
+                del self._by_bind[bind]
+        return session

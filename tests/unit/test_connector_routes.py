@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from sidecar.connector.routes import RouteTable, check_kind
+from ztna.config import CheckConfig, Endpoint, RouteConfig
+from ztna.errors import ConfigError
+from ztna.identity import Grants, Identity
+from ztna.leases import Port
+from ztna.names import ConnectorId, ServiceName
+
+BACKEND = Endpoint("127.0.0.1", 8080)
+WEB = ServiceName("web")
+
+
+def route(service: str = "web", port: int = 80, **others: object) -> RouteConfig:
+    return RouteConfig(service=ServiceName(service), backend=BACKEND, port=port, **others)  # type: ignore[arg-type]
+
+
+def identity(*, services: tuple[str, ...] = (), id_name: str | None = "c1") -> Identity:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    granted = Grants(frozenset(map(ServiceName, services)))
+    return Identity("c", "f" * 64, Grants(), granted, None, id_name, now, now)
+
+
+def test_groups_the_ports_of_a_service() -> None:
+    table = RouteTable(
+        [route(port=443), route(port=80, protocol="udp"), route("db", port=5432), route(port=80)]
+    )
+    assert set(table.services) == {"web", "db"}
+    assert table.services[WEB].ports == (Port("tcp", 80), Port("tcp", 443), Port("udp", 80))
+
+
+def test_picks_by_published_port() -> None:
+    table = RouteTable([route(), route(port=53, protocol="udp")])
+    picked = table.pick(WEB, "udp", 53)
+    assert picked is not None and picked.backend == BACKEND
+    assert table.pick(WEB, "tcp", 53) is None
+    assert table.pick(ServiceName("db"), "tcp", 80) is None
+
+
+@pytest.mark.parametrize(
+    ("routes", "said"),
+    [
+        ([], "at least one route"),
+        ([route(protocol="icmp")], r"routes\[0\]\.protocol"),
+        ([route(), route()], "tcp port 80 is routed twice"),
+        ([route(weight=1), route(port=81, weight=2)], "one weight, got 1, 2"),
+    ],
+)
+def test_refuses_what_cannot_be_used(routes: list[RouteConfig], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RouteTable(routes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "protocol", "used"),
+    [("auto", "tcp", "tcp"), ("auto", "udp", "udp"), ("http", "tcp", "http"), ("none", "udp", "none")],
+)
+def test_checks_as_the_protocol_unless_told(kind: str, protocol: str, used: str) -> None:
+    check = CheckConfig(kind=kind)  # type: ignore[arg-type]
+    table = RouteTable([route(protocol=protocol, check=check)])
+    assert check_kind(table.services[WEB].routes[0]) == used
+
+
+def test_our_certificate_must_allow_every_route() -> None:
+    table = RouteTable([route(), route("db")])
+    table.require_granted(identity(services=("web", "db")), ConnectorId("c1--a"))
+    with pytest.raises(ConfigError, match=r"connector\.db\.ztna"):
+        table.require_granted(identity(services=("web",)), ConnectorId("c1"))
+    with pytest.raises(ConfigError, match=r"id\.c2\.ztna"):
+        table.require_granted(identity(services=("web", "db")), ConnectorId("c2"))

@@ -1,0 +1,180 @@
+"""RelayClient against a relay that speaks real QUIC on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from sidecar.link.control import RelayClient
+from tests.support.certificates import Pki
+from tests.support.fake_relay import FakeRelay, fake_relay
+from ztna.config import Endpoint, RelayTarget
+from ztna.names import ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire.control import Accepted, Closed, Health, Hello
+
+SESSION = SessionId("0123456789abcdef")
+WAIT_SECONDS = 15.0
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return Pki(Path(tmp_path_factory.mktemp("pki")))
+
+
+class Owner:
+    """Writes down what a RelayClient tells."""
+
+    def __init__(self, pki: Pki, target: RelayTarget) -> None:
+        self.events: asyncio.Queue[tuple[str, object]] = asyncio.Queue()
+        self.client = RelayClient(
+            target,
+            pki.credentials(pki.connector()),
+            on_message=lambda client, message: self.events.put_nowait(("message", message)),
+            on_connected=lambda client: self.events.put_nowait(("connected", client.connection)),
+            on_lost=lambda client, reason: self.events.put_nowait(("lost", reason)),
+        )
+
+    async def next(self) -> tuple[str, object]:
+        async with asyncio.timeout(WAIT_SECONDS):
+            return await self.events.get()
+
+
+@asynccontextmanager
+async def running(pki: Pki, target: RelayTarget) -> AsyncIterator[Owner]:
+    owner = Owner(pki, target)
+    task = asyncio.create_task(owner.client.run())
+    try:
+        yield owner
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until_problem(owner: Owner, text: str) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while text not in (owner.client.problem or ""):
+            await asyncio.sleep(0.01)
+
+
+async def test_messages_go_both_ways(pki: Pki) -> None:
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        assert not owner.client.send(Accepted(SESSION))
+        peer = await relay.peer()
+        assert (await owner.next())[0] == "connected"
+        assert owner.client.connected and owner.client.problem is None
+        assert owner.client.send(Accepted(SESSION))
+        assert await peer.heard(Accepted) == Accepted(SESSION)
+        closed = Closed(SESSION, Reason.PEER_GONE)
+        peer.say(closed)
+        assert await owner.next() == ("message", closed)
+
+
+async def test_comes_back_as_another_connection(pki: Pki) -> None:
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        peer = await relay.peer()
+        first = await owner.next()
+        peer.connection.close(0, "server shutting down")
+        assert await owner.next() == ("lost", "server shutting down")
+        assert not owner.client.send(Accepted(SESSION))
+        await relay.peer()
+        second = await owner.next()
+        assert first[0] == second[0] == "connected" and first[1] != second[1]
+
+
+async def test_learns_its_address(pki: Pki) -> None:
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        peer = await relay.peer()
+        await owner.next()
+        peer.connection.send_datagram(b"\xff")
+        peer.connection.send_datagram(bytes.fromhex("12000161"))
+        peer.connection.send_datagram(bytes.fromhex("01cb007105d431"))
+        peer.say(Health(ServiceName("web"), "passing"))
+        await owner.next()
+        async with asyncio.timeout(WAIT_SECONDS):
+            while owner.client.observed is None:
+                await asyncio.sleep(0.01)
+        assert owner.client.observed == ("203.0.113.5", 54321)
+
+
+async def test_sends_only_common_features(pki: Pki) -> None:
+    async with fake_relay(pki) as relay:
+        relay.hello = Hello(features=frozenset({"closed", "unheard_of"}))
+        async with running(pki, relay.target) as owner:
+            peer = await relay.peer()
+            await owner.next()
+            assert not owner.client.send(Accepted(SESSION))
+            assert owner.client.send(Closed(SESSION, Reason.DRAINING))
+            await peer.heard(Closed)
+
+
+async def test_ignores_unknown_messages(pki: Pki) -> None:
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        peer = await relay.peer()
+        await owner.next()
+        body = b'{"type": "from_the_future"}'
+        peer.say_bytes(struct.pack(">I", len(body)) + body)
+        message = Health(ServiceName("web"), "critical")
+        peer.say(message)
+        assert await owner.next() == ("message", message)
+
+
+@pytest.mark.parametrize("says", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x02{}"])
+async def test_drops_a_relay_that_talks_nonsense(pki: Pki, says: bytes) -> None:
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        peer = await relay.peer()
+        await owner.next()
+        peer.say_bytes(says)
+        kind, _reason = await owner.next()
+        assert kind == "lost"
+
+
+@pytest.mark.parametrize(
+    ("hello", "why"),
+    [(Hello(version=3), "control version 3"), (None, "")],
+)
+async def test_refuses_a_wrong_greeting(pki: Pki, hello: Hello | None, why: str) -> None:
+    async with fake_relay(pki) as relay:
+        relay.hello = hello
+        async with running(pki, relay.target) as owner:
+            if hello is None:
+                # It hears our hello and answers with something else.
+                async with asyncio.timeout(WAIT_SECONDS):
+                    while not relay.server.connections:
+                        await asyncio.sleep(0.01)
+                await until_problem(owner, "no hello")
+            else:
+                await until_problem(owner, why)
+            assert owner.events.empty() and not owner.client.connected
+
+
+async def test_refuses_a_relay_of_another_name(pki: Pki) -> None:
+    async with fake_relay(pki, "other") as relay:
+        target = RelayTarget(address=relay.target.address, name="relay-1")
+        async with running(pki, target) as owner:
+            await until_problem(owner, "no_grant")
+            assert relay.peers.empty()
+
+
+async def test_names_a_host_that_does_not_resolve(pki: Pki) -> None:
+    target = RelayTarget(address=Endpoint("no-such-host.invalid", 4433), name="relay-1")
+    async with running(pki, target) as owner:
+        await until_problem(owner, "no-such-host.invalid")
+
+
+async def test_waits_for_a_relay_that_starts_later(pki: Pki) -> None:
+    relay = FakeRelay(pki)
+    address = relay.address
+    relay.close()
+    async with running(pki, RelayTarget(address=Endpoint(*address), name="relay-1")) as owner:
+        await until_problem(owner, "does not answer")
+        later = FakeRelay(pki, address=address)
+        try:
+            assert (await owner.next())[0] == "connected"
+        finally:
+            later.close()
