@@ -1,0 +1,5 @@
+"""`python -m dnsd` is `ztna-dnsd`."""
+
+from dnsd.main import main
+
+main()

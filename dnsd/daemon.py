@@ -1,0 +1,229 @@
+"""ztna-dnsd put together: watches feed the zone, the server answers from it, and one of all keeps the leases."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from ipaddress import AddressValueError, IPv4Address
+
+from dnsd.answer import Answers
+from dnsd.keeper import Pool, Problem, Rules
+from dnsd.keeping import Keeping, check_schema
+from dnsd.server import Server
+from dnsd.services import describe_all
+from dnsd.zone import Settings, ZoneData, rebuilt
+from ztna.config import DnsdConfig
+from ztna.consul.client import ConsulClient
+from ztna.consul.watch import CatalogWatch, KvWatch
+from ztna.errors import ConfigError, ConsulUnavailable
+from ztna.leases import SERVICE_PREFIX, Table, read_table
+from ztna.runtime import Daemon, sleep_or_stop
+from ztna.telemetry import CONFIRMED, UNLEASED, logger
+
+STALE_AFTER_SECONDS = 60.0
+"""Names not confirmed for so long are marked as stale (EDE 3); an idle watch confirms about every 21 s."""
+STALE_SECONDS_MAX = 86_400.0
+"""Names not confirmed for so long are not served any more (SERVFAIL)."""
+TICK_SECONDS = 1.0
+REBUILD_COST_FACTOR = 4.0
+"""Pause between two rebuilds of the zone: this many times what the last one took, so queries have the rest."""
+CONSUL_RETRY_SECONDS = 1.0
+PROBLEMS_SHOWN_MAX = 5
+
+_log = logger(__name__)
+
+
+async def run(daemon: Daemon) -> None:
+    """Be ztna-dnsd until told to stop. Raises ZtnaError for what cannot work."""
+    config = daemon.config.dnsd
+    assert config is not None, "the command line checks that the section is there"
+    _check(config)
+    daemon.readiness.awaiting("catalog", "the first read of Consul's catalog")
+    daemon.readiness.awaiting("leases", "the first read of the leases in Consul's KV")
+    server = Server(config.allow, Answers(None))
+    host, port = server.listen(config.listen)
+    _log.info("listening", address=f"{host}:{port}", zone=daemon.config.domain, pool=config.pool.cidr)
+    async with ConsulClient(daemon.config.consul) as client:
+        dnsd = _Dnsd(daemon, config, server, client, host)
+        await dnsd.run()
+
+
+class _Dnsd:
+    """The parts of one running dnsd."""
+
+    def __init__(
+        self, daemon: Daemon, config: DnsdConfig, server: Server, client: ConsulClient, host: str
+    ) -> None:
+        self._daemon = daemon
+        self._server = server
+        self._client = client
+        self._catalog = CatalogWatch(client)
+        self._leases = KvWatch(client, SERVICE_PREFIX)
+        self._table = Table()
+        self._changed = asyncio.Event()
+        rules = Rules(Pool(config.pool.cidr, config.pool.reserved), config.grace_s, config.quarantine_s)
+        self._keeping = Keeping(
+            client,
+            self._catalog,
+            rules,
+            session_ttl_s=config.keeper_session_ttl_s,
+            report=self._hear_problems,
+        )
+        self._may_keep = config.keeper
+        self._problems: tuple[Problem, ...] = ()
+        settings = Settings(
+            daemon.config.domain, config.pool.cidr, config.ttl_s, config.negative_ttl_s, _nameserver(host)
+        )
+        self._zone = ZoneData(settings, {}, {}, int(time.time()))
+        self._catalog.subscribe(lambda _: self._changed.set())
+        self._leases.subscribe(lambda _: self._changed.set())
+        daemon.status_sources["dns"] = self._dns_status
+        daemon.status_sources["keeper"] = self._keeper_status
+
+    async def run(self) -> None:
+        """Serve at once, and from Consul as soon as it can be read, until the daemon is to stop."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._server.run(), name="dns-server")]
+            if await self._schema_is_known():
+                tasks += [
+                    group.create_task(self._catalog.run(), name="catalog-watch"),
+                    group.create_task(self._leases.run(), name="lease-watch"),
+                    group.create_task(self._follow_changes(), name="zone"),
+                    group.create_task(self._tick(), name="tick"),
+                ]
+                if self._may_keep:
+                    tasks.append(group.create_task(self._keeping.run(), name="keeper"))
+            await self._daemon.stopping.wait()
+            for task in tasks:
+                task.cancel()
+
+    async def _schema_is_known(self) -> bool:
+        """Wait for Consul and check what its KV holds; False when told to stop meanwhile."""
+        while True:
+            try:
+                await check_schema(self._client)
+            except ConsulUnavailable as error:
+                self._daemon.readiness.awaiting("catalog", f"Consul: {error}")
+                if await sleep_or_stop(self._daemon, CONSUL_RETRY_SECONDS):
+                    return False
+            else:
+                return True
+
+    async def _follow_changes(self) -> None:
+        """Rebuild the zone whenever the catalog or the leases changed."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            started = time.monotonic()
+            self._rebuild()
+            await asyncio.sleep(REBUILD_COST_FACTOR * (time.monotonic() - started))
+
+    def _rebuild(self) -> None:
+        catalog, leases = self._catalog.latest, self._leases.latest
+        if catalog is not None:
+            self._daemon.readiness.done("catalog")
+        if leases is not None:
+            self._daemon.readiness.done("leases")
+        if catalog is None or leases is None:
+            return
+        self._table = read_table(leases.pairs, self._table)
+        zone = rebuilt(
+            self._zone,
+            describe_all(catalog.services, self._zone.services),
+            {name: stored.record for name, stored in self._table.leases.items()},
+            time.time(),
+        )
+        if zone is not self._zone or self._server.answers.zone is None:
+            self._zone = zone
+            self._renew_answers()
+
+    async def _tick(self) -> None:
+        """Let the answers age, and show what stands in the way."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            answers = self._server.answers
+            answers.confirmed_at = self._confirmed_at
+            CONFIRMED.set(answers.confirmed_at)
+            is_served = answers.zone is not None
+            if self._is_served != is_served or self._is_stale != answers.is_stale:
+                self._renew_answers()
+            self._show_warnings()
+
+    def _renew_answers(self) -> None:
+        """Start with no ready answers: these are another zone's, or have another mark."""
+        zone = self._zone if self._is_served else None
+        self._server.answers = Answers(zone, confirmed_at=self._confirmed_at, is_stale=self._is_stale)
+
+    @property
+    def _confirmed_at(self) -> float:
+        """When Consul last confirmed both the services and the leases, Unix seconds."""
+        catalog, leases = self._catalog.latest, self._leases.latest
+        return min(catalog.confirmed_at, leases.confirmed_at) if catalog and leases else 0.0
+
+    @property
+    def _is_stale(self) -> bool:
+        return time.time() - self._confirmed_at > STALE_AFTER_SECONDS
+
+    @property
+    def _is_served(self) -> bool:
+        return time.time() - self._confirmed_at <= STALE_SECONDS_MAX
+
+    def _show_warnings(self) -> None:
+        problem = self._catalog.problem or self._leases.problem
+        self._warn("consul", str(problem) if problem else None)
+        self._warn("keeper", self._keeping.trouble)
+        shown = [f"{each.service}: {each.what}" for each in self._problems[:PROBLEMS_SHOWN_MAX]]
+        more = len(self._problems) - len(shown)
+        self._warn("services", "; ".join(shown) + (f"; and {more} more" if more else "") if shown else None)
+
+    def _warn(self, name: str, detail: str | None) -> None:
+        if detail is None:
+            self._daemon.readiness.unwarn(name)
+        else:
+            self._daemon.readiness.warn(name, detail)
+
+    def _hear_problems(self, problems: tuple[Problem, ...]) -> None:
+        """Log each problem once while it lasts."""
+        for problem in sorted(set(problems) - set(self._problems)):
+            _log.warning("service_without_lease", service=problem.service, error=problem.what)
+        self._problems = problems
+        UNLEASED.set(len(problems))
+
+    def _dns_status(self) -> Mapping[str, object]:
+        answers = self._server.answers
+        return {
+            **self._server.status,
+            "zone": self._zone.settings.domain,
+            "serial": self._zone.serial,
+            "services": len(self._zone.services),
+            "leases": len(self._zone.leases),
+            "unreadable": dict(self._table.unreadable),
+            "confirmed_at": self._confirmed_at,
+            "stale": answers.is_stale,
+        }
+
+    def _keeper_status(self) -> Mapping[str, object]:
+        return {
+            "elected": self._keeping.session is not None,
+            "trouble": self._keeping.trouble,
+            "problems": {problem.service: problem.what for problem in self._problems},
+        }
+
+
+def _check(config: DnsdConfig) -> None:
+    """Refuse settings that contradict each other."""
+    if config.quarantine_s <= config.ttl_s:
+        raise ConfigError(
+            f"dnsd.quarantine_s: expected more than dnsd.ttl_s ({config.ttl_s}), got {config.quarantine_s:g}: "
+            "a freed address must rest for longer than anybody remembers whose it was"
+        )
+
+
+def _nameserver(host: str) -> IPv4Address | None:
+    """Return the address for the zone's own `ns` name, when the one we listen on is one."""
+    try:
+        address = IPv4Address(host)
+    except AddressValueError:
+        return None
+    return None if address.is_unspecified else address

@@ -1,0 +1,300 @@
+"""Being the keeper: stand for election, read the table, carry out plans, step down.
+
+What to change is dnsd.keeper's to decide, and when to stand is dnsd.election's; this does it. Killed or
+paused anywhere, it leaves a table that the next keeper goes on from: each change is one transaction, and each
+transaction fails once the lock is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from dnsd.election import BEAT_SECONDS, LOOK_SECONDS, Rival, Step
+from dnsd.keeper import CatalogRead, Change, Plan, Problem, Rules, View, plan, transactions
+from dnsd.services import Service, describe_all
+from ztna.catalog import MESH_TAG, CatalogSnapshot, KvCheckSession, KvDeleteCas, KvPair, KvSet, TxnOp
+from ztna.consul.client import ConsulClient
+from ztna.consul.watch import CatalogWatch
+from ztna.errors import ConsulError, ConsulUnavailable, LeaseConflict, ZtnaError
+from ztna.jsontypes import to_json
+from ztna.leases import KEEPER_KEY, SCHEMA_KEY, SCHEMA_VERSION, VIP_PREFIX, Table, read_table
+from ztna.telemetry import KEEPER, LEASE_CHANGES, logger
+
+TRANSACTIONS_AT_ONCE = 8
+LEASE_CAS_ATTEMPTS = 5
+"""Plans in a row that may meet a table changed by somebody else, before the keeper steps down."""
+REREAD_SECONDS = 60.0
+"""How often the keeper compares what it believes with what is in KV."""
+RETRY_SECONDS = 1.0
+STEP_DOWN_SECONDS = 2.0
+
+_log = logger(__name__)
+
+
+class Deposed(Exception):
+    """The keeper's lock is somebody else's, or nobody's, now."""
+
+
+class _Conflict(Exception):
+    """A transaction met a record that was changed by somebody else."""
+
+
+class Keeping:
+    """One dnsd's candidacy, and its work while it is elected."""
+
+    def __init__(
+        self,
+        client: ConsulClient,
+        catalog: CatalogWatch,
+        rules: Rules,
+        *,
+        session_ttl_s: float,
+        report: Callable[[tuple[Problem, ...]], None],
+    ) -> None:
+        """`catalog` is run by the caller; `report` hears of the services that stay without, and of none."""
+        self._client = client
+        self._catalog = catalog
+        self._rules = rules
+        self._session_ttl_s = session_ttl_s
+        self._report = report
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._beats = 0
+        self.session: str | None = None
+        """The session that holds the lock, None while somebody else is the keeper."""
+        self.trouble: str | None = None
+        """Why this one could not be elected, or had to stop, the last time; None while it works."""
+
+    async def run(self) -> None:
+        """Stand for election and keep the leases when elected, until cancelled; then step down at once."""
+        while True:
+            try:
+                session = self.session = await self._elected()
+                _log.info("keeper_elected", session=session)
+                KEEPER.set(1)
+                self.trouble = None
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._beat(session), name="keeper-beat")
+                    tasks.create_task(self._keep(session), name="keeper-table")
+            except* Deposed as group:
+                _log.warning("keeper_deposed", session=self.session, error=_first(group))
+            except* (ConsulError, LeaseConflict) as group:
+                self.trouble = str(_first(group))
+                _log.warning("keeper_stopped", session=self.session, error=_first(group))
+            finally:
+                KEEPER.set(0)
+                self._report(())
+                await self._step_down()
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _elected(self) -> str:
+        """Return the session that holds the lock, once that is ours."""
+        rival = Rival()
+        while True:
+            try:
+                pair = await self._client.kv_get(KEEPER_KEY, consistent=True)
+                step = rival.look(pair, time.monotonic())
+                if step is Step.ACQUIRE:
+                    session = await self._acquire()
+                    if session is not None:
+                        return session
+                elif step is Step.UNSEAT and pair is not None and pair.session is not None:
+                    _log.warning("keeper_unseated", session=pair.session, was=pair.value.decode("latin-1"))
+                    await self._client.session_destroy(pair.session)
+                    continue
+            except ConsulUnavailable:
+                rival.lose_sight()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _acquire(self) -> str | None:
+        # No lock-delay: it protects what cannot check a session, and every transaction of ours does.
+        session = await self._client.session_create(
+            "ztna-keeper", ttl_s=self._session_ttl_s, behavior="release", lock_delay_s=0.0
+        )
+        if await self._write_beat(session):
+            return session
+        await self._client.session_destroy(session)
+        return None
+
+    async def _beat(self, session: str) -> None:
+        """Show that the holder is alive, to Consul and to the rivals, until the lock is lost."""
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            try:
+                if not await self._client.session_renew(session):
+                    raise Deposed("Consul has ended the session")
+                if not await self._write_beat(session):
+                    raise Deposed("another session holds the lock")
+            except ConsulUnavailable as error:
+                # Nobody else can be elected meanwhile either; the lock may well still be ours after it.
+                _log.warning("keeper_beat_failed", error=error)
+
+    async def _write_beat(self, session: str) -> bool:
+        self._beats += 1
+        value = to_json({"keeper": self._name, "beats": self._beats})
+        return await self._client.kv_put(KEEPER_KEY, value, acquire=session)
+
+    async def _keep(self, session: str) -> None:
+        """Keep the table right for as long as the lock is ours."""
+        await check_schema(self._client, write=True)
+        conflicts = 0
+        while True:
+            try:
+                await _TableKeeper(self._client, self._catalog, self._rules, session, self._report).run()
+            except _Conflict as error:
+                conflicts += 1
+                _log.warning("lease_conflict", error=error, attempt=conflicts)
+                if conflicts >= LEASE_CAS_ATTEMPTS:
+                    raise LeaseConflict(f"somebody else keeps changing the leases: {error}") from None
+            except ConsulUnavailable as error:
+                _log.warning("keeper_waits_for_consul", error=error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _step_down(self) -> None:
+        session, self.session = self.session, None
+        if session is None:
+            return
+        try:
+            async with asyncio.timeout(STEP_DOWN_SECONDS):
+                await self._client.session_destroy(session)
+        except (ConsulError, TimeoutError) as error:
+            # The session ends by itself, only later.
+            _log.warning("keeper_session_left", session=session, error=str(error) or type(error).__name__)
+
+
+class _TableKeeper:
+    """The table as the keeper believes it to be, from one complete read on."""
+
+    def __init__(
+        self,
+        client: ConsulClient,
+        catalog: CatalogWatch,
+        rules: Rules,
+        session: str,
+        report: Callable[[tuple[Problem, ...]], None],
+    ) -> None:
+        self._client = client
+        self._catalog = catalog
+        self._rules = rules
+        self._session = session
+        self._report = report
+        self._pairs: dict[str, KvPair] = {}
+        self._table = Table()
+        self._services: Mapping[str, Service] = {}
+        self._gone_since: Mapping[str, float] = {}
+        self._catalog_read: CatalogRead | None = None
+
+    async def run(self) -> None:
+        """Plan and carry out, each time the catalog changes or something is due, until something fails."""
+        snapshot = await self._catalog.changed()
+        await self._read_table()
+        read_at = time.monotonic()
+        while True:
+            if time.monotonic() - read_at >= REREAD_SECONDS:
+                await self._read_table()
+                read_at = time.monotonic()
+            self._services = describe_all(snapshot.services, self._services)
+            decided = self._plan()
+            if decided.wants_catalog_read:
+                self._catalog_read = await self._read_catalog()
+                decided = self._plan()
+            await self._carry_out(decided.changes)
+            self._report(decided.problems)
+            await self._pause(snapshot, decided, read_at + REREAD_SECONDS)
+            snapshot = self._catalog.latest or snapshot
+
+    async def _pause(self, snapshot: CatalogSnapshot, decided: Plan, reread_at: float) -> None:
+        """Wait for another snapshot, but not past what is due next."""
+        wait_s = reread_at - time.monotonic()
+        if decided.due_at is not None:
+            wait_s = min(wait_s, decided.due_at - time.time())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, wait_s)):
+                await self._catalog.changed(snapshot)
+
+    def _plan(self) -> Plan:
+        view = View(
+            services=self._services,
+            table=self._table,
+            gone_since=self._gone_since,
+            catalog_read=self._catalog_read,
+        )
+        decided = plan(view, self._rules, time.time())
+        self._gone_since = decided.gone_since
+        return decided
+
+    async def _read_table(self) -> None:
+        pairs = await self._client.kv_list(VIP_PREFIX, consistent=True)
+        self._pairs = {pair.key: pair for pair in pairs}
+        self._table = read_table(self._pairs, self._table)
+
+    async def _read_catalog(self) -> CatalogRead:
+        at = time.time()
+        names = await self._client.services(tag=MESH_TAG, consistent=True)
+        return CatalogRead(frozenset(names), at)
+
+    async def _carry_out(self, changes: Sequence[Change]) -> None:
+        if not changes:
+            return
+        waiting = iter(transactions(changes, self._session))
+
+        async def carry_out_next() -> None:
+            # All share the one iterator, so each transaction is sent once.
+            for operations in waiting:
+                await self._carry_out_one(operations)
+
+        failures: list[Exception] = []
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(TRANSACTIONS_AT_ONCE):
+                    tasks.create_task(carry_out_next(), name="keeper-transaction")
+        except* (ZtnaError, Deposed, _Conflict) as group:
+            failures.extend(group.exceptions)
+        self._table = read_table(self._pairs, self._table)
+        if failures:
+            # Losing the lock explains all others.
+            raise next((error for error in failures if isinstance(error, Deposed)), failures[0])
+        for change in changes:
+            LEASE_CHANGES.labels(change.kind).inc()
+            _log.info(f"lease_{change.kind}", service=change.service, address=change.address)
+
+    async def _carry_out_one(self, operations: Sequence[TxnOp]) -> None:
+        outcome = await self._client.txn(operations)
+        for failure in outcome.failures:
+            operation = operations[failure.operation]
+            if isinstance(operation, KvCheckSession):
+                raise Deposed(failure.what)
+            raise _Conflict(f"{operation.key}: {failure.what}")
+        indexes = {pair.key: pair.modify_index for pair in outcome.pairs}
+        for operation in operations:
+            if isinstance(operation, KvSet):
+                key, value = operation.key, operation.value
+                self._pairs[key] = KvPair(key=key, value=value, modify_index=indexes[key])
+            elif isinstance(operation, KvDeleteCas):
+                self._pairs.pop(operation.key, None)
+
+
+async def check_schema(client: ConsulClient, *, write: bool = False) -> None:
+    """Refuse a KV that a newer version has written; with `write`, note our version where there is none.
+
+    Raises ZtnaError. Source: design.md 4.
+    """
+    pair = await client.kv_get(SCHEMA_KEY, consistent=True)
+    if pair is None:
+        if write:
+            await client.kv_put(SCHEMA_KEY, str(SCHEMA_VERSION).encode(), cas=0)
+        return
+    text = pair.value.decode("latin-1").strip()
+    if not text.isdigit() or int(text) > SCHEMA_VERSION:
+        raise ZtnaError(
+            f"KV {SCHEMA_KEY} is {text!r}: this version knows up to {SCHEMA_VERSION}; install a newer ztna-mesh"
+        )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
