@@ -1,0 +1,231 @@
+"""Properties of the codecs: what is written is read again, however it was cut; garbage gives typed errors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support import messages
+from ztna import packet
+from ztna.errors import PacketError, ProtocolError
+from ztna.leases import Port
+from ztna.names import ConnectorId, ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire import control, datagram, forwarder, stream
+from ztna.wire.control import Address, AnyMessage, Binary, ForwarderBind, LeaseRef, PeerIdentity, Secret
+
+thorough = settings(max_examples=2000, deadline=None)
+
+ips = st.one_of(
+    st.integers(0, 2**32 - 1).map(lambda n: str(IPv4Address(n))),
+    st.integers(0, 2**128 - 1).map(lambda n: str(IPv6Address(n))),
+)
+ports = st.integers(0, 65535)
+addresses = st.builds(Address, ips, ports)
+sessions = st.binary(min_size=8, max_size=8).map(SessionId.from_bytes)
+labels = st.from_regex(r"[a-z0-9](?:[a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
+services = labels.filter(lambda text: text not in ("connector", "relay", "ns")).map(ServiceName)
+connectors = labels.map(ConnectorId)
+leases = st.builds(LeaseRef, st.integers(0, 2**32 - 1).map(IPv4Address), st.integers(0, 2**63 - 1))
+secrets = st.binary(max_size=40).map(Secret)
+fingerprints = st.binary(min_size=32, max_size=32).map(bytes.hex)
+reasons = st.sampled_from(Reason)
+binds = st.builds(ForwarderBind, addresses, st.binary(max_size=16).map(Binary), secrets)
+candidates = st.lists(addresses, max_size=control.CANDIDATES_MAX).map(tuple)
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=50)
+counters = st.integers(0, 2**63 - 1)
+published = st.builds(Port, st.sampled_from(["tcp", "udp", "icmp"]), st.integers(1, 65535))
+
+control_messages: st.SearchStrategy[AnyMessage] = st.one_of(
+    st.builds(control.Hello, st.integers(0, 99), st.frozensets(texts, max_size=5)),
+    st.builds(
+        control.Register,
+        connectors,
+        st.lists(
+            st.builds(control.Offering, services, st.lists(published, max_size=3).map(tuple)), max_size=5
+        ).map(tuple),
+        st.none() | addresses,
+    ),
+    st.builds(control.Registered, services),
+    st.builds(control.Refused, texts, reasons),
+    st.builds(control.Open, counters, services, st.none() | leases, st.none() | connectors),
+    st.builds(
+        control.Offered,
+        sessions,
+        services,
+        st.builds(PeerIdentity, texts, fingerprints),
+        st.none() | leases,
+        st.none() | binds,
+        secrets,
+        st.booleans(),
+    ),
+    st.builds(control.Accepted, sessions),
+    st.builds(
+        control.Opened,
+        counters,
+        sessions,
+        services,
+        connectors,
+        fingerprints,
+        st.none() | addresses,
+        st.none() | binds,
+        secrets,
+    ),
+    st.builds(control.Denied, counters, texts, reasons),
+    st.builds(control.Dial, sessions),
+    st.builds(control.DialToken, sessions, secrets),
+    st.builds(control.Carry, sessions, secrets),
+    st.builds(control.Closed, sessions, reasons),
+    st.builds(control.CandidateOffer, sessions, candidates),
+    st.builds(control.CandidateAnswer, sessions, candidates),
+    st.builds(control.StartPunching, sessions, candidates, st.integers(0, 10_000)),
+    st.builds(control.PunchingResult, sessions, st.booleans(), st.none() | addresses),
+    st.builds(control.Health, services, texts),
+    st.builds(control.Conflict, cidr=texts, with_=texts, detail=texts),
+    st.builds(control.Drain, st.floats(0, 86_400), st.lists(texts, max_size=3).map(tuple)),
+)
+
+counted = st.binary(max_size=255)
+datagrams: st.SearchStrategy[datagram.Datagram] = st.one_of(
+    st.builds(datagram.Qad, ips, ports),
+    st.builds(datagram.RegisterAgent, counted),
+    st.builds(datagram.RegisterConnector, counted),
+    st.builds(datagram.Ack, counted),
+    st.builds(datagram.Nack, st.sampled_from(datagram.NackStatus), counted),
+    st.builds(
+        datagram.ServicePacket, st.binary(min_size=1, max_size=255), st.binary(min_size=1, max_size=1500)
+    ),
+    st.builds(datagram.SessionPacket, sessions, st.binary(min_size=1, max_size=1500)),
+    st.binary(max_size=50).map(lambda rest: datagram.RawPacket(b"\x45" + rest)),
+)
+
+macs = st.binary(min_size=16, max_size=16)
+transactions = st.binary(min_size=12, max_size=12)
+nonces = st.binary(min_size=8, max_size=8)
+forwarder_packets: st.SearchStrategy[forwarder.ForwarderPacket] = st.one_of(
+    st.builds(forwarder.Bind, macs, macs),
+    st.builds(forwarder.Challenge, nonces),
+    st.builds(forwarder.Bound, nonces, addresses),
+    st.builds(forwarder.Probe, transactions, macs),
+    st.builds(forwarder.ProbeAnswer, transactions, macs),
+)
+
+flows = st.binary(min_size=16, max_size=16).map(bytes.hex)
+windows = st.integers(stream.WINDOW_BYTES_MIN, stream.WINDOW_BYTES_MAX)
+stream_frames: st.SearchStrategy[stream.Frame] = st.one_of(
+    st.builds(stream.OpenFrame, sessions, flows, services, leases, addresses, addresses, windows),
+    st.builds(stream.OpenedFrame, st.sampled_from(stream.OpenStatus), windows),
+    st.builds(stream.Data, st.binary(max_size=300)),
+    st.builds(stream.Fin),
+    st.builds(stream.ResetFrame, st.integers(0, 255)),
+    st.builds(stream.Ack, st.integers(0, 2**64 - 1)),
+    st.builds(stream.ResumeFrame, sessions, flows, st.integers(1, 2**31 - 1), counters, windows),
+    st.builds(stream.ResumedFrame, st.integers(0, 2**64 - 1), windows),
+)
+
+
+@thorough
+@given(datagrams)
+def test_a_datagram_is_read_as_it_was_written(value: datagram.Datagram) -> None:
+    assert datagram.decode(datagram.encode(value)) == value
+
+
+@thorough
+@given(forwarder_packets)
+def test_a_forwarder_packet_is_read_as_it_was_written(value: forwarder.ForwarderPacket) -> None:
+    data = forwarder.encode(value)
+    assert forwarder.decode(data) == value
+    assert not forwarder.is_quic(data[0])
+
+
+@thorough
+@given(st.lists(control_messages, max_size=4), st.data())
+def test_control_messages_are_read_as_they_were_written_in_any_pieces(
+    values: list[AnyMessage], data: st.DataObject
+) -> None:
+    whole = b"".join(map(control.encode, values))
+    reader = control.FrameReader()
+    assert [value for piece in pieces(whole, data) for value in reader.feed(piece)] == values
+
+
+@thorough
+@given(st.lists(stream_frames, max_size=6), st.data())
+def test_stream_frames_are_read_as_they_were_written_in_any_pieces(
+    values: list[stream.Frame], data: st.DataObject
+) -> None:
+    whole = b"".join(map(stream.encode, values))
+    reader = stream.FrameReader()
+    got = [value for piece in pieces(whole, data) for value in reader.feed(piece)]
+    assert joined(got) == joined(values)
+
+
+@thorough
+@given(st.sampled_from((4, 6)), st.data(), ports, ports, st.binary(max_size=1500))
+def test_a_udp_packet_is_read_as_it_was_built(
+    version: int, data: st.DataObject, source_port: int, destination_port: int, payload: bytes
+) -> None:
+    make, bits = (IPv4Address, 32) if version == 4 else (IPv6Address, 128)
+    source, destination = (str(make(data.draw(st.integers(0, 2**bits - 1)))) for _ in range(2))
+    built = packet.build_udp(source, source_port, destination, destination_port, payload)
+    assert packet.parse(built) == packet.Packet(
+        version, source, destination, packet.PROTOCOL_UDP, source_port, destination_port, payload
+    )
+    error = packet.parse(packet.icmp_error(built, packet.Unreachable.HOST))
+    assert (error.source, error.destination) == (destination, source)
+    assert built.startswith(error.payload)
+
+
+@pytest.mark.parametrize(
+    ("read", "corpus", "allowed"),
+    [
+        (datagram.decode, messages.DATAGRAMS, ProtocolError),
+        (forwarder.decode, messages.FORWARDER_PACKETS, ProtocolError),
+        (packet.parse, messages.PACKETS, PacketError),
+        (lambda data: control.FrameReader().feed(data), messages.CONTROL_FRAMES, ProtocolError),
+        (lambda data: stream.FrameReader().feed(data), messages.STREAM_FRAMES, ProtocolError),
+    ],
+    ids=["datagram", "forwarder", "packet", "control", "stream"],
+)
+def test_garbage_gives_a_value_or_a_typed_error(
+    read: Callable[[bytes], object], corpus: tuple[bytes, ...], allowed: type[Exception]
+) -> None:
+    starts = st.sampled_from(corpus).flatmap(lambda good: st.integers(0, len(good)).map(lambda at: good[:at]))
+
+    @thorough
+    @given(st.one_of(st.binary(max_size=200), st.builds(lambda a, b: a + b, starts, st.binary(max_size=50))))
+    def check(data: bytes) -> None:
+        with contextlib.suppress(allowed):
+            read(data)
+
+    check()
+
+
+@thorough
+@given(datagrams)
+def test_what_is_read_is_written_as_it_was(value: datagram.Datagram) -> None:
+    data = datagram.encode(value)
+    assert datagram.encode(datagram.decode(data)) == data
+
+
+def pieces(whole: bytes, data: st.DataObject) -> list[bytes]:
+    """Cut the bytes at places that hypothesis chooses."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=8)))
+    return [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+
+
+def joined(frames: list[stream.Frame]) -> list[object]:
+    """Return the frames with the bytes of neighbouring DATA put together: its borders mean nothing."""
+    out: list[object] = []
+    for frame in frames:
+        if not isinstance(frame, stream.Data):
+            out.append(frame)
+        elif out and isinstance(out[-1], bytes):
+            out[-1] += bytes(frame.data)
+        elif frame.data:
+            out.append(bytes(frame.data))
+    return out
