@@ -37,7 +37,7 @@ CATALOG_READ_SECONDS_MAX = 5.0
 
 UNREADABLE = "its lease in KV cannot be read; `ztna leases audit` says why"
 
-Kind = Literal["leased", "returned", "moved", "released", "repaired", "ports"]
+Kind = Literal["granted", "returned", "moved", "released", "repaired", "ports_changed"]
 
 
 class Pool:
@@ -223,7 +223,7 @@ class _Planner:
             # The address did not change hands, so the epoch stays and no session ends for it.
             renewed = Lease(lease.ip, lease.epoch, service.ports)
             self._add(
-                "ports",
+                "ports_changed",
                 name,
                 lease.ip,
                 KvSet(service_key(name), to_json(renewed), stored.index),
@@ -312,7 +312,7 @@ class _Planner:
                     self._problems.append(Problem(name, self._exhausted()))
                     continue
                 address = free
-            self._grant("moved" if name in self._leases else "leased", name, service.ports, address)
+            self._grant("moved" if name in self._leases else "granted", name, service.ports, address)
 
     def _rested(self) -> Iterator[IPv4Address]:
         """Yield the addresses past their quarantine, the longest rested first."""

@@ -107,3 +107,42 @@ def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decode
 
 _LEASE = msgspec.json.Decoder(Lease, dec_hook=decode_hook)
 _HOLDING = msgspec.json.Decoder(Holding, dec_hook=decode_hook)
+
+
+def audit(table: Table) -> tuple[str, ...]:
+    """Return what is wrong with a table, a line each: no address may have two owners, and records must agree.
+
+    Source: design.md 4. An empty tuple proves that every lease is whole and every address has one owner.
+    """
+    broken = [f"{key}: {what}" for key, what in sorted(table.unreadable.items())]
+    services: dict[IPv4Address, list[str]] = {}
+    for service, stored in sorted(table.leases.items()):
+        services.setdefault(stored.record.ip, []).append(service)
+        broken += _disagreements(service, stored.record, table.holdings.get(stored.record.ip))
+    for address, names in sorted(services.items()):
+        if len(names) > 1:
+            broken.append(f"{address}: leased to {len(names)} services: {', '.join(names)}")
+    for address, held in sorted(table.holdings.items()):
+        holder = table.leases.get(ServiceName(held.record.service)) if _is_name(held.record.service) else None
+        if held.record.state == "leased" and (holder is None or holder.record.ip != address):
+            broken.append(f"{address}: held by {held.record.service}, whose lease is not for it")
+    return tuple(broken)
+
+
+def _disagreements(service: ServiceName, lease: Lease, held: Stored[Holding] | None) -> list[str]:
+    if held is None:
+        return [f"{service}: its address {lease.ip} has no record of its own"]
+    holding = held.record
+    if (holding.service, holding.state) != (service, "leased"):
+        return [f"{service}: its address {lease.ip} is {holding.state} by {holding.service}"]
+    if holding.epoch != lease.epoch:
+        return [f"{service}: epoch {lease.epoch}, but {holding.epoch} at its address {lease.ip}"]
+    return []
+
+
+def _is_name(text: str) -> bool:
+    try:
+        ServiceName(text)
+    except BadName:
+        return False
+    return True
