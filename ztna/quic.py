@@ -142,6 +142,8 @@ class Connection:
         self._timer_at = float("inf")
         self._not_before = 0.0
         now = endpoint.clock()
+        self.heard_at = now
+        """When the peer's last packet came, in seconds of the endpoint's clock."""
         self._handshake_until = now + HANDSHAKE_SECONDS
         self._tick_at = now + endpoint.settings.ping_interval_s
 
@@ -227,6 +229,7 @@ class Connection:
         if not data[0] & 0x80 and self._engine.is_reset(data):
             self._end(CLOSE_OK, "stateless reset")
             return
+        self.heard_at = now
         try:
             self._engine.receive_datagram(data, address, now)
         except Exception as error:
@@ -273,7 +276,8 @@ class Connection:
         return sent
 
     def _act(self) -> None:
-        while (event := self._engine.next_event()) is not None and self.is_open:
+        # What came before the peer's own close still counts; after a close of ours nothing does.
+        while (event := self._engine.next_event()) is not None and not self._engine.is_close_pending:
             self._guard(partial(self._act_on, event))
         for stream_id in [each for each in self._held if each not in self._paused]:
             self._guard(partial(self._release, stream_id))
