@@ -1,6 +1,7 @@
 """MB/s and CPU seconds per GB through one agent and connector pair of stream carriers on loopback.
 
-Each end is a process of its own; prints one line per round, per end. `python -m tests.bench.bench_stream [MB] [flows]`.
+Each end is a process of its own; a stunnel pair with the same certificates is measured in turn where it is installed.
+Prints medians, and in parentheses the ratio to the last pair: `python -m tests.bench.bench_stream [MB]`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import secrets
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
+from statistics import median
 
 import uvloop
 
@@ -182,34 +187,123 @@ def start(target: Callable[..., object], *args: object) -> tuple[Pipe, tuple[str
     return ours, tuple(ours.recv())
 
 
-def main(megabytes: int, flows: int) -> None:
+class Pair:
+    """Two ends under test: where programs connect, and the CPU seconds that each end has used."""
+
+    def __init__(self, name: str, address: tuple[str, int], ends: tuple[Callable[[], float], ...]) -> None:
+        self.name, self.address, self._ends = name, address, ends
+
+    def cpu(self) -> list[float]:
+        return [end() for end in self._ends]
+
+
+def our_pair(pki: Pki, backend: tuple[str, int]) -> Pair:
+    far, far_address = start(connector, pki.connector(), backend)
+    near, near_address = start(agent, pki.agent(), far_address)
+    return Pair("ztna", near_address, (lambda: cpu(near), lambda: cpu(far)))
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def stunnel_pair(pki: Pki, backend: tuple[str, int], running: list[subprocess.Popen[bytes]]) -> Pair | None:
+    """Start two stunnels with the same certificates; None when stunnel is not installed."""
+    binary = shutil.which("stunnel4") or shutil.which("stunnel")
+    if binary is None:
+        return None
+    near_port, far_port = free_port(), free_port()
+    ends = (
+        ("agent", pki.agent(), "yes", near_port, f"127.0.0.1:{far_port}"),
+        ("connector", pki.connector(), "no", far_port, f"127.0.0.1:{backend[1]}"),
+    )
+    pids = []
+    for name, tls, is_client, accept, target in ends:
+        path = pki.directory / f"stunnel-{name}.conf"
+        path.write_text(
+            f"foreground = yes\npid =\ndebug = 3\n[{name}]\nclient = {is_client}\naccept = 127.0.0.1:{accept}\n"
+            f"connect = {target}\ncert = {tls.certificate}\nkey = {tls.key}\nCAfile = {tls.ca}\n"
+            "verifyChain = yes\nsslVersion = TLSv1.3\nsocket = l:TCP_NODELAY=1\nsocket = r:TCP_NODELAY=1\n"
+        )
+        child = subprocess.Popen([binary, str(path)], stderr=subprocess.DEVNULL)
+        running.append(child)
+        pids.append(child.pid)
+    wait_until_listening(near_port)
+    wait_until_listening(far_port)
+    return Pair("stunnel", ("127.0.0.1", near_port), tuple(partial(cpu_of_process, pid) for pid in pids))
+
+
+def wait_until_listening(port: int) -> None:
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def cpu_of_process(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def bulk(pair: Pair, megabytes: int, flows: int) -> tuple[float, ...]:
+    """Return MB/s, and CPU seconds per GB of the agent's and the connector's end."""
+    gigabytes = (megabytes // flows * flows << 20) / 1e9
+    before = pair.cpu()
+    seconds = in_parallel(flows, download, pair.address, megabytes // flows)
+    used = [(after - start) / gigabytes for after, start in zip(pair.cpu(), before, strict=True)]
+    return gigabytes * 1000 / seconds, *used
+
+
+def short_flows(pair: Pair) -> tuple[float, ...]:
+    """Return flows per second, and CPU microseconds a flow of the agent's and the connector's end."""
+    before = pair.cpu()
+    seconds = in_parallel(SHORT_CONCURRENCY, short, pair.address, SHORT_FLOWS // SHORT_CONCURRENCY)
+    used = [(after - start) / SHORT_FLOWS * 1e6 for after, start in zip(pair.cpu(), before, strict=True)]
+    return SHORT_FLOWS / seconds, *used
+
+
+def report(title: str, unit: str, pairs: list[Pair], measure: Callable[[Pair], tuple[float, ...]]) -> None:
+    """Measure the pairs in turn, drop the first round, print medians and ratios to the last pair."""
+    rounds = [[measure(pair) for pair in pairs] for _ in range(ROUNDS)][1:]
+    medians = [[median(values) for values in zip(*each, strict=True)] for each in zip(*rounds, strict=True)]
+    for pair, values in zip(pairs, medians, strict=True):
+        ratios = [value / peer for value, peer in zip(values, medians[-1], strict=True)]
+        print(
+            f"{title:14} {pair.name:8} {values[0]:9.1f} ({ratios[0]:.2f}) {unit}: "
+            f"agent {values[1]:7.2f} ({ratios[1]:.2f}), connector {values[2]:7.2f} ({ratios[2]:.2f})",
+            flush=True,
+        )
+
+
+def main(megabytes: int) -> None:
+    running: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as directory:
         pki = Pki(Path(directory))
         _, backend = start(backend_main)
-        far, far_address = start(connector, pki.connector(), backend)
-        near, near_address = start(agent, pki.agent(), far_address)
-        for _ in range(ROUNDS):
-            before = cpu(near), cpu(far)
-            seconds = in_parallel(flows, download, near_address, megabytes // flows)
-            used = cpu(near) - before[0], cpu(far) - before[1]
-            gigabytes = (megabytes // flows * flows << 20) / 1e9
-            print(
-                f"{flows} flows: {gigabytes * 1000 / seconds:.0f} MB/s, CPU s per GB: "
-                f"agent {used[0] / gigabytes:.2f}, connector {used[1] / gigabytes:.2f}",
-                flush=True,
-            )
-        for _ in range(ROUNDS):
-            before = cpu(near), cpu(far)
-            seconds = in_parallel(SHORT_CONCURRENCY, short, near_address, SHORT_FLOWS // SHORT_CONCURRENCY)
-            used = cpu(near) - before[0], cpu(far) - before[1]
-            print(
-                f"short flows: {SHORT_FLOWS / seconds:.0f} /s, CPU us per flow: "
-                f"agent {used[0] / SHORT_FLOWS * 1e6:.0f}, connector {used[1] / SHORT_FLOWS * 1e6:.0f}",
-                flush=True,
-            )
+        peer = stunnel_pair(pki, backend, running)
+        pairs = [our_pair(pki, backend), *([peer] if peer else [])]
+        try:
+            for flows in (1, 16):
+                report(
+                    f"{flows} downloads",
+                    "MB/s, CPU s per GB",
+                    pairs,
+                    partial(bulk, megabytes=megabytes, flows=flows),
+                )
+            report("short flows", "per s, CPU us each", pairs, short_flows)
+        finally:
+            for child in running:
+                child.terminate()
+                child.wait()
 
 
 if __name__ == "__main__":
-    arguments = [int(each) for each in sys.argv[1:]] + [1024, 1][len(sys.argv) - 1 :]
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    main(*arguments)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 512)

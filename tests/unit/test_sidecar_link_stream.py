@@ -599,7 +599,8 @@ async def test_a_bad_agent_is_refused_with_its_reason_before_anything_is_acted_o
     ground: Ground, kind: str
 ) -> None:
     bad = ground.pki.bad(["agent.echo-service.ztna"], "client")[kind]
-    tls = bad.presented and ground.pki.write(bad.presented.chain_pem, bad.presented.key_pem)
+    chain = bad.presented
+    tls = None if chain is None else ground.pki.write(chain.chain_pem, chain.key_pem)
     before = refusals(bad.reason)
     assert await presented(ground, tls, ALPN) == b""
     assert refusals(bad.reason) == before + 1
