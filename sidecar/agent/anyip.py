@@ -1,0 +1,212 @@
+"""The virtual addresses as local ones: `ip route add local POOL dev lo`, taken back on exit or after a crash.
+
+What was added is written down first, in a locked file of the runtime directory: a file whose lock is free
+belongs to an agent that is gone, and only a route that such a file names and that carries our mark is removed.
+Binds nothing itself, and changes no route but its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pyroute2 import AsyncIPRoute, NetlinkError
+
+from ztna.errors import ConfigError, ZtnaError
+from ztna.telemetry import logger
+
+LOOPBACK = IPv4Network("127.0.0.0/8")
+ROUTE_MARK = 90
+"""The routes' protocol number (rtnetlink(7), rtm_protocol), free for use in IANA's and iproute2's lists."""
+
+_TABLE_LOCAL = 255
+_NOT_UNICAST = (IPv4Network("0.0.0.0/8"), IPv4Network("224.0.0.0/3"))
+_log = logger(__name__)
+
+
+def check_pool(mode: Literal["listen", "anyip"], pool: IPv4Network) -> None:
+    """Raise ConfigError, naming the mode that can, when this mode cannot bind the pool's addresses."""
+    if any(pool.overlaps(each) for each in _NOT_UNICAST):
+        raise ConfigError(f"agent.pool: {pool} holds addresses that no mode can bind; expected unicast ones")
+    if mode == "listen" and not pool.subnet_of(LOOPBACK):
+        raise ConfigError(
+            f"agent.pool: mode listen binds only addresses inside {LOOPBACK}, not {pool}; set agent.mode to "
+            f"anyip (needs CAP_NET_ADMIN), or use a pool inside {LOOPBACK}"
+        )
+    if mode == "anyip" and pool.overlaps(LOOPBACK):
+        raise ConfigError(
+            f"agent.pool: {pool} is local on every Linux already and must not be routed; set agent.mode to listen"
+        )
+
+
+def runtime_directory() -> Path:
+    """Return where state lives that must not survive a reboot: systemd's choice, /run, or one of the user's."""
+    given = os.environ.get("RUNTIME_DIRECTORY")
+    if given:
+        return Path(given.split(":")[0])
+    if os.geteuid() == 0:
+        return Path("/run/ztna-mesh")
+    parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(parent) / f"ztna-mesh-{os.geteuid()}"
+
+
+@contextlib.asynccontextmanager
+async def local_route(pool: IPv4Network, directory: Path) -> AsyncIterator[None]:
+    """Make every address of the pool a local one while inside.
+
+    First takes back what agents that crashed in this network namespace left. Raises ConfigError when a route
+    or address overlaps the pool, and ZtnaError when the capability is missing or another agent has the pool.
+    """
+    _make(directory)
+    with _record(pool, directory) as record:
+        if record is None:
+            raise ZtnaError(
+                f"agent.pool: another agent on this host already has {pool}; give each its own pool"
+            )
+        async with AsyncIPRoute() as netlink:
+            await _clean_up(netlink, directory, record)
+            await _refuse_conflicts(netlink, pool)
+            _write(record, str(pool))
+            await _add(netlink, pool)
+            _log.info("route_added", pool=str(pool))
+            try:
+                yield
+            finally:
+                await _remove(netlink, pool)
+                _discard(record)
+                _log.info("route_removed", pool=str(pool))
+
+
+async def _clean_up(netlink: AsyncIPRoute, directory: Path, own: IO[str]) -> None:
+    """Remove the routes of agents that died here; a lock that is held means its agent lives."""
+    await _remove_recorded(netlink, own)
+    for path in _recorded(directory, own):
+        with _locked(path) as record:
+            if record is not None:
+                await _remove_recorded(netlink, record)
+                _discard(record)
+
+
+async def _remove_recorded(netlink: AsyncIPRoute, record: IO[str]) -> None:
+    record.seek(0)
+    text = record.read().strip()
+    if not text:
+        return
+    try:
+        pool = IPv4Network(text)
+    except ValueError:
+        # Torn by a crash while it was written, so its route was never added.
+        return
+    if await _remove(netlink, pool):
+        _log.warning("route_of_crashed_agent_removed", pool=text)
+
+
+async def _refuse_conflicts(netlink: AsyncIPRoute, pool: IPv4Network) -> None:
+    async for route in await netlink.get_routes(family=socket.AF_INET):
+        if route["dst_len"] == 0:
+            continue
+        network = IPv4Network((route.get("dst"), route["dst_len"]), strict=False)
+        if network.overlaps(pool):
+            where = "local table" if route["table"] == _TABLE_LOCAL else f"table {route['table']}"
+            raise ConfigError(
+                f"agent.pool: {pool} overlaps {network}, which this host already routes ({where}); "
+                "choose another pool for dnsd and its agents, or remove that route"
+            )
+
+
+async def _add(netlink: AsyncIPRoute, pool: IPv4Network) -> None:
+    try:
+        await netlink.route("add", **await _route(netlink, pool))
+    except NetlinkError as error:
+        if error.code == errno.EPERM:
+            raise ZtnaError(
+                "agent.mode: anyip needs CAP_NET_ADMIN to add a local route; grant it (root, or "
+                f"AmbientCapabilities=), or use mode listen with a pool inside {LOOPBACK}"
+            ) from None
+        raise ZtnaError(f"agent.pool: local route for {pool}: {os.strerror(error.code)}") from None
+
+
+async def _remove(netlink: AsyncIPRoute, pool: IPv4Network) -> bool:
+    """Remove the route if it is there with our mark; say whether it was."""
+    try:
+        await netlink.route("del", **await _route(netlink, pool))
+    except NetlinkError as error:
+        if error.code in (errno.ESRCH, errno.ENOENT):
+            return False
+        raise ZtnaError(f"agent.pool: taking back the route for {pool}: {os.strerror(error.code)}") from None
+    return True
+
+
+async def _route(netlink: AsyncIPRoute, pool: IPv4Network) -> dict[str, Any]:
+    """Describe the route whole: the kernel deletes only one that matches every field given."""
+    return {
+        "family": socket.AF_INET,
+        "dst": str(pool),
+        "oif": (await netlink.link_lookup(ifname="lo"))[0],
+        "table": _TABLE_LOCAL,
+        "type": "local",
+        "scope": "host",
+        "proto": ROUTE_MARK,
+    }
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZtnaError(f"runtime directory {directory}: {error.strerror}") from None
+
+
+def _file_name(pool: str) -> str:
+    """Name a record by network namespace too: containers may share the directory and not the routes."""
+    namespace = Path("/proc/self/ns/net").stat().st_ino
+    return f"anyip-{namespace}-{pool.replace('/', '_')}"
+
+
+@contextlib.contextmanager
+def _record(pool: IPv4Network, directory: Path) -> Iterator[IO[str] | None]:
+    path = directory / _file_name(str(pool))
+    path.touch(mode=0o600)
+    with _locked(path) as record:
+        yield record
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[str] | None]:
+    """Open and lock a file; None when it has gone or somebody else holds its lock."""
+    try:
+        record = path.open("r+", encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        yield None
+        return
+    with record:
+        try:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield record
+
+
+def _recorded(directory: Path, own: IO[str]) -> list[Path]:
+    return [path for path in directory.glob(_file_name("*")) if str(path) != own.name]
+
+
+def _discard(record: IO[str]) -> None:
+    Path(record.name).unlink(missing_ok=True)
+
+
+def _write(record: IO[str], text: str) -> None:
+    record.seek(0)
+    record.truncate()
+    record.write(text + "\n")
+    record.flush()
+    os.fsync(record.fileno())

@@ -1,0 +1,274 @@
+"""ztna-sidecar agent: puts listeners, sessions, links, relays and leases together and runs them.
+
+Decides nothing about sessions (sidecar.agent.sessions does) and moves no bytes (sidecar.link does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+from sidecar.agent.anyip import check_pool, local_route, runtime_directory
+from sidecar.agent.broker import Broker, Outside
+from sidecar.agent.datagrams import Datagrams
+from sidecar.agent.leases import LeaseFollower
+from sidecar.agent.links import Links
+from sidecar.agent.listeners import Listeners
+from sidecar.agent.sessions import LeaseIs, Received, RelayDown, RelayUp, Session, Sessions
+from sidecar.agent.streams import Streams
+from sidecar.link.control import RelayClient
+from ztna.config import AgentConfig, RelayTarget
+from ztna.consul.client import ConsulClient
+from ztna.credentials import Credentials
+from ztna.errors import ConfigError, ZtnaError
+from ztna.leases import Lease
+from ztna.names import ServiceName
+from ztna.reasons import Reason
+from ztna.runtime import Daemon, Readiness
+from ztna.telemetry import logger
+from ztna.wire.control import AnyMessage, DialToken, Drain, LeaseRef, StartPunching
+
+_log = logger(__name__)
+
+
+async def body(daemon: Daemon) -> None:
+    """Run the agent until the daemon stops. Raises ConfigError or another ZtnaError when it cannot."""
+    config = daemon.config.agent
+    assert config is not None, "daemon_command refuses a configuration without the section"
+    daemon.readiness.awaiting("relay", "no relay is connected yet")
+    daemon.readiness.awaiting("leases", "not yet read from Consul")
+    check_pool(config.mode, config.pool)
+    if not config.relays:
+        raise ConfigError("agent.relays: expected at least one relay")
+    credentials = Credentials.load(config.tls)
+    async with contextlib.AsyncExitStack() as stack:
+        client = await stack.enter_async_context(ConsulClient(daemon.config.consul))
+        if config.mode == "anyip":
+            await stack.enter_async_context(local_route(config.pool, runtime_directory()))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await Agent(daemon, config, credentials, client, tasks).run()
+                raise _Stopped
+        except* _Stopped:
+            pass
+
+
+class Agent:
+    """A running agent."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        config: AgentConfig,
+        credentials: Credentials,
+        client: ConsulClient,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._daemon = daemon
+        self._config = config
+        self._tasks = tasks
+        self._relays = {
+            label: RelayClient(
+                target,
+                credentials,
+                on_message=self._message,
+                on_connected=self._connected,
+                on_lost=self._lost,
+            )
+            for label, target in _labelled(config.relays).items()
+        }
+        self._labels = {client: label for label, client in self._relays.items()}
+        self._broker = Broker(
+            Sessions(tuple(self._relays), config.flows_total),
+            Outside(send=self._send, read_lease=self._read_lease, ended=self._ended),
+        )
+        self._streams = Streams(self._broker, credentials, tasks=tasks, send=self._send, direct=config.direct)
+        self._links = Links(
+            credentials,
+            tasks=tasks,
+            send=self._send,
+            direct=config.direct,
+            private_candidates=config.private_candidates,
+        )
+        self._datagrams = Datagrams(self._broker, self._links, idle_s=config.udp_idle_s)
+        self._links.ready = self._datagrams.link_ready
+        self._links.failed = self._datagrams.link_failed
+        self._links.unfit = self._datagrams.session_unfit
+        self._links.received = self._datagrams.packet_received
+        self._listeners = Listeners(
+            self._streams.accepted, self._datagrams.received, _warner(daemon.readiness)
+        )
+        self._follower = LeaseFollower(
+            client,
+            credentials.identity.agent,
+            config.pool,
+            changed=self._leases_changed,
+            read=self._lease_read,
+        )
+
+    async def run(self) -> None:
+        """Serve until the daemon stops, then let what runs finish for a while."""
+        self._daemon.status_sources["agent"] = self.status
+        self._daemon.on_reload.append(self._reload)
+        for label, client in self._relays.items():
+            self._tasks.create_task(client.run(), name=f"relay {label}")
+        for what in (self._follower, self._listeners, self._datagrams, self._links):
+            self._tasks.create_task(what.run(), name=type(what).__name__)
+        await self._daemon.stopping.wait()
+        await self._drain()
+
+    def status(self) -> object:
+        """Return what `/status` shows."""
+        views = {view.service: view for view in self._broker.sessions.views()}
+        bound = self._listeners.bound
+        return {
+            "mode": self._config.mode,
+            "pool": str(self._config.pool),
+            "relays": [
+                {
+                    "relay": label,
+                    "state": self._broker.sessions.relays[label],
+                    "problem": client.problem,
+                }
+                for label, client in self._relays.items()
+            ],
+            "services": [
+                {
+                    "service": service,
+                    "ip": str(lease.ip),
+                    "epoch": lease.epoch,
+                    "ports": [{"protocol": port.protocol, "port": port.port} for port in lease.ports],
+                    "listening": sorted(str(at) for at in bound if at.service == service),
+                    "state": views[service].state if service in views else "idle",
+                    "reason": views[service].reason if service in views else None,
+                    "connector": _connector(views[service].session) if service in views else None,
+                }
+                for service, lease in sorted(self._follower.leases.items())
+            ],
+            "held_ports": {str(at): why for at, why in sorted(self._listeners.held.items())},
+            "sessions": [_session(session) for session in self._broker.sessions.sessions],
+            "links": self._links.status(),
+            "streams": self._streams.status(),
+            "udp_flows": self._datagrams.flows,
+        }
+
+    async def _drain(self) -> None:
+        """Take nothing new, let TCP flows finish for `drain_s`, then end what is left."""
+        self._listeners.close()
+        try:
+            async with asyncio.timeout(self._config.drain_s):
+                await self._streams.quiet.wait()
+        except TimeoutError:
+            _log.warning("flows_cut", flows=self._streams.flows)
+        self._streams.close()
+        self._links.close()
+        self._broker.close()
+
+    # --- relays
+
+    def _connected(self, client: RelayClient) -> None:
+        _log.info("relay_connected", relay=self._labels[client])
+        self._daemon.readiness.done("relay")
+        self._broker.handle(RelayUp(self._labels[client]))
+
+    def _lost(self, client: RelayClient, reason: str) -> None:
+        _log.warning("relay_lost", relay=self._labels[client], detail=reason)
+        self._broker.handle(RelayDown(self._labels[client]))
+        if not any(each.connected for each in self._relays.values()):
+            self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
+
+    def _message(self, client: RelayClient, message: AnyMessage) -> None:
+        relay = self._labels[client]
+        match message:
+            case DialToken():
+                self._streams.dial_token(relay, message)
+            case StartPunching():
+                self._links.start_punching(relay, message)
+            case Drain():
+                _log.info("relay_drains", relay=relay, deadline_s=message.deadline_s)
+                self._broker.handle(Received(relay, message))
+            case _:
+                self._broker.handle(Received(relay, message))
+
+    def _send(self, relay: str, message: AnyMessage) -> None:
+        # When it is not connected the loss of all its sessions is reported by on_lost.
+        self._relays[relay].send(message)
+
+    # --- sessions and leases
+
+    def _ended(self, session: Session, reason: Reason) -> None:
+        self._streams.session_ended(session, reason)
+        self._datagrams.session_ended(session)
+        self._links.session_ended(session, reason)
+
+    def _read_lease(self, service: ServiceName) -> None:
+        self._follower.read_again(service)
+
+    def _lease_read(self, service: ServiceName, lease: Lease | None) -> None:
+        # One that has gone since the watch said otherwise goes from the listeners when the watch says so.
+        if lease is not None and service in self._follower.leases:
+            self._broker.handle(LeaseIs(service, LeaseRef(lease.ip, lease.epoch)))
+
+    def _leases_changed(self, leases: Mapping[ServiceName, Lease]) -> None:
+        for view in self._broker.sessions.views():
+            if view.service not in leases:
+                self._broker.handle(LeaseIs(view.service, None))
+        for service, lease in leases.items():
+            self._broker.handle(LeaseIs(service, LeaseRef(lease.ip, lease.epoch)))
+        self._listeners.apply(leases)
+        self._daemon.readiness.done("leases")
+
+    def _reload(self) -> None:
+        """Read the certificates again; what stands keeps the old ones."""
+        try:
+            credentials = Credentials.load(self._config.tls)
+        except ZtnaError as error:
+            _log.error("reload_failed", detail=error)
+            return
+        self._streams.credentials = self._links.credentials = credentials
+        for client in self._relays.values():
+            client.credentials = credentials
+        self._follower.use_grants(credentials.identity.agent)
+        _log.info("reloaded", name=credentials.identity.name)
+
+
+class _Stopped(Exception):
+    """The agent has drained: what still runs is cancelled before what lies under it is given back."""
+
+
+def _labelled(relays: Sequence[RelayTarget]) -> dict[str, RelayTarget]:
+    """Name each relay by its name, and by its address too where several share a name."""
+    names = [relay.name for relay in relays]
+    found = {
+        relay.name if names.count(relay.name) == 1 else f"{relay.name}@{relay.address}": relay
+        for relay in relays
+    }
+    if len(found) < len(relays):
+        raise ConfigError("agent.relays: the same relay is listed twice")
+    return found
+
+
+def _warner(readiness: Readiness) -> Callable[[str, str | None], None]:
+    def warn(name: str, detail: str | None) -> None:
+        if detail is None:
+            readiness.unwarn(name)
+        else:
+            readiness.warn(name, detail)
+
+    return warn
+
+
+def _connector(session: Session | None) -> str | None:
+    return session.opened.connector_id if session is not None else None
+
+
+def _session(session: Session) -> dict[str, object]:
+    return {
+        "session": session.opened.session,
+        "relay": session.relay,
+        "service": session.service,
+        "connector": session.opened.connector_id,
+        "epoch": session.lease.epoch,
+        "link_address": str(session.opened.link_address) if session.opened.link_address else None,
+    }

@@ -1,0 +1,246 @@
+"""UDP flows of local programs: one inner flow for each local address and port at each virtual port.
+
+Builds the inner packets, waits (bounded) for session and link, and lets a reply go to the asker alone. Links are
+sidecar.agent.links', sessions sidecar.agent.sessions'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import ip_address
+
+from sidecar.agent.broker import Broker
+from sidecar.agent.links import Link, Links
+from sidecar.agent.listeners import UdpPort
+from sidecar.agent.sessions import Cause, Session
+from ztna.errors import PacketError
+from ztna.names import ServiceName
+from ztna.packet import (
+    PROTOCOL_ICMP,
+    PROTOCOL_UDP,
+    Packet,
+    Unreachable,
+    build_udp,
+    icmp_error,
+    parse,
+)
+from ztna.reasons import Reason
+from ztna.telemetry import dropped, logger
+from ztna.udp import SockAddr
+
+WAITING_PACKETS_PER_FLOW_MAX = 64
+WAITING_BYTES_MAX = 16 * 1024 * 1024
+SWEEP_SECONDS = 1.0
+
+_WHERE = "agent_udp"
+_log = logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Flow:
+    number: int
+    port: UdpPort
+    source: SockAddr
+    used_at: float
+    session: Session | None = None
+    link: Link | None = None
+    is_ready: bool = False
+    waiting: list[bytes] = field(default_factory=list)
+
+
+class Datagrams:
+    """All UDP flows of an agent. How many there may be is the sessions' limit."""
+
+    def __init__(self, broker: Broker, links: Links, *, idle_s: float) -> None:
+        self._broker = broker
+        self._links = links
+        self._idle_s = idle_s
+        self._loop = asyncio.get_running_loop()
+        self._flows: dict[tuple[UdpPort, SockAddr], _Flow] = {}
+        self._ports: dict[tuple[ServiceName, str, int], UdpPort] = {}
+        self._waiting_bytes = 0
+        self._tell_unreachable = _unreachable_teller()
+
+    @property
+    def flows(self) -> int:
+        """How many flows there are."""
+        return len(self._flows)
+
+    def received(self, port: UdpPort, data: bytes, source: SockAddr) -> None:
+        """Carry a datagram of a local program, or keep it until its flow has a session and a link."""
+        flow = self._flows.get((port, source))
+        at = port.at
+        packet = build_udp(source[0], source[1], at.ip, at.port, data)
+        if flow is None:
+            self._begin(port, source, packet)
+            return
+        flow.used_at = self._loop.time()
+        if flow.is_ready and flow.link is not None:
+            flow.link.send(at.service, packet)
+        else:
+            self._wait(flow, packet)
+
+    def packet_received(self, link: Link, service: ServiceName, data: bytes) -> None:
+        """Take a packet that came on a link: a reply or an ICMP error for exactly one of its flows."""
+        try:
+            packet = parse(data)
+            if packet.protocol == PROTOCOL_ICMP:
+                self._icmp_received(link, service, packet)
+                return
+        except PacketError:
+            dropped(_WHERE, "malformed")
+            return
+        flow = self._flow_of(
+            link,
+            service,
+            (packet.source, packet.source_port),
+            (packet.destination, packet.destination_port),
+        )
+        if flow is None or packet.protocol != PROTOCOL_UDP:
+            dropped(_WHERE, "no_such_flow")
+            return
+        flow.used_at = self._loop.time()
+        flow.port.send(packet.payload, flow.source)
+
+    def link_ready(self, link: Link) -> None:
+        """Send what waited for the link."""
+        for flow in self._of(link):
+            self._flush(flow, link)
+
+    def link_failed(self, link: Link) -> None:
+        """The link cannot be made or has gone: its flows ask for another connector."""
+        for flow in self._of(link):
+            self._retry(flow)
+
+    def session_unfit(self, session: Session) -> None:
+        """The connector at the end of the link may not serve this session: its flows ask for another."""
+        for flow in [each for each in self._flows.values() if each.session is session]:
+            self._retry(flow)
+
+    def session_ended(self, session: Session) -> None:
+        """Forget the session's flows: the next datagram of each begins a new one."""
+        for flow in [each for each in self._flows.values() if each.session is session]:
+            self._end(flow)
+
+    async def run(self) -> None:
+        """Forget flows that are idle or whose port was closed, until cancelled."""
+        while True:
+            await asyncio.sleep(min(SWEEP_SECONDS, self._idle_s / 2))
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Forget flows that are idle or whose port was closed."""
+        latest = self._loop.time() - self._idle_s
+        for flow in [each for each in self._flows.values() if each.used_at < latest or each.port.is_closed]:
+            self._end(flow)
+
+    # --- a flow's life
+
+    def _begin(self, port: UdpPort, source: SockAddr, packet: bytes) -> None:
+        flow = _Flow(self._broker.number(), port, source, self._loop.time())
+        self._flows[port, source] = flow
+        at = port.at
+        self._ports[at.service, at.ip, at.port] = port
+        self._wait(flow, packet)
+        self._broker.want(flow.number, at.service, partial(self._ready, flow), partial(self._failed, flow))
+
+    def _ready(self, flow: _Flow, session: Session) -> None:
+        if self._flows.get((flow.port, flow.source)) is not flow:
+            return  # it ended in the same turn
+        link = self._links.of(session)
+        if link is None:
+            self._retry(flow)
+            return
+        flow.session, flow.link = session, link
+        if link.is_ready:
+            self._flush(flow, link)
+
+    def _flush(self, flow: _Flow, link: Link) -> None:
+        flow.is_ready = True
+        for packet in self._take_waiting(flow):
+            link.send(flow.port.at.service, packet)
+
+    def _retry(self, flow: _Flow) -> None:
+        flow.session, flow.link, flow.is_ready = None, None, False
+        self._broker.retry(flow.number, Cause.FAILED)
+
+    def _failed(self, flow: _Flow, reason: Reason) -> None:
+        waiting = self._take_waiting(flow)
+        _log.debug("flow_refused", service=flow.port.at.service, source=flow.source, reason=reason)
+        dropped(_WHERE, "no_session", len(waiting))
+        self._end(flow)
+        if waiting:
+            self._tell_unreachable(waiting[0])
+
+    def _end(self, flow: _Flow) -> None:
+        self._flows.pop((flow.port, flow.source), None)
+        self._take_waiting(flow)
+        self._broker.release(flow.number)
+        if flow.port.is_closed:
+            at = flow.port.at
+            key = (at.service, at.ip, at.port)
+            if self._ports.get(key) is flow.port:
+                del self._ports[key]
+
+    def _wait(self, flow: _Flow, packet: bytes) -> None:
+        full = self._waiting_bytes + len(packet) > WAITING_BYTES_MAX
+        if full or len(flow.waiting) >= WAITING_PACKETS_PER_FLOW_MAX:
+            dropped(_WHERE, "waiting_full")
+            return
+        flow.waiting.append(packet)
+        self._waiting_bytes += len(packet)
+
+    def _take_waiting(self, flow: _Flow) -> list[bytes]:
+        waiting, flow.waiting = flow.waiting, []
+        self._waiting_bytes -= sum(map(len, waiting))
+        return waiting
+
+    # --- finding flows
+
+    def _of(self, link: Link) -> list[_Flow]:
+        return [flow for flow in self._flows.values() if flow.link is link]
+
+    def _flow_of(self, link: Link, service: ServiceName, at: SockAddr, asker: SockAddr) -> _Flow | None:
+        """Return the flow between a virtual port and a local program, if it is on this very link."""
+        port = self._ports.get((service, *at))
+        flow = self._flows.get((port, asker)) if port is not None else None
+        return flow if flow is not None and flow.link is link else None
+
+    def _icmp_received(self, link: Link, service: ServiceName, packet: Packet) -> None:
+        """Pass an ICMP error on to the program whose packet it quotes. Raises PacketError."""
+        quoted = packet.payload
+        # The quotation may be cut short, so its lengths need not agree: only addresses and ports are read.
+        header = (quoted[0] & 0x0F) * 4 if quoted else 0
+        if not 20 <= header <= len(quoted) - 4 or quoted[0] >> 4 != 4 or quoted[9] != PROTOCOL_UDP:
+            raise PacketError("an ICMP packet that quotes no UDP packet")
+        asker = (str(ip_address(quoted[12:16])), int.from_bytes(quoted[header : header + 2], "big"))
+        at = (str(ip_address(quoted[16:20])), int.from_bytes(quoted[header + 2 : header + 4], "big"))
+        flow = self._flow_of(link, service, at, asker)
+        if flow is None:
+            dropped(_WHERE, "no_such_flow")
+            return
+        self._tell_unreachable(build_udp(*asker, *at, b""))
+
+
+def _unreachable_teller() -> Callable[[bytes], None]:
+    """Return what tells the sender of a packet that its port is unreachable.
+
+    That takes CAP_NET_RAW; without it UDP programs learn of a dead service by their own timeouts.
+    """
+    try:
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    except PermissionError:
+        return lambda packet: None
+    raw.setblocking(False)
+
+    def tell(packet: bytes) -> None:
+        with suppress(PacketError, OSError):
+            error = icmp_error(packet, Unreachable.PORT)
+            raw.sendto(error, (parse(error).destination, 0))
+
+    return tell

@@ -1,0 +1,229 @@
+"""The sockets local programs call: TCP and UDP on each virtual address and published port.
+
+Follows the leases; a port that somebody else holds is reported, left, and tried again. Does not know what
+becomes of a connection or a datagram: it hands them on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ztna.errors import ZtnaError
+from ztna.leases import Lease, Protocol
+from ztna.names import ServiceName
+from ztna.telemetry import dropped, logger
+from ztna.udp import SockAddr, bind_udp
+
+BACKLOG_CONNECTIONS = 1024
+ACCEPTS_PER_WAKEUP = 64
+DATAGRAMS_PER_WAKEUP = 64
+DATAGRAM_BYTES_MAX = 65_535
+HELD_RETRY_SECONDS = 5.0
+EXHAUSTED_PAUSE_SECONDS = 0.5
+
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class VirtualPort:
+    """A published port of a service at its virtual address."""
+
+    service: ServiceName
+    protocol: Protocol
+    ip: str
+    port: int
+
+    @property
+    def address(self) -> SockAddr:
+        """The virtual address and port."""
+        return (self.ip, self.port)
+
+    def __str__(self) -> str:
+        return f"{self.protocol} {self.ip}:{self.port}"
+
+
+Accept = Callable[[VirtualPort, socket.socket, SockAddr], None]
+"""Takes over a connection (non-blocking) of a local program at that address."""
+Receive = Callable[["UdpPort", bytes, SockAddr], None]
+
+
+class TcpPort:
+    """A listening socket on the running loop."""
+
+    def __init__(self, at: VirtualPort, accept: Accept) -> None:
+        """Bind and listen; raises OSError."""
+        self.at = at
+        self._accept = accept
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._socket = socket.create_server(at.address, backlog=BACKLOG_CONNECTIONS)
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._readable)
+
+    def close(self) -> None:
+        """Accept no more; connections that were handed on are not its business."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+    def _readable(self) -> None:
+        for _ in range(ACCEPTS_PER_WAKEUP):
+            try:
+                local, source = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                # The caller stays in the backlog; without the pause this would spin.
+                dropped("agent_accept", "exhausted")
+                self._loop.remove_reader(self._socket)
+                self._pause = self._loop.call_later(EXHAUSTED_PAUSE_SECONDS, self._resume)
+                return
+            local.setblocking(False)
+            self._accept(self.at, local, source)
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._socket, self._readable)
+
+
+class UdpPort:
+    """A UDP socket on the running loop. Datagrams may be of any length UDP allows."""
+
+    def __init__(self, at: VirtualPort, receive: Receive) -> None:
+        """Bind; raises ZtnaError."""
+        self.at = at
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._socket = bind_udp(at.address)
+        self._loop.add_reader(self._socket, self._readable)
+
+    def send(self, data: bytes, destination: SockAddr) -> None:
+        """Send from the virtual address to one local program; what the kernel refuses is dropped and counted."""
+        try:
+            self._socket.sendto(data, destination)
+        except OSError:
+            dropped("agent_udp", "kernel_refused")
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self._socket.fileno() < 0
+
+    def close(self) -> None:
+        """Stop. Later sends are dropped."""
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+    def _readable(self) -> None:
+        for _ in range(DATAGRAMS_PER_WAKEUP):
+            try:
+                data, source = self._socket.recvfrom(DATAGRAM_BYTES_MAX)
+            except BlockingIOError:
+                return
+            except OSError:
+                # An ICMP error for an earlier reply: that program is gone, the others are not.
+                continue
+            self._receive(self, data, source)
+            if self.is_closed:
+                return
+
+
+class Listeners:
+    """All listening sockets of an agent, made to agree with the leases by `apply`."""
+
+    def __init__(self, accept: Accept, receive: Receive, warn: Callable[[str, str | None], None]) -> None:
+        """`warn(name, detail)` tells readiness of a port that cannot be had, and with None that it can again."""
+        self._accept = accept
+        self._receive = receive
+        self._warn = warn
+        self._bound: dict[VirtualPort, TcpPort | UdpPort] = {}
+        self._held: dict[VirtualPort, str] = {}
+
+    @property
+    def bound(self) -> frozenset[VirtualPort]:
+        """The ports that are served."""
+        return frozenset(self._bound)
+
+    @property
+    def held(self) -> Mapping[VirtualPort, str]:
+        """The ports that could not be bound, and why."""
+        return dict(self._held)
+
+    def apply(self, leases: Mapping[ServiceName, Lease]) -> None:
+        """Close what no lease publishes any more and bind what is new."""
+        wanted = {at for service, lease in leases.items() for at in virtual_ports(service, lease)}
+        for at in self._bound.keys() - wanted:
+            self._bound.pop(at).close()
+            _log.info("listener_closed", service=at.service, at=str(at))
+        for at in self._held.keys() - wanted:
+            self._free(at)
+        for at in sorted(wanted - self._bound.keys() - self._held.keys()):
+            self._bind(at)
+
+    async def run(self) -> None:
+        """Try the ports that somebody holds again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(HELD_RETRY_SECONDS)
+            self.retry()
+
+    def retry(self) -> None:
+        """Try the ports that somebody holds once more."""
+        for at in tuple(self._held):
+            self._bind(at)
+
+    def close(self) -> None:
+        """Close every socket."""
+        self.apply({})
+
+    def _bind(self, at: VirtualPort) -> None:
+        try:
+            made = TcpPort(at, self._accept) if at.protocol == "tcp" else UdpPort(at, self._receive)
+        except (OSError, ZtnaError) as error:
+            self._note_held(at, _why(error))
+            return
+        self._bound[at] = made
+        self._free(at)
+        _log.info("listener_opened", service=at.service, at=str(at))
+
+    def _note_held(self, at: VirtualPort, why: str) -> None:
+        if self._held.get(at) == why:
+            return
+        self._held[at] = why
+        _log.warning("listener_failed", service=at.service, at=str(at), detail=why)
+        self._warn(
+            f"port {at}", f"{at.service}: {why}; the other ports are served, and this one is tried again"
+        )
+
+    def _free(self, at: VirtualPort) -> None:
+        with contextlib.suppress(KeyError):
+            del self._held[at]
+            self._warn(f"port {at}", None)
+
+
+def virtual_ports(service: ServiceName, lease: Lease) -> tuple[VirtualPort, ...]:
+    """Return the ports to listen on; ICMP has none."""
+    return tuple(
+        VirtualPort(service, port.protocol, str(lease.ip), port.port)
+        for port in lease.ports
+        if port.protocol != "icmp"
+    )
+
+
+def _why(error: OSError | ZtnaError) -> str:
+    cause = error if isinstance(error, OSError) else error.__cause__
+    number = cause.errno if isinstance(cause, OSError) else None
+    if number == errno.EADDRINUSE:
+        return "another program holds it"
+    if number == errno.EACCES:
+        return "ports below 1024 need CAP_NET_BIND_SERVICE"
+    return os.strerror(number) if number else str(error)
