@@ -176,7 +176,9 @@ class CheckConfig(Section, frozen=True, kw_only=True):
 
     kind: Annotated[
         Literal["auto", "tcp", "udp", "http", "none"],
-        about("tcp (connect), udp (ICMP errors fail), http (GET, 2xx), none (passing) or auto (by protocol)."),
+        about(
+            "tcp (connect), udp (ICMP errors fail), http (GET, 2xx), none (passing) or auto (by protocol)."
+        ),
     ] = "auto"
     path: Annotated[str, about("What an http check gets.")] = "/"
     interval_s: Annotated[Seconds, about("Seconds from one check to the next.")] = 5.0
@@ -251,6 +253,9 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         IPv4Network("10.100.0.0/16")
     )
     direct: Annotated[bool, about("Try connectors directly before forwarding through a relay.")] = True
+    private_candidates: Annotated[
+        bool, about("Offer and try private addresses (RFC 1918) too when looking for a direct path.")
+    ] = False
     admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
         "127.0.0.1", 9434
     )

@@ -7,6 +7,7 @@ and the way there by the path switch (sidecar.link.switch) under it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 
 from sidecar.link.switch import PathSwitch
@@ -50,6 +51,7 @@ class PacketLink:
         self._receive = receive
         self._connection: Connection | None = None
         self._services: dict[bytes, ServiceName] = {}
+        self._unanswered_since: float | None = None
         self._endpoint: Client | Server | None = None
         self._wait_timer: asyncio.TimerHandle | None = None
         self._switch = PathSwitch(bind, probe_key, self._packets_received, allow_private=allow_private)
@@ -132,12 +134,20 @@ class PacketLink:
         """`forwarded` or `direct`: where packets go now."""
         return "direct" if self._switch.paths.is_direct else "forwarded"
 
+    @property
+    def unanswered_s(self) -> float:
+        """For how many seconds packets were sent and nothing came back, not even QUIC's ACK of one."""
+        since = self._unanswered_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def send(self, service: ServiceName, packet: bytes) -> bool:
         """Send one IP packet of a service; False when it was lost here (counted): closed, or queues full."""
         connection = self._connection
         if connection is None:
             dropped(_WHERE, "not_connected")
             return False
+        if self._unanswered_since is None:
+            self._unanswered_since = time.monotonic()
         message = service_packet(service.encode(), packet)
         if len(message) <= connection.datagram_limit:
             return connection.send_datagram(message)
@@ -178,6 +188,7 @@ class PacketLink:
         return _LinkHandler(self, connection)
 
     def _packets_received(self, packets: Iterable[tuple[bytes, tuple[str, int]]]) -> None:
+        self._unanswered_since = None
         if self._endpoint is not None:
             self._endpoint.packets_received(list(packets))
 
