@@ -34,9 +34,9 @@ class Forwarder:
         """The bound address."""
         return self._raw.address
 
-    def add_link(self, key: Hashable, agent: tuple[bytes, Secret], connector: tuple[bytes, Secret]) -> bool:
-        """Let both sides of a link bind with their (id, secret); False when the table is full."""
-        return self._table.add(key, agent, connector)
+    def add_link(self, key: Hashable, agent: tuple[bytes, Secret], connector: tuple[bytes, Secret]) -> None:
+        """Let both sides of a link bind with their (id, secret)."""
+        self._table.add(key, agent, connector)
 
     def remove_link(self, key: Hashable) -> None:
         """End a link. Harmless when it is not there."""

@@ -22,7 +22,6 @@ LINK_IDLE_SECONDS = 60.0
 NONCE_SECONDS = 60.0
 CHALLENGES_PER_SECOND = 20
 """For each bind id: a peer asks five times a second, and a spoofer gets less than it sends."""
-LINKS_MAX = 100_000
 
 _NONCE_INPUT = struct.Struct(">qq")
 
@@ -81,15 +80,12 @@ class LinkTable:
         """Return the live links, to be read only."""
         return self._links
 
-    def add(self, key: Hashable, agent: tuple[bytes, Secret], connector: tuple[bytes, Secret]) -> bool:
-        """Let both sides of a link bind, each with its (id, secret); False when the table is full."""
-        if len(self._links) >= LINKS_MAX:
-            return False
+    def add(self, key: Hashable, agent: tuple[bytes, Secret], connector: tuple[bytes, Secret]) -> None:
+        """Let both sides of a link bind, each with its (id, secret); as many links as there are sessions."""
         link = Link(Side(key, *agent), Side(key, *connector))
         self._links[key] = link
         self._sides[link.agent.bind_id] = link.agent
         self._sides[link.connector.bind_id] = link.connector
-        return True
 
     def remove(self, key: Hashable) -> None:
         """End a link: nothing of it is passed on from here. Harmless when it is not there."""

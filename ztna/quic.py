@@ -62,6 +62,7 @@ RESET_KEY_BYTES = 32
 CLOSE_OK = 0x00
 CLOSE_PROTOCOL_ERROR = 0x02
 SHUTTING_DOWN = "server shutting down"
+STATELESS_RESET = "stateless reset"
 
 _RESET_PACKET_BYTES_MIN = 5 + RESET_TOKEN_BYTES
 _RESET_PACKET_BYTES_MAX = 42
@@ -227,7 +228,7 @@ class Connection:
         if self._engine.close_event is not None:
             return
         if not data[0] & 0x80 and self._engine.is_reset(data):
-            self._end(CLOSE_OK, "stateless reset")
+            self._end(CLOSE_OK, STATELESS_RESET)
             return
         self.heard_at = now
         try:

@@ -1,0 +1,5 @@
+"""`python -m relay` is `ztna-relay`."""
+
+from relay.main import main
+
+main()

@@ -1,0 +1,98 @@
+"""What relay.sessions decides, as values for relay.daemon to carry out, in order.
+
+Pure; does nothing itself.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ztna.jsontypes import Secret
+from ztna.names import SessionId
+from ztna.reasons import Reason
+from ztna.wire.control import AnyMessage, Carry, DialToken
+
+ConnectionKey = int
+"""Stands for one connection object while it lives; never used again."""
+
+LinkKey = tuple[ConnectionKey, ConnectionKey]
+"""(agent connection, connector connection)."""
+
+
+class BindTicket(msgspec.Struct, frozen=True):
+    """What lets one side of a link bind at the forwarder: id(16) and secret(32)."""
+
+    bind_id: bytes
+    secret: Secret
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Send a message to a connection."""
+
+    to: ConnectionKey
+    message: AnyMessage
+
+
+class Disconnect(msgspec.Struct, frozen=True):
+    """Close a connection for the reason."""
+
+    to: ConnectionKey
+    reason: Reason
+
+
+class AddLink(msgspec.Struct, frozen=True):
+    """Let both sides of a link bind at the forwarder."""
+
+    link: LinkKey
+    agent: BindTicket
+    connector: BindTicket
+
+
+class RemoveLink(msgspec.Struct, frozen=True):
+    """End a link at the forwarder."""
+
+    link: LinkKey
+
+
+class AdmitAgent(msgspec.Struct, frozen=True):
+    """Let one TCP connection with the message's token in, and send the message when there was room."""
+
+    to: ConnectionKey
+    message: DialToken
+
+
+class AdmitConnector(msgspec.Struct, frozen=True):
+    """Let one TCP connection join the waiting one, and send the message when that one is still there."""
+
+    to: ConnectionKey
+    waiter: int
+    message: Carry
+
+
+class EndSession(msgspec.Struct, frozen=True):
+    """Void the session's tokens and close its TCP connections at the forwarder."""
+
+    session: SessionId
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Count and log what a connection was refused; `owners` are the names of whose it was."""
+
+    by: ConnectionKey
+    name: str
+    about: str
+    reason: Reason
+    subject: str
+    owners: tuple[str, ...] = ()
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Log something that happened."""
+
+    event: str
+    fields: dict[str, str]
+
+
+Command = (
+    Send | Disconnect | AddLink | RemoveLink | AdmitAgent | AdmitConnector | EndSession | Refusal | Event
+)

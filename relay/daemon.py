@@ -1,0 +1,477 @@
+"""ztna-relay put together: QUIC connections in, relay.sessions' commands out, SRV records and the forwarder.
+
+Decides nothing about who may do what: relay.admission, relay.policy and relay.sessions do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+from typing import assert_never
+
+from relay import splicer
+from relay.admission import Doorkeeper
+from relay.commands import (
+    AddLink,
+    AdmitAgent,
+    AdmitConnector,
+    Command,
+    ConnectionKey,
+    Disconnect,
+    EndSession,
+    Event,
+    Refusal,
+    RemoveLink,
+    Send,
+)
+from relay.forwarder import Forwarder
+from relay.policy import SrvTable
+from relay.sessions import Sessions
+from relay.splicer import Splicer
+from relay.srv import SrvPuller
+from ztna import quic, udp
+from ztna.ca import write_private
+from ztna.config import Endpoint, RelayConfig
+from ztna.credentials import Credentials
+from ztna.errors import ConfigError, ProtocolError, ZtnaError
+from ztna.identity import Identity
+from ztna.names import SessionId, Zone
+from ztna.reasons import Reason
+from ztna.resolver import Resolver
+from ztna.runtime import Daemon, sleep_or_stop
+from ztna.telemetry import dropped, logger, refused
+from ztna.udp import SockAddr
+from ztna.wire import control, datagram
+from ztna.wire.control import Address
+
+ALPN = "ztna-v2"
+WHERE = "relay"
+UDP_PAYLOAD_BYTES = 1200
+PING_SECONDS = 10.0
+RESOLVER_SECONDS = 3.0
+TICK_SECONDS = 1.0
+GONE_SECONDS = 5.0
+"""A connector pings each 3 s: so much silence ends its sessions as `peer_gone`, long before the idle timeout."""
+CONTROL_STREAM = 0
+PORT_ATTEMPTS = 20
+STATUS_SESSIONS_MAX = 1_000
+
+_log = logger(__name__)
+
+
+async def run(daemon: Daemon) -> None:
+    """Be ztna-relay until told to stop, then drain. Raises ZtnaError for what cannot work."""
+    config = daemon.config.relay
+    assert config is not None, "the command line checks that the section is there"
+    daemon.readiness.awaiting("dns", "the first confirmed answer of a DNS server")
+    check_resolvers(config, daemon)
+    credentials = load_credentials(config)
+    relay = Relay(config, daemon.config.domain, credentials)
+    try:
+        daemon.status_sources.update(relay.status_sources())
+        daemon.on_reload.append(relay.reload)
+        daemon.tasks.create_task(relay.run(), name="relay")
+        await _watch_readiness(daemon, relay)
+        await relay.drain(config.drain_s)
+    finally:
+        relay.close()
+
+
+async def _watch_readiness(daemon: Daemon, relay: Relay) -> None:
+    while not await sleep_or_stop(daemon, TICK_SECONDS / 4):
+        if relay.puller.failing:
+            daemon.readiness.warn("dns", relay.puller.failing)
+        elif relay.puller.fresh_at is not None:
+            daemon.readiness.unwarn("dns")
+            daemon.readiness.done("dns")
+
+
+def check_resolvers(config: RelayConfig, daemon: Daemon) -> None:
+    """Refuse resolvers that somebody in between could answer for: DNS decides permission (design.md 2.2)."""
+    for resolver in config.resolvers:
+        try:
+            local = ip_address(resolver.host).is_loopback
+        except ValueError:
+            raise ConfigError(
+                f"relay.resolvers: {resolver}: expected a numeric IP address and a port"
+            ) from None
+        if local:
+            continue
+        if not config.dns_insecure:
+            raise ConfigError(
+                f"relay.resolvers: {resolver} is not on loopback, and whoever answers DNS decides permission; "
+                "run a dnsd or a secondary here, or set relay.dns_insecure: true"
+            )
+        daemon.readiness.warn("dns_insecure", f"unauthenticated DNS from {resolver} decides permission")
+
+
+def load_credentials(config: RelayConfig) -> Credentials:
+    """Return the relay's credentials. Raises ConfigError unless they carry its configured name."""
+    credentials = Credentials.load(config.tls)
+    if credentials.identity.relay != config.name:
+        raise ConfigError(
+            f"tls.certificate: {config.tls.certificate} carries no relay.{config.name}.ztna (relay.name)"
+        )
+    return credentials
+
+
+def reset_key(path: str | None) -> bytes:
+    """Return the key of stateless resets, made and kept in the file when it is not there yet."""
+    if path is None:
+        return os.urandom(quic.RESET_KEY_BYTES)
+    file = Path(path)
+    try:
+        if not file.exists():
+            write_private(file, os.urandom(quic.RESET_KEY_BYTES))
+        key = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"relay.reset_key_file: {path}: {error.strerror}") from None
+    if len(key) != quic.RESET_KEY_BYTES:
+        raise ConfigError(f"relay.reset_key_file: {path}: expected {quic.RESET_KEY_BYTES} bytes")
+    return key
+
+
+class Relay:
+    """The parts of one running relay; sockets are bound when it exists."""
+
+    def __init__(self, config: RelayConfig, zone: Zone, credentials: Credentials) -> None:
+        """Bind everything. Raises ZtnaError naming what cannot be had."""
+        self._config = config
+        self._advertised = advertised(config)
+        self._doorkeeper = Doorkeeper()
+        self._sessions = Sessions(config.sessions_per_identity, config.sessions_total, os.urandom)
+        self._peers: dict[ConnectionKey, _Peer] = {}
+        self._next_key = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        """Set once it drains and no session is left."""
+        self._loop = asyncio.get_running_loop()
+        settings = quic.Settings(
+            alpn=(ALPN,),
+            udp_payload=UDP_PAYLOAD_BYTES,
+            ping_interval_s=PING_SECONDS,
+            retry=config.retry,
+            half_open_max=config.half_open_max,
+            reset_key=reset_key(config.reset_key_file),
+            where=WHERE,
+        )
+        raw_control = udp.RawSocket.open((config.listen.host, config.listen.port))
+        try:
+            listener, raw = _forwarder_sockets(config.forwarder)
+        except ZtnaError:
+            raw_control.close()
+            raise
+        self._socket = udp.UdpSocket(raw_control, self._packets_received)
+        self.forwarder = Forwarder(raw)
+        self.splicer = Splicer(listener, self._agent_waiting)
+        self.server = quic.Server(
+            self._socket, credentials, settings, admit=self._admit, factory=self._established
+        )
+        self.puller = SrvPuller(
+            Resolver(config.resolvers, RESOLVER_SECONDS), zone, config.srv_hold_s, self._table_changed
+        )
+        _log.info(
+            "listening",
+            relay=config.name,
+            control="{}:{}".format(*self.address),
+            forwarder="{}:{}".format(*self.forwarder.address),
+        )
+
+    @property
+    def address(self) -> SockAddr:
+        """Where agents and connectors connect."""
+        return self._socket.address
+
+    @property
+    def sessions(self) -> Sessions:
+        """The sessions, to be read only."""
+        return self._sessions
+
+    async def run(self) -> None:
+        """Pull SRV records and mind the time until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.puller.run(), name="srv")
+            while True:
+                await asyncio.sleep(TICK_SECONDS)
+                self._mind_silence()
+                self._tick()
+
+    def reload(self) -> None:
+        """Read the certificate files again; live connections stay. Raises ConfigError."""
+        self.server.use_credentials(load_credentials(self._config))
+
+    async def drain(self, deadline_s: float) -> None:
+        """Let nobody new in, tell all, wait for the sessions to end at most `deadline_s`, then close."""
+        self._doorkeeper.draining = True
+        self.carry_out(self._sessions.drain(deadline_s))
+        _log.info("draining", sessions=len(self._sessions.sessions), deadline_s=deadline_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
+        await self.server.close_all(quic.CLOSE_OK, quic.SHUTTING_DOWN)
+
+    def close(self) -> None:
+        """Close every socket; harmless twice."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.server.close()
+        self._socket.close()
+        self.forwarder.close()
+        self.splicer.close()
+
+    def carry_out(self, commands: Iterable[Command]) -> None:
+        """Do what relay.sessions decided, in order."""
+        for command in commands:
+            self._do(command)
+        self._arm()
+        if self._doorkeeper.draining and not self._sessions.sessions:
+            self._idle.set()
+
+    # What comes in.
+
+    def _packets_received(self, packets: list[tuple[bytes, SockAddr]]) -> None:
+        self.server.packets_received(packets)
+
+    def _admit(self, identity: Identity, alpn: str) -> None:
+        self._doorkeeper.admit(identity)
+
+    def _established(self, connection: quic.Connection) -> quic.Handler:
+        self._next_key += 1
+        peer = self._peers[self._next_key] = _Peer(self, self._next_key, connection)
+        identity = connection.identity
+        self._doorkeeper.entered(identity)
+        forwarder = self._advertised or _reached_from(connection.peer_address[0], self.forwarder.address[1])
+        expires_at = time.monotonic() + identity.not_after.timestamp() - time.time()
+        self.carry_out(self._sessions.connected(peer.key, identity, forwarder, expires_at))
+        peer.tell_address()
+        return peer
+
+    def message_received(self, peer: _Peer, message: control.AnyMessage) -> None:
+        """Take a whole message of a connection. Raises ProtocolError."""
+        self.carry_out(self._sessions.message(peer.key, message, time.monotonic()))
+        if isinstance(message, control.Register):
+            self.puller.watch(self._sessions.services)
+            for service in {offering.name for offering in message.services} & self._sessions.services:
+                self.puller.ask_soon(service)
+
+    def connection_closed(self, peer: _Peer, reason: Reason) -> None:
+        """Hear that a connection is over."""
+        del self._peers[peer.key]
+        self._doorkeeper.left(peer.connection.identity)
+        self.carry_out(self._sessions.disconnected(peer.key, reason, time.monotonic()))
+        self.puller.watch(self._sessions.services)
+
+    def _agent_waiting(self, session: SessionId, waiter: int) -> None:
+        self.carry_out(self._sessions.agent_waiting(session, waiter))
+
+    def _table_changed(self, table: SrvTable) -> None:
+        self.carry_out(self._sessions.policy_changed(table, time.monotonic()))
+
+    # Time.
+
+    def _tick(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.carry_out(self._sessions.tick(time.monotonic()))
+
+    def _arm(self) -> None:
+        """Have `tick` called when the next offer runs out; the offers' order never changes."""
+        at = self._sessions.next_timer()
+        if at is not None and self._timer is None:
+            self._timer = self._loop.call_later(max(0.0, at - time.monotonic()), self._tick)
+
+    def _mind_silence(self) -> None:
+        now = time.monotonic()
+        for peer in list(self._peers.values()):
+            silent = now - peer.connection.heard_at >= GONE_SECONDS
+            self.carry_out(self._sessions.silence(peer.key, silent, peer.connection.heard_at, now))
+
+    # What goes out.
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Send(to, message):
+                self._send(to, message)
+            case AddLink(link, agent, connector):
+                self.forwarder.add_link(
+                    link, (agent.bind_id, agent.secret), (connector.bind_id, connector.secret)
+                )
+            case RemoveLink(link):
+                self.forwarder.remove_link(link)
+            case AdmitAgent(to, message):
+                if self.splicer.admit_agent(message.session, message.token):
+                    self._send(to, message)
+                else:
+                    refused(WHERE, Reason.LIMIT_REACHED)
+            case AdmitConnector(to, waiter, message):
+                if self.splicer.admit_connector(message.session, waiter, message.token):
+                    self._send(to, message)
+            case EndSession(session):
+                self.splicer.end_session(session)
+            case Disconnect(to, reason):
+                self._peers[to].disconnect(reason)
+            case Refusal():
+                _log_refusal(command)
+            case Event(event, fields):
+                _log.info(event, **fields)
+            case _:
+                assert_never(command)
+
+    def _send(self, to: ConnectionKey, message: control.AnyMessage) -> None:
+        peer = self._peers.get(to)
+        if peer is not None:
+            peer.send(message)
+
+    # Looking in.
+
+    def status_sources(self) -> dict[str, Callable[[], object]]:
+        """Return what /status shows, by key."""
+        return {
+            "relay": lambda: {
+                "name": self._config.name,
+                "address": "{}:{}".format(*self.address),
+                "draining": self._doorkeeper.draining,
+                "half_open": self.server.half_open,
+            },
+            "connections": self._connections,
+            "sessions": self._sessions_shown,
+            "srv": self.puller.status,
+            "forwarder": lambda: {"udp": self.forwarder.status(), "tcp": self.splicer.status()},
+        }
+
+    def _connections(self) -> list[dict[str, object]]:
+        return [
+            {
+                "peer": peer.identity.name,
+                "address": "{}:{}".format(*self._peers[key].connection.peer_address),
+                "connector_id": peer.connector_id,
+                "services": sorted(peer.services),
+                "sessions": len(peer.sessions),
+                "silent": peer.silent_since is not None,
+                "conflicts": [each.cidr for each in peer.conflicts.values()],
+            }
+            for key, peer in self._sessions.peers.items()
+            if key in self._peers
+        ]
+
+    def _sessions_shown(self) -> list[dict[str, object]]:
+        shown = list(self._sessions.sessions.values())[:STATUS_SESSIONS_MAX]
+        return [
+            {
+                "session": each.id,
+                "service": each.service,
+                "agent": each.agent_name,
+                "connector_id": each.connector_id,
+                "open": each.open,
+            }
+            for each in shown
+        ]
+
+
+class _Peer:
+    """One connection's control stream: the handler that ztna.quic calls."""
+
+    def __init__(self, relay: Relay, key: ConnectionKey, connection: quic.Connection) -> None:
+        self.key = key
+        self.connection = connection
+        self._relay = relay
+        self._frames = control.FrameReader()
+        self._ending: Reason | None = None
+
+    def send(self, message: control.AnyMessage) -> None:
+        """Send a message; a peer that does not read its stream is disconnected."""
+        sent = self.connection.send_stream(CONTROL_STREAM, control.encode(message))
+        if not sent and self.connection.is_open:
+            self.disconnect(Reason.LIMIT_REACHED)
+
+    def disconnect(self, reason: Reason) -> None:
+        """Close the connection for the reason."""
+        if self.connection.is_open:
+            self._ending = reason
+            refused(WHERE, reason)
+            self.connection.close(quic.CLOSE_PROTOCOL_ERROR, str(reason))
+
+    def tell_address(self) -> None:
+        """Tell the peer where it is seen (QAD)."""
+        host, port = self.connection.peer_address
+        self.connection.send_datagram(datagram.encode(datagram.Qad(host, port)))
+
+    def datagram_received(self, data: bytes) -> None:
+        """Count what v2 peers have no reason to send."""
+        dropped(WHERE, "unexpected_datagram")
+
+    def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
+        """Take bytes of the control stream, the only one there is."""
+        if stream_id != CONTROL_STREAM:
+            raise ProtocolError(f"stream {stream_id}: only the control stream 0 is used")
+        for message in self._frames.feed(data):
+            if isinstance(message, control.UnknownMessage):
+                dropped(WHERE, "unknown_message")
+            elif self.connection.is_open:
+                self._relay.message_received(self, message)
+        if end and self.connection.is_open:
+            self.connection.close(quic.CLOSE_OK, "control stream ended")
+
+    def peer_address_changed(self, address: SockAddr) -> None:
+        """Tell the peer its new address; authority is the connection's, so nothing else changes."""
+        self.tell_address()
+
+    def connection_closed(self, code: int, reason: str) -> None:
+        """End what hung on the connection."""
+        said_so = code == quic.CLOSE_OK and reason != quic.STATELESS_RESET
+        natural = Reason.CLOSED_BY_PEER if said_so else Reason.PEER_GONE
+        self._relay.connection_closed(self, self._ending or natural)
+
+
+def advertised(config: RelayConfig) -> Address | None:
+    """Return the forwarder's address to tell peers, None when it depends on how they reach this host."""
+    endpoint = config.forwarder_advertise
+    if endpoint is None:
+        return None
+    try:
+        return Address(str(ip_address(endpoint.host)), endpoint.port)
+    except ValueError:
+        raise ConfigError(f"relay.forwarder_advertise: {endpoint}: expected a numeric IP address") from None
+
+
+def _reached_from(peer: str, port: int) -> Address:
+    """Return the forwarder's address on the interface that the peer is reached through."""
+    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        # Connecting a UDP socket sends nothing: it only asks the routing table.
+        probe.connect((peer, 9))
+        return Address(probe.getsockname()[0], port)
+
+
+def _forwarder_sockets(endpoint: Endpoint) -> tuple[socket.socket, udp.RawSocket]:
+    """Return the TCP and UDP socket of one port. Raises ZtnaError."""
+    for attempt in range(PORT_ATTEMPTS):
+        listener = splicer.listen((endpoint.host, endpoint.port))
+        try:
+            return listener, udp.RawSocket.open((endpoint.host, listener.getsockname()[1]))
+        except ZtnaError:
+            listener.close()
+            # With port 0 the port that TCP got may be somebody's on UDP: another one then.
+            if endpoint.port or attempt == PORT_ATTEMPTS - 1:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+def _log_refusal(refusal: Refusal) -> None:
+    refused(WHERE, refusal.reason)
+    log = _log.warning if refusal.reason is Reason.NOT_YOUR_SESSION else _log.info
+    log(
+        "refused",
+        message=refusal.about,
+        peer=refusal.name,
+        reason=refusal.reason,
+        subject=refusal.subject,
+        owners=",".join(refusal.owners),
+    )

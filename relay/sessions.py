@@ -1,0 +1,578 @@
+"""The relay's sessions: who opened them, who serves them, and whose messages about them count.
+
+Pure: events with `now` in, commands (relay.commands) out; random bytes come from the function passed in. A
+session belongs to two connection objects and to nobody else (design.md 2.4); connections are opaque keys.
+Does not know how a connection or a forwarder works. Source: protocol.md, Control stream.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+from relay import policy
+from relay.admission import registration_refusal
+from relay.commands import (
+    AddLink,
+    AdmitAgent,
+    AdmitConnector,
+    BindTicket,
+    Command,
+    ConnectionKey,
+    Disconnect,
+    EndSession,
+    Event,
+    LinkKey,
+    Refusal,
+    RemoveLink,
+    Send,
+)
+from relay.state import Attempt, Link, Peer, Session
+from ztna.errors import ProtocolError, Refused
+from ztna.identity import Identity
+from ztna.jsontypes import Binary, Secret
+from ztna.names import SESSION_ID_BYTES, ConnectorId, ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire import control
+from ztna.wire.control import Address, AnyMessage, ForwarderBind
+from ztna.wire.forwarder import BIND_ID_BYTES, TOKEN_BYTES
+
+ACCEPT_SECONDS = 1.0
+"""How long one connector may think about an offer."""
+PARK_SECONDS = 1.0
+"""How long an `open` waits for the first SRV answer of a service that was only just registered."""
+PARKED_MAX = 1_000
+WITHDRAWN_SECONDS = 10.0
+"""How long a session outlives its connector's SRV record: a check that flaps must not cut what works."""
+ENDED_KEPT_SECONDS = 30.0
+ENDED_KEPT_MAX = 20_000
+CONFLICTS_PER_CONNECTION_MAX = 16
+SECRET_BYTES = 32
+
+AboutSession = (
+    control.Accepted
+    | control.Dial
+    | control.Closed
+    | control.CandidateOffer
+    | control.CandidateAnswer
+    | control.PunchingResult
+)
+
+
+class Sessions:
+    """All connections, registrations and sessions of one relay."""
+
+    def __init__(self, per_identity: int, total: int, random: Callable[[int], bytes]) -> None:
+        """`per_identity` and `total` bound the sessions; `random(n)` returns n unpredictable bytes."""
+        self._per_identity, self._total, self._random = per_identity, total, random
+        self._table = policy.EMPTY_TABLE
+        self._known_fresh = False
+        self._draining = False
+        self._peers: dict[ConnectionKey, Peer] = {}
+        self._serving: defaultdict[ServiceName, dict[ConnectorId, list[ConnectionKey]]] = defaultdict(dict)
+        self._sessions: dict[SessionId, Session] = {}
+        self._routed: defaultdict[tuple[ServiceName, ConnectorId], set[SessionId]] = defaultdict(set)
+        self._of_name: Counter[str] = Counter()
+        self._links: dict[LinkKey, Link] = {}
+        self._offers: dict[SessionId, float] = {}
+        self._parked: list[tuple[ConnectionKey, Attempt]] = []
+        self._withdrawn: dict[tuple[ServiceName, ConnectorId], float] = {}
+        self._ended: OrderedDict[SessionId, tuple[float, LinkKey]] = OrderedDict()
+
+    # What others read.
+
+    @property
+    def services(self) -> frozenset[ServiceName]:
+        """The services that a granted connector has registered: the only names to look up (design.md 2.2)."""
+        return frozenset(self._serving)
+
+    @property
+    def peers(self) -> dict[ConnectionKey, Peer]:
+        """The live connections, to be read only."""
+        return self._peers
+
+    @property
+    def sessions(self) -> dict[SessionId, Session]:
+        """The sessions, to be read only."""
+        return self._sessions
+
+    def next_timer(self) -> float | None:
+        """Return when `tick` has something to do, besides its once a second."""
+        times = [*list(self._offers.values())[:1], *(attempt.park_until for _, attempt in self._parked[:1])]
+        return min(times, default=None)
+
+    # Events.
+
+    def connected(
+        self, key: ConnectionKey, identity: Identity, forwarder: Address, expires_at: float
+    ) -> list[Command]:
+        """Take a new connection; its certificate ends at `expires_at`."""
+        self._peers[key] = Peer(key, identity, forwarder, expires_at)
+        return []
+
+    def disconnected(self, key: ConnectionKey, reason: Reason, now: float) -> list[Command]:
+        """Forget a connection; `peer_gone` when it went without a word. Its sessions end."""
+        peer = self._peers.pop(key)
+        out: list[Command] = []
+        self._parked = [each for each in self._parked if each[0] != key]
+        for service in peer.services:
+            self._withdraw(peer, service)
+        for session_id in sorted(peer.sessions):
+            session = self._sessions[session_id]
+            if session.connector == key and not session.open:
+                session.attempt.refusal = session.attempt.refusal or Reason.NO_HEALTHY_CONNECTOR
+                self._end(session, now, out)
+                if session.agent in self._peers:
+                    self._offer_next(session.agent, session.attempt, now, out)
+                continue
+            other = session.agent if session.connector == key else session.connector
+            self._end(session, now, out)
+            self._send(other, control.Closed(session_id, reason), out)
+        self._tell_health(peer.services, now, out)
+        return out
+
+    def silence(self, key: ConnectionKey, gone: bool, heard_at: float, now: float) -> list[Command]:
+        """Hear when a peer's last packet came, and whether that is too long ago: call it every second.
+
+        A connector that left an offer unanswered is offered nothing until a packet comes from it; one that is
+        gone loses its sessions, though its connection may yet come back.
+        """
+        peer, out = self._peers[key], list[Command]()
+        if not gone and peer.silent_since is not None and heard_at > peer.silent_since:
+            peer.silent_since = None
+        if gone and peer.services and peer.silent_since is None:
+            peer.silent_since = now
+            for session_id in sorted(peer.sessions):
+                session = self._sessions[session_id]
+                if session.connector == key and session.open:
+                    self._cut(session, Reason.PEER_GONE, now, out)
+        return out
+
+    def drain(self, deadline_s: float) -> list[Command]:
+        """Open nothing any more, and tell everybody."""
+        self._draining = True
+        out: list[Command] = []
+        for key in self._peers:
+            self._send(key, control.Drain(deadline_s), out)
+        return out
+
+    def policy_changed(self, table: policy.SrvTable, now: float) -> list[Command]:
+        """Go by a newer snapshot of the SRV records."""
+        changed = {
+            service
+            for service in self._table.entries.keys() | table.entries.keys()
+            if _routes(self._table, service) != _routes(table, service)
+        }
+        self._table = table
+        out: list[Command] = []
+        parked, self._parked = self._parked, []
+        for key, attempt in parked:
+            self._begin(key, attempt, now, out)
+        self._tell_health(changed | self._freshness_changed(now), now, out)
+        return out
+
+    def agent_waiting(self, session_id: SessionId, waiter: int) -> list[Command]:
+        """An agent's TCP connection waits at the forwarder: have its connector dial in."""
+        session = self._sessions.get(session_id)
+        if session is None or not session.open:
+            return []
+        carry = control.Carry(session_id, Secret(self._random(TOKEN_BYTES)))
+        return [AdmitConnector(session.connector, waiter, carry)]
+
+    def tick(self, now: float) -> list[Command]:
+        """Do what time asks for; call it at `next_timer` and once a second."""
+        out: list[Command] = []
+        for session_id in [each for each, deadline in self._offers.items() if deadline <= now]:
+            self._silence(self._sessions[session_id], now, out)
+        parked, self._parked = self._parked, []
+        for key, attempt in parked:
+            self._begin(key, attempt, now, out)
+        self._tell_health(self._freshness_changed(now), now, out)
+        for service, connector_id in list(self._routed):
+            self._hold(service, connector_id, now, out)
+        for peer in self._peers.values():
+            if peer.expires_at <= now:
+                out.append(Disconnect(peer.key, Reason.EXPIRED))
+        while self._ended and next(iter(self._ended.values()))[0] <= now:
+            self._ended.popitem(last=False)
+        return out
+
+    def message(self, key: ConnectionKey, message: AnyMessage, now: float) -> list[Command]:
+        """Act on a message. Raises ProtocolError for one that a peer never sends, or sends before `hello`."""
+        peer = self._peers[key]
+        out: list[Command] = []
+        if peer.features is None or isinstance(message, control.Hello):
+            self._hello(peer, message, now, out)
+            return out
+        match message:
+            case control.Register():
+                self._register(peer, message, now, out)
+            case control.Open():
+                self._begin(key, Attempt(message, park_until=now + PARK_SECONDS), now, out)
+            case control.Conflict():
+                self._conflict(peer, message, out)
+            case _ if isinstance(message, AboutSession):
+                self._about_session(peer, message, now, out)
+            case _:
+                raise ProtocolError(f"{_type(message)} is for the relay to send")
+        return out
+
+    # Connections.
+
+    def _hello(self, peer: Peer, message: AnyMessage, now: float, out: list[Command]) -> None:
+        if not isinstance(message, control.Hello) or peer.features is not None:
+            raise ProtocolError(f"{_type(message)}: expected hello first, and once")
+        if message.version != control.PROTOCOL_VERSION:
+            raise ProtocolError(f"hello: version {message.version}, expected {control.PROTOCOL_VERSION}")
+        peer.features = message.features & control.FEATURES
+        out.append(Send(peer.key, control.Hello()))
+        self._tell_health(self._known_services(), now, out, only=peer)
+
+    def _register(self, peer: Peer, message: control.Register, now: float, out: list[Command]) -> None:
+        if peer.connector_id not in (None, message.connector_id):
+            raise ProtocolError("register: a connection has one connector id")
+        accepted: set[ServiceName] = set()
+        for offering in message.services:
+            reason = registration_refusal(
+                peer.identity, message.connector_id, offering.name, len(peer.services)
+            )
+            if reason is not None:
+                self._send(peer.key, control.Refused(offering.name, reason), out)
+                subject = f"{offering.name} as {message.connector_id}"
+                out.append(Refusal(peer.key, peer.identity.name, "register", reason, subject))
+                continue
+            peer.services.add(offering.name)
+            accepted.add(offering.name)
+            self._send(peer.key, control.Registered(offering.name), out)
+        if accepted:
+            peer.connector_id, peer.link_address = message.connector_id, message.link_address
+            for service in sorted(accepted):
+                self._serve(peer, message.connector_id, service, out)
+            self._tell_health(accepted, now, out)
+
+    def _serve(self, peer: Peer, connector_id: ConnectorId, service: ServiceName, out: list[Command]) -> None:
+        keys = self._serving[service].setdefault(connector_id, [])
+        if peer.key in keys:
+            return
+        if keys:
+            fields = {"connector_id": connector_id, "service": service, "newer": peer.identity.name}
+            out.append(Event("connector_id_twice", fields))
+        # The newest connection is the last one, and gets the new sessions.
+        keys.append(peer.key)
+
+    def _withdraw(self, peer: Peer, service: ServiceName) -> None:
+        assert peer.connector_id is not None
+        connectors = self._serving[service]
+        connectors[peer.connector_id].remove(peer.key)
+        if not connectors[peer.connector_id]:
+            del connectors[peer.connector_id]
+        if not connectors:
+            del self._serving[service]
+
+    def _live(self, service: ServiceName) -> dict[ConnectorId, ConnectionKey]:
+        return {each: keys[-1] for each, keys in self._serving.get(service, {}).items()}
+
+    def _conflict(self, peer: Peer, message: control.Conflict, out: list[Command]) -> None:
+        full = len(peer.conflicts) >= CONFLICTS_PER_CONNECTION_MAX and message.cidr not in peer.conflicts
+        if full or not peer.identity.agent:
+            reason = Reason.LIMIT_REACHED if full else Reason.NO_GRANT
+            out.append(Refusal(peer.key, peer.identity.name, "conflict", reason, message.cidr))
+            return
+        peer.conflicts[message.cidr] = message
+        fields = {"agent": peer.identity.name, "cidr": message.cidr, "with": message.with_}
+        out.append(Event("conflict", fields))
+
+    # Opening.
+
+    def _begin(self, key: ConnectionKey, attempt: Attempt, now: float, out: list[Command]) -> None:
+        service = attempt.request.service
+        unanswered = service in self._serving and service not in self._table.entries
+        may_use = self._peers[key].identity.may_use(service)
+        if may_use and unanswered and now < attempt.park_until and len(self._parked) < PARKED_MAX:
+            self._parked.append((key, attempt))
+            return
+        self._offer_next(key, attempt, now, out)
+
+    def _offer_next(self, key: ConnectionKey, attempt: Attempt, now: float, out: list[Command]) -> None:
+        request = attempt.request
+        try:
+            chosen = self._choose(self._peers[key], attempt, now)
+        except Refused as error:
+            name = self._peers[key].identity.name
+            self._send(key, control.Denied(request.request, request.service, error.reason), out)
+            out.append(Refusal(key, name, "open", error.reason, request.service))
+            return
+        attempt.tried.add(chosen)
+        self._offer(key, self._peers[chosen], attempt, now, out)
+
+    def _choose(self, agent: Peer, attempt: Attempt, now: float) -> ConnectionKey:
+        """Return the connector connection to offer to next. Raises Refused when there is none left."""
+        request = attempt.request
+        live = self._live(request.service)
+        ordered = policy.candidates(
+            agent.identity, request.service, request.connector_id, live, self._table, now, self._draw
+        )
+        if self._draining:
+            raise Refused(Reason.DRAINING, "this relay is stopping")
+        limited = self._of_name[agent.identity.name] >= self._per_identity
+        if limited or len(self._sessions) >= self._total:
+            raise Refused(Reason.LIMIT_REACHED, f"{agent.identity.name}: sessions")
+        for key in ordered:
+            if key not in attempt.tried and self._peers[key].silent_since is None:
+                return key
+        raise Refused(attempt.refusal or Reason.NO_HEALTHY_CONNECTOR, request.service)
+
+    def _offer(
+        self, key: ConnectionKey, connector: Peer, attempt: Attempt, now: float, out: list[Command]
+    ) -> None:
+        assert connector.connector_id is not None
+        request, agent = attempt.request, self._peers[key]
+        session_id = SessionId.from_bytes(self._random(SESSION_ID_BYTES))
+        session = Session(
+            session_id,
+            request.service,
+            key,
+            connector.key,
+            connector.connector_id,
+            agent.identity.name,
+            attempt,
+        )
+        link = self._join_link(session, out)
+        self._sessions[session_id] = session
+        self._routed[request.service, connector.connector_id].add(session_id)
+        self._of_name[agent.identity.name] += 1
+        agent.sessions.add(session_id)
+        connector.sessions.add(session_id)
+        self._offers[session_id] = now + ACCEPT_SECONDS
+        offered = control.Offered(
+            session=session_id,
+            service=request.service,
+            agent=control.PeerIdentity(agent.identity.name, agent.identity.fingerprint),
+            lease=request.lease,
+            forwarder=_bind(connector.forwarder, link.connector),
+            probe_key=link.probe_key,
+        )
+        self._send(connector.key, offered, out)
+
+    def _silence(self, session: Session, now: float, out: list[Command]) -> None:
+        connector = self._peers[session.connector]
+        connector.silent_since = now
+        fields = {"connector": connector.identity.name, "service": session.service}
+        out.append(Event("connector_silent", fields))
+        self._give_up(session, None, now, out)
+
+    def _give_up(self, session: Session, reason: Reason | None, now: float, out: list[Command]) -> None:
+        """Take an offer back and go on to the next connector."""
+        session.attempt.refusal = session.attempt.refusal or reason
+        self._end(session, now, out)
+        if reason is None:
+            self._send(session.connector, control.Closed(session.id, Reason.CLOSED_BY_PEER), out)
+        self._offer_next(session.agent, session.attempt, now, out)
+
+    # Messages about a session.
+
+    def _about_session(
+        self,
+        peer: Peer,
+        message: AboutSession,
+        now: float,
+        out: list[Command],
+    ) -> None:
+        session = self._sessions.get(message.session)
+        if session is None or not self._owns(peer, session, message):
+            self._not_yours(peer, message, session, out)
+            return
+        match message:
+            case control.Accepted():
+                self._accepted(session, out)
+            case control.Closed():
+                self._closed(peer, session, message.reason, now, out)
+            case control.Dial():
+                token = control.DialToken(session.id, Secret(self._random(TOKEN_BYTES)))
+                out.append(AdmitAgent(peer.key, token))
+            case control.CandidateOffer():
+                session.candidates = message.candidates
+                self._send(session.connector, message, out)
+            case control.CandidateAnswer():
+                self._answered(session, message, out)
+            case control.PunchingResult():
+                other = session.connector if peer.key == session.agent else session.agent
+                self._send(other, message, out)
+
+    def _owns(self, peer: Peer, session: Session, message: AnyMessage) -> bool:
+        """Say whether the message is this connection's to send (protocol.md, Ownership).
+
+        The agent learns of a session when it is open; before that only the connector can name it.
+        """
+        match message:
+            case control.Accepted():
+                return peer.key == session.connector
+            case control.CandidateAnswer():
+                return peer.key == session.connector and session.open
+            case control.Dial() | control.CandidateOffer():
+                return peer.key == session.agent and session.open
+        return peer.key == session.connector or (peer.key == session.agent and session.open)
+
+    def _not_yours(
+        self, peer: Peer, message: AboutSession, session: Session | None, out: list[Command]
+    ) -> None:
+        session_id = message.session
+        owners: tuple[str, ...] = ()
+        ended = self._ended.get(session_id)
+        if session is not None:
+            owners = tuple(self._peers[each].identity.name for each in session.link)
+        elif ended is not None and peer.key in ended[1]:
+            # It crossed the session's end on its way: no offence, and nothing to do.
+            return
+        out.append(
+            Refusal(peer.key, peer.identity.name, _type(message), Reason.NOT_YOUR_SESSION, session_id, owners)
+        )
+
+    def _accepted(self, session: Session, out: list[Command]) -> None:
+        if session.open:
+            return
+        session.open = True
+        del self._offers[session.id]
+        agent, connector = self._peers[session.agent], self._peers[session.connector]
+        link = self._links[session.link]
+        opened = control.Opened(
+            request=session.attempt.request.request,
+            session=session.id,
+            service=session.service,
+            connector_id=session.connector_id,
+            fingerprint=connector.identity.fingerprint,
+            link_address=connector.link_address,
+            forwarder=_bind(agent.forwarder, link.agent),
+            probe_key=link.probe_key,
+        )
+        self._send(agent.key, opened, out)
+        names = {"agent": agent.identity.name, "connector": connector.identity.name}
+        out.append(Event("session_opened", {"session": session.id, "service": session.service, **names}))
+
+    def _closed(self, peer: Peer, session: Session, reason: Reason, now: float, out: list[Command]) -> None:
+        if not session.open:
+            self._give_up(session, reason, now, out)
+            return
+        # Only the relay sees a connection go without a word; nobody else may keep flows alive by saying so.
+        told = Reason.CLOSED_BY_PEER if reason is Reason.PEER_GONE else reason
+        other = session.connector if peer.key == session.agent else session.agent
+        self._end(session, now, out)
+        self._send(other, control.Closed(session.id, told), out)
+        out.append(Event("session_closed", {"session": session.id, "by": peer.identity.name, "reason": told}))
+
+    def _answered(self, session: Session, message: control.CandidateAnswer, out: list[Command]) -> None:
+        self._send(session.agent, message, out)
+        if session.candidates is not None:
+            self._send(session.agent, control.StartPunching(session.id, message.candidates), out)
+            self._send(session.connector, control.StartPunching(session.id, session.candidates), out)
+
+    # Ending.
+
+    def _hold(self, service: ServiceName, connector_id: ConnectorId, now: float, out: list[Command]) -> None:
+        """End the sessions with one connector of a service when DNS no longer permits them."""
+        routes = self._table.routes(service, now)
+        key = (service, connector_id)
+        if routes is not None and any(route.connector_id == connector_id for route in routes):
+            self._withdrawn.pop(key, None)
+            return
+        if routes is not None and now - self._withdrawn.setdefault(key, now) < WITHDRAWN_SECONDS:
+            return
+        reason = Reason.POLICY_UNKNOWN if routes is None else Reason.NO_HEALTHY_CONNECTOR
+        for session_id in sorted(self._routed[key]):
+            self._cut(self._sessions[session_id], reason, now, out)
+
+    def _cut(self, session: Session, reason: Reason, now: float, out: list[Command]) -> None:
+        self._end(session, now, out)
+        self._send(session.connector, control.Closed(session.id, reason), out)
+        if session.open:
+            self._send(session.agent, control.Closed(session.id, reason), out)
+        else:
+            request = session.attempt.request
+            self._send(session.agent, control.Denied(request.request, session.service, reason), out)
+        out.append(Event("session_cut", {"session": session.id, "reason": reason}))
+
+    def _end(self, session: Session, now: float, out: list[Command]) -> None:
+        del self._sessions[session.id]
+        self._offers.pop(session.id, None)
+        route = (session.service, session.connector_id)
+        self._routed[route].discard(session.id)
+        if not self._routed[route]:
+            del self._routed[route]
+            self._withdrawn.pop(route, None)
+        self._of_name[session.agent_name] -= 1
+        if not self._of_name[session.agent_name]:
+            del self._of_name[session.agent_name]
+        for end in session.link:
+            peer = self._peers.get(end)
+            if peer is not None:
+                peer.sessions.discard(session.id)
+        self._ended[session.id] = (now + ENDED_KEPT_SECONDS, session.link)
+        if len(self._ended) > ENDED_KEPT_MAX:
+            self._ended.popitem(last=False)
+        out.append(EndSession(session.id))
+        link = self._links[session.link]
+        link.sessions.discard(session.id)
+        if not link.sessions:
+            del self._links[session.link]
+            out.append(RemoveLink(session.link))
+
+    # Small things.
+
+    def _freshness_changed(self, now: float) -> set[ServiceName]:
+        """Return all services when the whole table has just become too old to go by, or good again."""
+        fresh = self._table.is_fresh(now)
+        if fresh == self._known_fresh:
+            return set()
+        self._known_fresh = fresh
+        return self._known_services()
+
+    def _join_link(self, session: Session, out: list[Command]) -> Link:
+        link = self._links.get(session.link)
+        if link is None:
+            link = Link(self._ticket(), self._ticket(), Secret(self._random(SECRET_BYTES)))
+            self._links[session.link] = link
+            out.append(AddLink(session.link, link.agent, link.connector))
+        link.sessions.add(session.id)
+        return link
+
+    def _ticket(self) -> BindTicket:
+        return BindTicket(self._random(BIND_ID_BYTES), Secret(self._random(SECRET_BYTES)))
+
+    def _draw(self, bound: int) -> int:
+        return int.from_bytes(self._random(8)) % bound
+
+    def _known_services(self) -> set[ServiceName]:
+        return {*self._serving, *self._table.entries}
+
+    def _tell_health(
+        self, services: Iterable[ServiceName], now: float, out: list[Command], only: Peer | None = None
+    ) -> None:
+        for service in sorted(services):
+            state = policy.health(service, self._live(service), self._table, now)
+            for peer in self._listeners(service, only):
+                if peer.told_health.get(service) != state:
+                    peer.told_health[service] = state
+                    self._send(peer.key, control.Health(service, state), out)
+
+    def _listeners(self, service: ServiceName, only: Peer | None) -> Iterator[Peer]:
+        for peer in (only,) if only is not None else self._peers.values():
+            if peer.features is not None and peer.identity.may_use(service):
+                yield peer
+
+    def _send(self, key: ConnectionKey, message: AnyMessage, out: list[Command]) -> None:
+        peer = self._peers.get(key)
+        if peer is not None and peer.features is not None and _type(message) in peer.features:
+            out.append(Send(key, message))
+
+
+def _routes(table: policy.SrvTable, service: ServiceName) -> tuple[policy.Route, ...] | None:
+    entry = table.entries.get(service)
+    return None if entry is None else entry.routes
+
+
+def _bind(address: Address, ticket: BindTicket) -> ForwarderBind:
+    return ForwarderBind(address, Binary(ticket.bind_id), ticket.secret)
+
+
+def _type(message: AnyMessage) -> str:
+    return str(message.__struct_config__.tag)

@@ -1,0 +1,255 @@
+"""Pulls the SRV records of the registered services from DNS and publishes them as one table.
+
+Asks again before a TTL ends, jittered; asks soon and then ever more rarely for names that have no records
+yet; keeps an answer until the next good one. How old an answer may be is relay.policy's decision, and who may
+serve too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from relay.policy import Route, SrvEntry, SrvTable, routes_of
+from ztna.errors import ResolverUnavailable
+from ztna.names import ServiceName, Zone
+from ztna.resolver import SrvAnswer, TxtAnswer
+from ztna.telemetry import dropped, logger
+
+FRESH_LABEL = "_fresh"
+REFRESH_PART_MIN, REFRESH_PART_MAX = 0.6, 0.9
+"""When in its TTL an answer is asked for again; drawn for each, so that names spread out."""
+REFRESH_SECONDS_MIN = 0.5
+REFRESH_SECONDS_MAX = 300.0
+NEGATIVE_SECONDS_MIN = 0.2
+NEGATIVE_SECONDS_MAX = 2.0
+"""A connector that registered is about to be in the catalog: its name is asked for more often than told to."""
+FAILURE_SECONDS_MIN = 0.5
+FAILURE_SECONDS_MAX = 5.0
+FRESH_SECONDS_MAX = 10.0
+LINGER_SECONDS = 60.0
+"""How long a name is still known after its last connector has gone: `no_healthy_connector` meanwhile."""
+PUBLISH_SECONDS = 0.02
+"""Answers that come together are published together."""
+
+_log = logger(__name__)
+
+
+class Asker(Protocol):
+    """What is needed of ztna.resolver.Resolver."""
+
+    async def srv(self, name: str) -> SrvAnswer:
+        """Return the SRV records of a name. Raises ResolverUnavailable."""
+
+    async def txt(self, name: str) -> TxtAnswer:
+        """Return the TXT records of a name. Raises ResolverUnavailable."""
+
+
+@dataclass(slots=True)
+class _Name:
+    """One name that is kept: `drop_at` is set once no connector serves it."""
+
+    repeats: int = 0
+    failures: int = 0
+    drop_at: float | None = None
+    due_at: float = 0.0
+    asking: bool = False
+
+
+class SrvPuller:
+    """Keeps the SRV records of the services it is told of. `publish` gets each new table."""
+
+    def __init__(
+        self,
+        resolver: Asker,
+        zone: Zone,
+        hold_s: float,
+        publish: Callable[[SrvTable], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """Times of the table are on `clock`; `wall` is what `_fresh` is compared with, Unix seconds."""
+        self._resolver, self._zone, self._hold_s, self._publish = resolver, zone, hold_s, publish
+        self._clock, self._wall = clock, wall
+        self._names: dict[ServiceName, _Name] = {}
+        self._entries: dict[ServiceName, SrvEntry] = {}
+        self._queue: list[tuple[float, ServiceName]] = []
+        self._woken = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._fresh_at: float | None = None
+        self.failing = ""
+        """What the last question failed with; empty while DNS answers."""
+
+    @property
+    def fresh_at(self) -> float | None:
+        """When the catalog behind the answers was last confirmed, on `clock`."""
+        return self._fresh_at
+
+    def watch(self, services: Iterable[ServiceName]) -> None:
+        """Keep exactly these; the others linger for LINGER_SECONDS."""
+        wanted = set(services)
+        for service in wanted:
+            name = self._names.setdefault(service, _Name())
+            if name.drop_at is not None or not name.due_at:
+                name.drop_at, name.repeats = None, 0
+                self._schedule(service, name, 0.0)
+        drop_at = self._clock() + LINGER_SECONDS
+        for service, name in self._names.items():
+            if service not in wanted and name.drop_at is None:
+                name.drop_at = drop_at
+
+    def ask_soon(self, service: ServiceName) -> None:
+        """Ask again at once: a connector has just registered the name, which may be new in the catalog."""
+        name = self._names.get(service)
+        if name is not None:
+            name.repeats = 0
+            self._schedule(service, name, 0.0)
+
+    async def run(self) -> None:
+        """Pull until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow_freshness(), name="srv freshness")
+            tasks.create_task(self._publish_changes(), name="srv publish")
+            while True:
+                await self._ask_due(tasks)
+
+    def status(self) -> dict[str, object]:
+        """Return the table as /status shows it: ages in seconds."""
+        now = self._clock()
+        return {
+            "fresh_age_s": None if self._fresh_at is None else round(now - self._fresh_at, 1),
+            "failing": self.failing,
+            "services": {
+                service: {
+                    "age_s": round(now - entry.answered_at, 1),
+                    "connectors": [
+                        {"id": route.connector_id, "priority": route.priority, "weight": route.weight}
+                        for route in entry.routes
+                    ],
+                }
+                for service, entry in sorted(self._entries.items())
+            },
+        }
+
+    async def _ask_due(self, tasks: asyncio.TaskGroup) -> None:
+        now = self._clock()
+        while self._queue and self._queue[0][0] <= now:
+            due_at, service = heapq.heappop(self._queue)
+            name = self._names.get(service)
+            if name is None or name.asking or name.due_at != due_at:
+                continue
+            if name.drop_at is not None and name.drop_at <= now:
+                self._forget(service)
+                continue
+            name.asking = True
+            tasks.create_task(self._ask(service, name), name=f"srv {service}")
+        self._woken.clear()
+        try:
+            async with asyncio.timeout(self._queue[0][0] - now if self._queue else None):
+                await self._woken.wait()
+        except TimeoutError:
+            return
+
+    async def _ask(self, service: ServiceName, name: _Name) -> None:
+        try:
+            answer = await self._resolver.srv(f"{service}.{self._zone}")
+        except ResolverUnavailable as error:
+            delay = self._failed(name, error)
+        else:
+            delay = self._answered(service, name, answer)
+        name.asking = False
+        self._schedule(service, name, delay)
+
+    def _answered(self, service: ServiceName, name: _Name, answer: SrvAnswer) -> float:
+        self._works()
+        name.failures = 0
+        if answer.stale:
+            # The server's own word that it may no longer be so: it renews nothing (design.md 2.8).
+            return _between(answer.ttl_s)
+        routes = routes_of(((each.priority, each.weight, each.target) for each in answer.records), self._zone)
+        if len(routes) < len(answer.records):
+            dropped("relay.srv", "foreign_target", len(answer.records) - len(routes))
+        self._record(service, routes)
+        if routes:
+            name.repeats = 0
+            return _between(answer.ttl_s)
+        name.repeats += 1
+        backoff = NEGATIVE_SECONDS_MIN * 2 ** min(name.repeats - 1, 10)
+        return _jittered(min(backoff, NEGATIVE_SECONDS_MAX, max(answer.ttl_s, NEGATIVE_SECONDS_MIN)))
+
+    def _record(self, service: ServiceName, routes: tuple[Route, ...]) -> None:
+        before = self._entries.get(service)
+        self._entries[service] = SrvEntry(routes, self._clock())
+        if before is None or before.routes != routes:
+            names = ",".join(route.connector_id for route in routes)
+            _log.info("srv_changed", service=service, connectors=names)
+        self._changed.set()
+
+    def _failed(self, name: _Name, error: ResolverUnavailable) -> float:
+        name.failures += 1
+        if not self.failing:
+            _log.warning("dns_unavailable", error=error)
+        self.failing = str(error)
+        return _jittered(min(FAILURE_SECONDS_MIN * 2 ** min(name.failures - 1, 10), FAILURE_SECONDS_MAX))
+
+    def _works(self) -> None:
+        if self.failing:
+            _log.info("dns_available")
+            self.failing = ""
+
+    def _schedule(self, service: ServiceName, name: _Name, delay: float) -> None:
+        name.due_at = self._clock() + delay
+        heapq.heappush(self._queue, (name.due_at, service))
+        self._woken.set()
+
+    def _forget(self, service: ServiceName) -> None:
+        del self._names[service]
+        if self._entries.pop(service, None) is not None:
+            self._changed.set()
+
+    async def _follow_freshness(self) -> None:
+        """Read `_fresh.<zone>`: the Unix time at which dnsd last confirmed its catalog."""
+        failures = _Name()
+        while True:
+            try:
+                answer = await self._resolver.txt(f"{FRESH_LABEL}.{self._zone}")
+            except ResolverUnavailable as error:
+                await asyncio.sleep(self._failed(failures, error))
+                continue
+            failures.failures = 0
+            self._works()
+            self._note_freshness(answer)
+            await asyncio.sleep(_between(min(answer.ttl_s, FRESH_SECONDS_MAX)))
+
+    def _note_freshness(self, answer: TxtAnswer) -> None:
+        text = answer.strings[0] if answer.strings else b""
+        if not text.isdigit() or len(text) > 12:
+            dropped("relay.srv", "no_freshness")
+            return
+        fresh_at = self._clock() - max(0.0, self._wall() - int(text))
+        if self._fresh_at is None or fresh_at > self._fresh_at:
+            self._fresh_at = fresh_at
+            self._changed.set()
+
+    async def _publish_changes(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            self._publish(SrvTable(dict(self._entries), self._fresh_at, self._hold_s))
+            await asyncio.sleep(PUBLISH_SECONDS)
+
+
+def _between(ttl_s: float) -> float:
+    """Return when to ask again for what may be kept so long."""
+    delay = ttl_s * random.uniform(REFRESH_PART_MIN, REFRESH_PART_MAX)
+    return min(max(delay, REFRESH_SECONDS_MIN), REFRESH_SECONDS_MAX)
+
+
+def _jittered(delay: float) -> float:
+    return delay * random.uniform(0.8, 1.2)

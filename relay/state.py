@@ -1,0 +1,75 @@
+"""What relay.sessions remembers of connections, openings, sessions and links.
+
+Pure; holds data and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from relay.commands import BindTicket, ConnectionKey, LinkKey
+from ztna.identity import Identity
+from ztna.jsontypes import Secret
+from ztna.names import ConnectorId, ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire import control
+from ztna.wire.control import Address
+
+
+@dataclass(slots=True)
+class Peer:
+    """One live connection."""
+
+    key: ConnectionKey
+    identity: Identity
+    forwarder: Address
+    """The forwarder's address as this peer reaches it."""
+    expires_at: float
+    features: frozenset[str] | None = None
+    """None before its `hello`."""
+    connector_id: ConnectorId | None = None
+    link_address: Address | None = None
+    services: set[ServiceName] = field(default_factory=set)
+    sessions: set[SessionId] = field(default_factory=set)
+    silent_since: float | None = None
+    told_health: dict[ServiceName, str] = field(default_factory=dict)
+    conflicts: dict[str, control.Conflict] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One `open` on its way through the connectors that may have it."""
+
+    request: control.Open
+    tried: set[ConnectionKey] = field(default_factory=set)
+    refusal: Reason | None = None
+    park_until: float = 0.0
+
+
+@dataclass(slots=True)
+class Session:
+    """One session; it is `open` from `accepted` on."""
+
+    id: SessionId
+    service: ServiceName
+    agent: ConnectionKey
+    connector: ConnectionKey
+    connector_id: ConnectorId
+    agent_name: str
+    attempt: Attempt
+    open: bool = False
+    candidates: control.Candidates | None = None
+
+    @property
+    def link(self) -> LinkKey:
+        return self.agent, self.connector
+
+
+@dataclass(slots=True)
+class Link:
+    """What one agent connection and one connector connection share at the forwarder."""
+
+    agent: BindTicket
+    connector: BindTicket
+    probe_key: Secret
+    sessions: set[SessionId] = field(default_factory=set)
