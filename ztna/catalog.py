@@ -92,7 +92,7 @@ class KvSet(msgspec.Struct, frozen=True):
 
 
 class KvDeleteCas(msgspec.Struct, frozen=True):
-    """Delete a key, only if its modify index is `index`."""
+    """Delete a key, only if its modify index is `index`; one that is not there is no failure."""
 
     key: str
     index: int

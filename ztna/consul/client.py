@@ -137,7 +137,10 @@ class ConsulClient:
         )
 
     async def kv_delete(self, key: str, *, cas: int | None = None, recurse: bool = False) -> bool:
-        """Delete the key, or with `recurse` all that begin with it; False when the index did not match."""
+        """Delete the key, or with `recurse` all that begin with it; False when the index did not match.
+
+        True also when there is no such key, `cas` or not.
+        """
         needs = f'{"key_prefix" if recurse else "key"} "{key}" {{ policy = "write" }}'
         return bool(await _mapped(self._api.kv.delete(_path(key), recurse=recurse, cas=cas), needs))
 

@@ -398,7 +398,7 @@ def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise Refusal(400, f'strconv.ParseUint: parsing "{text}": invalid syntax') from error
+        raise Refusal(500, f'strconv.ParseUint: parsing "{text}": invalid syntax') from error
 
 
 def _keys(keys: list[str], prefix: str, separator: str) -> list[str]:

@@ -14,6 +14,8 @@ from ztna.consul.durations import NANOSECONDS, duration_s
 
 LOCK_DELAY_SECONDS = 15.0
 LOCK_DELAY_SECONDS_MAX = 60.0
+LOCK_DELAY_THRESHOLD = 1000
+"""Consul takes a smaller number for seconds, a greater one for nanoseconds (session_endpoint.go)."""
 SESSION_TTL_SECONDS_MIN = 10.0
 SESSION_TTL_SECONDS_MAX = 86_400.0
 SESSION_TTL_MULTIPLIER = 2
@@ -164,8 +166,8 @@ class Store(msgspec.Struct):
         return self._unlock(key, value, flags, session, self.clock.next())
 
     def delete(self, key: str, cas: int | None = None) -> bool:
-        """Delete a key; True also when there is none, unless `cas` names another index."""
-        if cas is not None and (key not in self.entries or not self._matches(key, cas)):
+        """Delete a key; False when it is there with another index than `cas`, True also when it is not there."""
+        if not self._may_delete(key, cas):
             return False
         self._delete(key, self.clock.next())
         return True
@@ -208,12 +210,12 @@ class Store(msgspec.Struct):
                 self._set(key, value, flags, index)
             case "lock":
                 _require(session in self.sessions, f'invalid session "{session}"')
-                _require(
-                    self.lock_delays.get(key, now) <= now, f'failed to lock key "{key}", lock is delayed'
-                )
+                delayed = self.lock_delays.get(key, now) > now
+                _require(not delayed, f'failed to lock key "{key}" due to lock delay')
                 held = self._lock(key, value, flags, session, index)
                 _require(held, f'failed to lock key "{key}", lock is already held')
             case "unlock":
+                _require(session != "", "missing session")
                 freed = self._unlock(key, value, flags, session, index)
                 _require(
                     freed, f'failed to unlock key "{key}", lock isn\'t held, or is held by another session'
@@ -222,8 +224,7 @@ class Store(msgspec.Struct):
                 self._delete(key, index)
                 return []
             case "delete-cas":
-                fits = key in self.entries and self._matches(key, expected)
-                _require(fits, f'failed to delete key "{key}", index is stale')
+                _require(self._may_delete(key, expected), f'failed to delete key "{key}", index is stale')
                 self._delete(key, index)
                 return []
             case "delete-tree":
@@ -246,10 +247,8 @@ class Store(msgspec.Struct):
             f"unknown KV operation: {verb}",
         )
         if entry is None:
-            missing = f'key "{key}" doesn\'t exist'
-            raise Refusal(
-                409, missing if verb == "get" else f"failed {verb.partition('-')[2]} check for {missing}"
-            )
+            doing = "" if verb == "get" else f"failed to {verb.replace('-', ' ')}, "
+            raise Refusal(409, f'{doing}key "{key}" doesn\'t exist')
         if verb == "check-session":
             _require(
                 entry.session == session,
@@ -262,6 +261,9 @@ class Store(msgspec.Struct):
                 f"current modify index {entry.modify_index} != {expected}",
             )
         return [entry.json(with_value=verb == "get")]
+
+    def _may_delete(self, key: str, cas: int | None) -> bool:
+        return cas is None or key not in self.entries or self._matches(key, cas)
 
     def _matches(self, key: str, cas: int) -> bool:
         entry = self.entries.get(key)
@@ -312,13 +314,13 @@ class Store(msgspec.Struct):
         ttl, behavior = asked.get("TTL", ""), asked.get("Behavior", "") or "release"
         if behavior not in ("release", "delete"):
             raise Refusal(500, f"Invalid Behavior setting '{behavior}'")
-        ttl_s = duration_s(ttl) if ttl else 0.0
+        ttl_s = _ttl_s(ttl)
         if ttl_s and not SESSION_TTL_SECONDS_MIN <= ttl_s <= SESSION_TTL_SECONDS_MAX:
             raise Refusal(
                 500, f"Invalid Session TTL '{int(ttl_s * NANOSECONDS)}', must be between [10s=24h0m0s]"
             )
         delay = asked.get("LockDelay")
-        delay_s = LOCK_DELAY_SECONDS if delay is None else min(duration_s(delay), LOCK_DELAY_SECONDS_MAX)
+        delay_s = LOCK_DELAY_SECONDS if delay is None else _lock_delay_s(delay)
         index = self.clock.next()
         self.sessions[session_id] = Session(
             session_id, asked.get("Name", ""), node, behavior, ttl, delay_s, index
@@ -349,7 +351,7 @@ class Store(msgspec.Struct):
             else:
                 self._set(entry.key, entry.value, entry.flags, index, session="")
             if session.lock_delay_s > 0:
-                self.lock_delays[entry.key] = now + session.lock_delay_s
+                self.lock_delays[entry.key] = now + min(session.lock_delay_s, LOCK_DELAY_SECONDS_MAX)
 
     def restart_timers(self, now: float) -> None:
         """Give every session its full time again, as a new leader does."""
@@ -372,3 +374,19 @@ class Store(msgspec.Struct):
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise Refusal(409, otherwise)
+
+
+def _ttl_s(text: str) -> float:
+    try:
+        return duration_s(text) if text else 0.0
+    except ValueError as error:
+        raise Refusal(500, f"Session TTL '{text}' invalid: {error}") from error
+
+
+def _lock_delay_s(given: str | float) -> float:
+    if isinstance(given, int | float) and given < LOCK_DELAY_THRESHOLD:
+        return float(given)
+    try:
+        return duration_s(given)
+    except ValueError as error:
+        raise Refusal(400, f"Request decode failed: {error}") from error
