@@ -267,34 +267,30 @@ def _shared_consuls(
         server.stop()
 
 
-def _shared(
-    request: pytest.FixtureRequest, servers: dict[tuple[str, bool], ConsulUnderTest], *, acl: bool
-) -> ConsulUnderTest:
-    key = (request.param, acl)
-    if key not in servers:
-        folder = request.getfixturevalue("tmp_path_factory").mktemp(f"consul-{request.param}")
-        servers[key] = ConsulUnderTest(request.param, folder, acl=acl)
-    request.node.user_properties.append((VERSIONS_TESTED, servers[key].version))
-    return servers[key]
+def shared_of_kind(request: pytest.FixtureRequest, kind: str, *, acl: bool = False) -> ConsulUnderTest:
+    """Return this process's shared server of a kind, and count the test as run on it."""
+    servers = request.getfixturevalue("_shared_consuls")
+    if (kind, acl) not in servers:
+        folder = request.getfixturevalue("tmp_path_factory").mktemp(f"consul-{kind}")
+        servers[kind, acl] = ConsulUnderTest(kind, folder, acl=acl)
+    server: ConsulUnderTest = servers[kind, acl]
+    request.node.user_properties.append((VERSIONS_TESTED, server.version))
+    return server
 
 
 _PARAMS = ["embedded", *(pytest.param(kind, marks=pytest.mark.real_consul) for kind in REAL_KINDS)]
 
 
 @pytest.fixture(params=_PARAMS)
-def consul(
-    request: pytest.FixtureRequest, _shared_consuls: dict[tuple[str, bool], ConsulUnderTest]
-) -> ConsulUnderTest:
+def consul(request: pytest.FixtureRequest) -> ConsulUnderTest:
     """A shared Consul of each kind in turn: use names of your own (`unique`), and never stop it."""
-    return _shared(request, _shared_consuls, acl=False)
+    return shared_of_kind(request, request.param)
 
 
 @pytest.fixture(params=_PARAMS[1:])
-def acl_consul(
-    request: pytest.FixtureRequest, _shared_consuls: dict[tuple[str, bool], ConsulUnderTest]
-) -> ConsulUnderTest:
+def acl_consul(request: pytest.FixtureRequest) -> ConsulUnderTest:
     """A shared real Consul of each kind in turn that denies what no policy allows."""
-    return _shared(request, _shared_consuls, acl=True)
+    return shared_of_kind(request, request.param, acl=True)
 
 
 @pytest.fixture(params=_PARAMS)

@@ -276,8 +276,11 @@ def _agent_service(service: Service) -> Json:
 
 
 def _catalog_service(service: Service) -> Json:
+    shown = _agent_service(service)
+    if not service.port:
+        del shown["Port"]
     return {
-        **_agent_service(service),
+        **shown,
         "Proxy": _PROXY,
         "Connect": {},
         "PeerName": "",

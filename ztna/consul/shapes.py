@@ -51,7 +51,7 @@ def agent_service(entry: Mapping[str, Any]) -> AgentService:
         service=entry["Service"],
         instance_id=entry["ID"],
         address=entry["Address"],
-        port=entry["Port"],
+        port=entry.get("Port", 0),
         tags=tuple(entry.get("Tags") or ()),
         meta=entry.get("Meta") or {},
         tagged_addresses=_tagged(entry.get("TaggedAddresses")),
@@ -68,7 +68,8 @@ def _instance(entry: Mapping[str, Any]) -> Instance:
         instance_id=service["ID"],
         node=node["Node"],
         address=service["Address"] or node["Address"],
-        port=service["Port"],
+        # Consul 1.19 leaves a port of 0 out of the catalog.
+        port=service.get("Port", 0),
         tags=tuple(service.get("Tags") or ()),
         meta=service.get("Meta") or {},
         weight_passing=weights.get("Passing", 1),
