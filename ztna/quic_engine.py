@@ -126,6 +126,11 @@ class Engine(QuicConnection):
         return None if event is None else (event.error_code, event.reason_phrase)
 
     @property
+    def is_close_pending(self) -> bool:
+        """Whether this end has decided to close and has not yet said so."""
+        return self._close_pending
+
+    @property
     def validated_address(self) -> tuple[str, int] | None:
         """Where the peer is, once it has proved it."""
         path = self._network_paths[0]

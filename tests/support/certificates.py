@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -22,6 +23,20 @@ CLIENT = ExtendedKeyUsageOID.CLIENT_AUTH
 SERVER = ExtendedKeyUsageOID.SERVER_AUTH
 BOTH = (CLIENT, SERVER)
 DAY = timedelta(days=1)
+BAD_CHAINS = (
+    "self_signed",
+    "rogue_ca",
+    "rogue_leaf_beside_true_ca",
+    "rogue_leaf_before_true_leaf",
+    "no_sans",
+    "foreign_sans",
+    "unknown_san_under_ztna",
+    "wrong_eku",
+    "no_eku",
+    "ca_as_leaf",
+    "expired",
+    "not_yet_valid",
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,8 @@ def forge(
 class Pki:
     """One true CA and one rogue CA in a directory, and certificates of both."""
 
+    BAD_NAMES = MappingProxyType({"server": BAD_CHAINS, "client": (*BAD_CHAINS, "no_certificate")})
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.authority = Authority.create(directory / "ca", "Test CA")
@@ -181,4 +198,5 @@ class Pki:
         }
         if usage == "client":
             chains["no_certificate"] = Bad(None, Reason.NO_CERTIFICATE)
+        assert tuple(chains) == self.BAD_NAMES[usage]
         return chains
