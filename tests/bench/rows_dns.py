@@ -23,7 +23,7 @@ from tests.bench.harness import (
     running,
     wait_until,
 )
-from tests.peers.fetch import peers_directory
+from tests.support.consul import peers_folder
 from ztna import config as configuration
 from ztna.cli.mesh import dev_consul_argv
 from ztna.cli.processes import console_script
@@ -120,7 +120,7 @@ class Dns:
     @contextlib.contextmanager
     def _consul(self) -> Iterator[int]:
         """Consul with every service registered, in dev mode; yields its pid."""
-        binary = peers_directory() / f"consul-{CONSUL_VERSION}"
+        binary = peers_folder() / f"consul-{CONSUL_VERSION}"
         if not binary.exists():
             raise CannotMeasure("no Consul: run `make peers`")
         self._consul_http, self._consul_dns = free_port(), free_port()
@@ -222,7 +222,7 @@ class Dns:
     @contextlib.contextmanager
     def coredns(self) -> Iterator[Measure]:
         """CoreDNS with the file plugin, on one processor."""
-        binary, port = peers_directory() / "coredns-1.14.3", free_port()
+        binary, port = peers_folder() / "coredns-1.14.3", free_port()
         if not binary.exists():
             raise CannotMeasure("no CoreDNS: run `make peers-bench`")
         corefile = self._write(

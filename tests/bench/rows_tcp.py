@@ -27,7 +27,7 @@ from tests.bench.harness import (
 )
 from tests.bench.mesh import bench_mesh
 from tests.support.lab import tcp_route
-from ztna.ca import Authority
+from ztna.ca import Authority, write_private
 from ztna.config import Endpoint
 
 SECONDS = 4
@@ -171,15 +171,14 @@ def stunnel_pair(
     tool = need("stunnel4", "stunnel4")
     directory.mkdir()
     authority = Authority.create(directory / "ca", "bench")
-    (directory / "ca.pem").write_bytes(authority.root_pem)
+    (directory / "ca.pem").write_bytes(authority.ca_pem)
     for name, grants in (
         ("server", {"connector": ("iperf",), "connector_id": "s"}),
         ("client", {"agent": ("iperf",)}),
     ):
         chain, key = authority.issue(name, days=2, **grants)  # type: ignore[arg-type]
         (directory / f"{name}.pem").write_bytes(chain)
-        (directory / f"{name}.key").touch(mode=0o600)
-        (directory / f"{name}.key").write_bytes(key)
+        write_private(directory / f"{name}.key", key)
     servers = {name: free_port() for name in backend_ports}
     clients = {name: free_port() for name in backend_ports}
     dialled = {name: (between or {}).get(name) or servers[name] for name in backend_ports}

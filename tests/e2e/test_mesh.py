@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from tests.support.backends import BLOCK_BYTES, stream_digest
-from tests.support.consul import KINDS
+from tests.support.consul import KINDS, note_version
 from tests.support.lab import Daemon, Lab, http_get, lab, tcp_route, udp_ask, udp_route, until
 from tests.support.namespaces import Host
 from ztna.config import Endpoint
@@ -90,6 +90,7 @@ MESHES = [(kind, *mode) for kind in KINDS for mode in MODES]
 @pytest.fixture(scope="module", params=MESHES, ids=lambda p: f"{p[0]}-{p[1]}")
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     kind, mode, pool = request.param
+    note_version(request, kind)
     with lab("core", "laptop", pool=pool) as made:
         made.start_consul(kind)
         yield Mesh(made, mode)

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from tests.support.consul import KINDS
+from tests.support.consul import KINDS, note_version
 from tests.support.lab import Daemon, Lab, http_get, lab, tcp_route, until
 from ztna.config import Endpoint
 
@@ -20,6 +20,7 @@ FAILOVER_SECONDS = 5.0
 
 @pytest.fixture(params=KINDS)
 def made(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    note_version(request, request.param)
     with lab("core", "laptop", "first", "second") as made:
         made.start_consul(request.param)
         made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),)).wait_ready()

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from tests.support.consul import KINDS
+from tests.support.consul import KINDS, note_version
 from tests.support.lab import Daemon, Lab, http_get, lab, tcp_route, udp_ask, udp_route, until
 from ztna.config import Endpoint
 
@@ -61,6 +61,7 @@ class Mesh:
 
 @pytest.fixture(params=KINDS)
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    note_version(request, request.param)
     with lab("core", "laptop") as made:
         yield Mesh(made, request.param)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.consul import KINDS
+from tests.support.consul import KINDS, note_version
 from tests.support.lab import Daemon, Lab, lab, until
 from ztna.config import CheckConfig, Endpoint, PoolConfig, RouteConfig
 from ztna.names import ServiceName
@@ -25,6 +25,7 @@ KEEPER_CHANGE_SECONDS = 45.0
 
 @pytest.fixture(params=KINDS)
 def made(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    note_version(request, request.param)
     with lab("core") as made:
         made.start_consul(request.param)
         yield made

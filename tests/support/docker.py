@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.peers.fetch import peers_directory
+from tests.support.consul import peers_folder
 
 ENGINE_SECONDS = 40
 BUILD_SECONDS = 600
@@ -84,7 +84,7 @@ def docker(host: str | None, *argv: str) -> str:
 
 def base_image(host: str | None) -> str:
     """Return a Debian with Python and dig, made by debootstrap once and kept beside the other real parts."""
-    archive = peers_directory() / "base-bookworm.tar"
+    archive = peers_folder() / "base-bookworm.tar"
     if not archive.exists():
         rootfs = Path(tempfile.mkdtemp(prefix="ztna-rootfs-"))
         try:

@@ -27,7 +27,7 @@ from typing import Any
 from tests.support.consul import require_binary, server_argv
 from tests.support.namespaces import Host, LocalNetwork, Network
 from ztna import config as configuration
-from ztna.ca import Authority
+from ztna.ca import Authority, write_private
 from ztna.cli.processes import console_script
 from ztna.config import (
     AgentConfig,
@@ -246,7 +246,7 @@ class Lab:
     def __post_init__(self) -> None:
         self.authority = Authority.create(self.directory / "ca", "lab")
         self._ca_file = self.directory / "ca.pem"
-        self._ca_file.write_bytes(self.authority.root_pem)
+        self._ca_file.write_bytes(self.authority.ca_pem)
 
     def host(self, name: str) -> Host:
         """Return the host of this name, made on first use."""
@@ -272,7 +272,7 @@ class Lab:
     # -- Consul --------------------------------------------------------------------------------------
 
     def start_consul(self, kind: str, host: str = "core") -> Running:
-        """Start a Consul (`embedded` or a version) that keeps its data over a restart; waits for its leader."""
+        """Start a Consul (a kind of tests.support.consul) that keeps its data over a restart; waits for its leader."""
         at = self.host(host)
         self.consul = ConsulConfig(address=f"http://{at.address}:{CONSUL_PORT}")
         self._consul_host = at
@@ -353,8 +353,7 @@ class Lab:
         )
         certificate_file, key_file = self.directory / f"{name}.pem", self.directory / f"{name}.key"
         certificate_file.write_bytes(chain)
-        key_file.touch(mode=0o600)
-        key_file.write_bytes(key)
+        write_private(key_file, key)
         return TlsConfig(certificate=str(certificate_file), key=str(key_file), ca=str(self._ca_file))
 
     def daemon(self, name: str, host: Host, script: Sequence[str], config: Config, admin: Endpoint) -> Daemon:

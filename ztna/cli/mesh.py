@@ -20,7 +20,7 @@ from typing import Literal
 import aiohttp
 
 from ztna import config as configuration
-from ztna.ca import Authority
+from ztna.ca import Authority, write_private
 from ztna.cli.processes import Child, Ports, console_script, stop_in_order
 from ztna.config import (
     AgentConfig,
@@ -237,14 +237,12 @@ class Mesh:
         certificate_file = self.options.directory / f"{name}.pem"
         key_file = self.options.directory / f"{name}.key"
         certificate_file.write_bytes(chain)
-        key_file.touch(mode=0o600)
-        key_file.write_bytes(key)
+        write_private(key_file, key)
         authority_file = self.options.directory / "ca.pem"
-        authority_file.write_bytes(authority.root_pem)
+        authority_file.write_bytes(authority.ca_pem)
         return TlsConfig(certificate=str(certificate_file), key=str(key_file), ca=str(authority_file))
 
     def _routes(self) -> tuple[RouteConfig, ...]:
-        fast = {"interval_s": 1.0, "timeout_s": 1.0, "failures_before_critical": 1}
         return (
             RouteConfig(
                 service=ECHO,
@@ -257,13 +255,13 @@ class Mesh:
                 service=WEB,
                 backend=Endpoint("127.0.0.1", self.backend_ports[WEB]),
                 port=8080,
-                check=CheckConfig(kind="http", path="/", **fast),
+                check=CheckConfig(kind="http", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),
             ),
             RouteConfig(
                 service=DATABASE,
                 backend=Endpoint("127.0.0.1", self.backend_ports[DATABASE]),
                 port=5432,
-                check=CheckConfig(kind="tcp", **fast),
+                check=CheckConfig(kind="tcp", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),
             ),
         )
 
