@@ -29,7 +29,7 @@ types: install ## mypy --strict
 	@$(BIN)/mypy
 
 contracts: install ## Who may import whom (setup.cfg)
-	@$(BIN)/lint-imports --no-timings
+	@$(BIN)/lint-imports
 
 unit: install ## The quick tests only
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
