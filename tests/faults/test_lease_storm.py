@@ -38,7 +38,7 @@ def three_dnsds(made: Lab, **keys: object) -> list[Daemon]:
 
 def keeper(dnsds: list[Daemon]) -> Daemon | None:
     """Return the one that says it keeps the leases."""
-    keeping = [daemon for daemon in dnsds if daemon.alive and daemon.status()["keeper"]["leading"]]
+    keeping = [daemon for daemon in dnsds if daemon.alive and daemon.status()["keeper"]["elected"]]
     return keeping[0] if len(keeping) == 1 else None
 
 
@@ -99,7 +99,7 @@ def test_five_hundred_at_once_with_the_keeper_killed_and_the_next_paused(made: L
         until("the late one is leased", lambda: "late" in leases(made), 30)
         table = leases(made)
         second.signal(signal.SIGCONT)
-        until("the paused one knows", lambda: second.status()["keeper"]["leading"] is False, 30)
+        until("the paused one knows", lambda: second.status()["keeper"]["elected"] is False, 30)
         assert leases(made) == table
         audit(made)
 
