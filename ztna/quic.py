@@ -144,7 +144,7 @@ class Connection:
         self._not_before = 0.0
         now = endpoint.clock()
         self.heard_at = now
-        """When the peer's last packet came, in seconds of the endpoint's clock."""
+        """When the peer's last genuine packet came, in seconds of the endpoint's clock."""
         self._handshake_until = now + HANDSHAKE_SECONDS
         self._tick_at = now + endpoint.settings.ping_interval_s
 
@@ -230,12 +230,15 @@ class Connection:
         if not data[0] & 0x80 and self._engine.is_reset(data):
             self._end(CLOSE_OK, STATELESS_RESET)
             return
-        self.heard_at = now
+        idle_until = self._engine.idle_until
         try:
             self._engine.receive_datagram(data, address, now)
         except Exception as error:
             # aioquic lets a few malformed inputs out as assertions and lookups; the peer that sent one is gone.
             self._fail(error)
+        if self._engine.idle_until != idle_until:
+            # Only a packet that was genuine moves it: what a stranger sends says nothing of the peer.
+            self.heard_at = now
 
     def settle(self) -> Packets:
         """Act on what was received and return the packets to send."""

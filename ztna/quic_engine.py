@@ -126,6 +126,11 @@ class Engine(QuicConnection):
         return None if event is None else (event.error_code, event.reason_phrase)
 
     @property
+    def idle_until(self) -> float | None:
+        """When the connection ends if nothing comes: moved by every packet that decrypts."""
+        return self._close_at
+
+    @property
     def is_close_pending(self) -> bool:
         """Whether this end has decided to close and has not yet said so."""
         return self._close_pending

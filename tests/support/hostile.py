@@ -30,6 +30,23 @@ class _Wire(asyncio.DatagramProtocol):
         self._received(data, address)
 
 
+def client_connection(alpn: str, presented: Presented | None) -> QuicConnection:
+    """Return a bare aioquic client that believes everybody and shows what it is told to."""
+    config = QuicConfiguration(
+        alpn_protocols=[alpn],
+        is_client=True,
+        max_datagram_size=1350,
+        max_datagram_frame_size=65536,
+        server_name="hostile",
+        supported_versions=[QuicProtocolVersion.VERSION_1],
+        verify_mode=ssl.CERT_NONE,
+    )
+    if presented is not None:
+        config.certificate, *config.certificate_chain = presented.chain
+        config.private_key = presented.key
+    return QuicConnection(configuration=config)
+
+
 class HostileClient:
     """Connects with the chain it is told to show; `early` goes out with its Finished, unasked."""
 
@@ -52,19 +69,7 @@ class HostileClient:
         self.closed: asyncio.Future[Close] = asyncio.get_running_loop().create_future()
         self.confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.received: list[events.QuicEvent] = []
-        config = QuicConfiguration(
-            alpn_protocols=[alpn],
-            is_client=True,
-            max_datagram_size=1350,
-            max_datagram_frame_size=65536,
-            server_name="hostile",
-            supported_versions=[QuicProtocolVersion.VERSION_1],
-            verify_mode=ssl.CERT_NONE,
-        )
-        if presented is not None:
-            config.certificate, *config.certificate_chain = presented.chain
-            config.private_key = presented.key
-        self.quic = QuicConnection(configuration=config)
+        self.quic = client_connection(alpn, presented)
 
     async def __aenter__(self) -> HostileClient:
         loop = asyncio.get_running_loop()
