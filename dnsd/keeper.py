@@ -191,9 +191,7 @@ class _Planner:
             if service.problem is not None:
                 self._problems.append(Problem(name, service.problem))
             elif service_key(ServiceName(name)) in self._view.table.unreadable:
-                self._problems.append(
-                    Problem(name, "its lease in KV cannot be read; see `ztna leases audit`")
-                )
+                self._problems.append(Problem(name, UNREADABLE))
             elif not self._keep(service):
                 homeless.append(service)
         newcomers = [service for service in homeless if not self._take_back(service)]

@@ -136,6 +136,8 @@ class ZoneData:
 
     def _records(self, relative: Labels) -> Mapping[int, tuple[Data, ...]] | None:
         """Return a name's records by type, empty when the name exists without any, None when it does not."""
+        if relative in _EMPTY_NON_TERMINALS:
+            return {}
         match relative:
             case (str(name),) if name in self.services or name in self.leases:
                 return self._service_records(name)
@@ -148,7 +150,7 @@ class ZoneData:
                 return {Type.A: (address,)} if address else {}
             case ("_services", "_dns-sd", "_udp"):
                 return {Type.PTR: self._service_list()}
-        return {} if relative in _EMPTY_NON_TERMINALS else None
+        return None
 
     def _service_records(self, name: str) -> Mapping[int, tuple[Data, ...]]:
         service, lease = self.services.get(name), self.leases.get(name)

@@ -328,7 +328,7 @@ def encode_query(message_id: int, name: str, kind: Type, udp_payload: int) -> by
     """
     header = DNSHeader(id=message_id, bitmap=0, rd=1)
     try:
-        packed: bytes = DNSRecord(header, q=DNSQuestion(name, int(kind))).pack()
+        packed = bytes(DNSRecord(header, q=DNSQuestion(name, int(kind))).pack())
     except (DNSError, DNSLabelError, ValueError) as error:
         raise ProtocolError(f"no DNS name: {name!r}: {error}") from None
     opt = struct.pack("!BHHIH", 0, Type.OPT, udp_payload, 0, 0)

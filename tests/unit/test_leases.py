@@ -1,0 +1,91 @@
+"""ztna.leases: records read from KV, and the audit that proves a table."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+
+from ztna.catalog import KvPair
+from ztna.jsontypes import to_json
+from ztna.leases import Holding, Lease, Port, Table, address_key, audit, read_table, service_key
+from ztna.names import ServiceName
+
+WEB = ServiceName("web")
+IP = IPv4Address("10.100.0.9")
+
+
+def pairs(*records: tuple[str, object], index: int = 5) -> dict[str, KvPair]:
+    return {
+        key: KvPair(key=key, value=value if isinstance(value, bytes) else to_json(value), modify_index=index)
+        for key, value in records
+    }
+
+
+def good() -> list[tuple[str, object]]:
+    return [
+        (service_key(WEB), Lease(IP, 4, (Port("tcp", 80),))),
+        (address_key(IP), Holding(service="web", epoch=4, state="leased", leased_at=1.0)),
+    ]
+
+
+def test_records_come_back_as_they_were_written_with_their_index() -> None:
+    table = read_table(pairs(*good(), ("ztna/vip/keeper", b"{}")))
+    assert table.leases[WEB].record == Lease(IP, 4, (Port("tcp", 80),))
+    assert table.leases[WEB].index == 5
+    assert table.holdings[IP].record.service == "web"
+    assert table.unreadable == {}
+    assert audit(table) == ()
+
+
+def test_what_did_not_change_is_not_read_again() -> None:
+    before = read_table(pairs(*good()))
+    same = read_table(pairs(*good()), before)
+    assert same.leases[WEB] is before.leases[WEB]
+    newer = read_table(pairs(*good(), index=6), before)
+    assert newer.leases[WEB].index == 6
+
+
+def test_unreadable_records_are_told_and_left_out() -> None:
+    table = read_table(
+        pairs(
+            (service_key(WEB), b"not json"),
+            ("ztna/vip/service/Not_A_Name", b"{}"),
+            ("ztna/vip/ip/10.1", b"{}"),
+            (address_key(IP), b'{"service": 3}'),
+        )
+    )
+    assert (table.leases, table.holdings) == ({}, {})
+    assert len(table.unreadable) == 4
+    assert len(audit(table)) == 4
+
+
+def broken(*records: tuple[str, object]) -> str:
+    (line,) = audit(read_table(pairs(*records)))
+    return line
+
+
+def test_the_audit_tells_each_way_in_which_records_disagree() -> None:
+    lease, held = good()
+    quarantined = Holding(service="web", epoch=4, state="quarantined", released_at=2.0)
+    assert "no record of its own" in broken(lease)
+    assert "quarantined by web" in broken(lease, (address_key(IP), quarantined))
+    assert "epoch 4, but 3" in broken(
+        lease, (address_key(IP), Holding(service="web", epoch=3, state="leased"))
+    )
+    assert "held by web, whose lease is not for it" in broken(held)
+    stranger = Holding(service="Not A Name", epoch=1, state="leased")
+    assert "held by Not A Name" in broken((address_key(IP), stranger))
+    elsewhere = (address_key(IPv4Address("10.100.0.10")), Holding(service="web", epoch=4, state="leased"))
+    assert broken(lease, held, elsewhere).startswith("10.100.0.10")
+
+
+def test_the_audit_finds_an_address_with_two_owners() -> None:
+    lease, held = good()
+    lines = audit(read_table(pairs(lease, held, (service_key(ServiceName("db")), Lease(IP, 4)))))
+    assert any("leased to 2 services: db, web" in line for line in lines)
+    assert any(line.startswith("db: its address 10.100.0.9 is leased by web") for line in lines)
+
+
+def test_an_empty_table_and_resting_addresses_are_fine() -> None:
+    assert audit(Table()) == ()
+    resting = Holding(service="gone", epoch=1, state="quarantined", released_at=2.0)
+    assert audit(read_table(pairs((address_key(IP), resting)))) == ()
