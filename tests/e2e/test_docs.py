@@ -1,0 +1,135 @@
+"""Every command of the documents is run, as it stands, in the order of the page."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.consul import free_ports
+from tests.support.lab import until
+from ztna import config as configuration
+from ztna.config import Config
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "tests/peers").glob("*.md")),
+]
+ELSEWHERE = {
+    "make demo": "tests/e2e/test_up.py",
+    "make test": "this run",
+}
+"""Commands of the pages that other tests run, and which."""
+
+
+def commands(page: Path) -> list[str]:
+    """Return the lines of a page's `sh` blocks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [
+        line for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")
+    ]
+
+
+def test_every_command_of_every_page_is_run_by_a_test() -> None:
+    known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md"))
+    unknown = {page.name: line for page in PAGES for line in commands(page) if line not in known}
+    assert unknown == {}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the configurations that the operations page starts daemons with, on ports of this run."""
+    dns, relay, forwarder, link, consul, *admin = free_ports(9)
+    configs = {
+        "dnsd": f"dnsd: {{listen: 127.0.0.1:{dns}, admin: 127.0.0.1:{admin[0]}, pool: {{cidr: 127.100.0.0/16}}}}",
+        "relay": (
+            "relay: {name: edge, tls: {certificate: relay.pem, key: relay.key, ca: ztna-ca/ca.pem}, "
+            f"listen: 127.0.0.1:{relay}, forwarder: 127.0.0.1:{forwarder}, admin: 127.0.0.1:{admin[1]}, "
+            f"resolvers: [127.0.0.1:{dns}]}}"
+        ),
+        "connector": (
+            "connector: {id: alpha, tls: {certificate: connector.pem, key: connector.key, ca: ztna-ca/ca.pem}, "
+            f"relays: [{{address: 127.0.0.1:{relay}, name: edge}}], link: 127.0.0.1:{link}, "
+            f"admin: 127.0.0.1:{admin[2]}, "
+            "routes: [{service: web-app, backend: 127.0.0.1:9, port: 8080, protocol: tcp, check: {kind: none}}]}"
+        ),
+        "agent": (
+            "agent: {tls: {certificate: laptop.pem, key: laptop.key, ca: ztna-ca/ca.pem}, pool: 127.100.0.0/16, "
+            f"relays: [{{address: 127.0.0.1:{relay}, name: edge}}], admin: 127.0.0.1:{admin[3]}}}"
+        ),
+    }
+    for name, text in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(f"consul: {{address: 'http://127.0.0.1:{consul}'}}\n{text}\n")
+    (tmp_path / "consul-port").write_text(str(consul))
+    yield tmp_path
+
+
+def test_the_operations_page_works_from_top_to_bottom(place: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    consul = (place / "consul-port").read_text()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(line: str) -> None:
+        log = (place / f"{len(started)}.log").open("wb")
+        process = subprocess.Popen(
+            ["sh", "-c", f"exec {line}"], cwd=place, env=environment, stdout=log, stderr=log
+        )
+        started.append(process)
+        file = re.search(r"--config (\S+)", line)
+        if file is not None:
+            until(f"{line} is ready", lambda: _ready(place / file.group(1), process, place), 30)
+
+    try:
+        start(f"{sys.executable} -m ztna.consul.embedded --listen 127.0.0.1:{consul}")
+        for line in commands(ROOT / "docs/operations.md"):
+            if line.startswith("ztna-"):
+                start(line)
+                continue
+            done = subprocess.run(
+                ["sh", "-c", line], cwd=place, env=environment, capture_output=True, text=True, timeout=60
+            )
+            assert done.returncode == 0, f"{line}: status {done.returncode}: {done.stdout}{done.stderr}"
+            assert done.stdout.strip(), f"{line} says nothing"
+    finally:
+        begun = time.monotonic()
+        for process in reversed(started):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(started):
+            process.wait(30)
+    assert time.monotonic() - begun < 30
+
+
+def _ready(file: Path, process: subprocess.Popen[bytes], place: Path) -> bool:
+    logs = "".join(path.read_text() for path in place.glob("*.log"))
+    assert process.poll() is None, f"{file.name} ended: {logs[-3000:]}"
+    section = getattr(configuration.load(file, {}, {}), file.stem)
+    url = f"http://{section.admin}/readyz"
+    return subprocess.run(["curl", "-sS", "--fail", url], capture_output=True, timeout=10).returncode == 0
+
+
+@pytest.mark.parametrize("section", ["dnsd", "relay", "connector", "agent"])
+def test_the_example_configurations_are_accepted(section: str) -> None:
+    config = configuration.load(ROOT / f"docs/examples/{section}.yaml", {}, {})
+    assert isinstance(config, Config)
+    assert getattr(config, section) is not None
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_policies_are_those_the_page_names() -> None:
+    assert {path.stem for path in (ROOT / "docs/policies").glob("*.hcl")} >= {"dnsd", "connector", "agent"}
