@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
@@ -28,7 +28,6 @@ from ztna.catalog import (
     KvSet,
     Registration,
     Status,
-    TxnFailure,
     TxnOp,
     TxnOutcome,
 )
@@ -105,7 +104,7 @@ class ConsulClient:
         _, found = await _mapped(
             self._api.kv.get(_path(key), consistency=consistency), f'key "{key}" {{ policy = "read" }}'
         )
-        return None if found is None else shapes.kv_pair(found)
+        return None if found is None else _shaped(shapes.kv_pair, found)
 
     async def kv_list(self, prefix: str, *, consistent: bool = False) -> tuple[KvPair, ...]:
         """Return every pair under the prefix, in key order. What the token may not read is left out."""
@@ -114,7 +113,7 @@ class ConsulClient:
             self._api.kv.get(_path(prefix), recurse=True, consistency=consistency),
             f'key_prefix "{prefix}" {{ policy = "read" }}',
         )
-        return tuple(map(shapes.kv_pair, found or ()))
+        return _shaped(shapes.kv_pairs, found or ())
 
     async def kv_put(
         self,
@@ -157,8 +156,8 @@ class ConsulClient:
             f'{keys} {{ policy = "write" }}',
         )
         if status == 200:
-            return TxnOutcome(pairs=tuple(shapes.kv_pair(entry["KV"]) for entry in answer["Results"] or ()))
-        failures = tuple(TxnFailure(error["OpIndex"], error["What"]) for error in answer["Errors"])
+            return TxnOutcome(pairs=_shaped(shapes.results, answer))
+        failures = _shaped(shapes.failures, answer)
         for failure in failures:
             if failure.what.startswith("Permission denied"):
                 key = operations[failure.operation].key
@@ -240,12 +239,12 @@ class ConsulClient:
     async def agent_services(self) -> Mapping[str, AgentService]:
         """Return what is registered with the local Consul agent, by service id."""
         found = await _mapped(self._api.agent.services(), 'service_prefix "" { policy = "read" }')
-        return {service_id: shapes.agent_service(entry) for service_id, entry in found.items()}
+        return _shaped(shapes.agent_services, found)
 
     async def agent_checks(self) -> Mapping[str, Status]:
         """Return the status of every check of the local Consul agent, by check id."""
         found = await _mapped(self._api.agent.checks(), 'service_prefix "" { policy = "read" }')
-        return {check_id: shapes.status(entry["Status"]) for check_id, entry in found.items()}
+        return _shaped(shapes.agent_checks, found)
 
     async def agent_self(self) -> Mapping[str, Any]:
         """Return Consul's own account of its agent (`Config`, `Member`, ...)."""
@@ -266,11 +265,12 @@ class ConsulClient:
         if consistent:
             params.append(("consistent", "1"))
         found = await self.read(f"/v1/health/service/{name}", params)
-        return shapes.instances(found.data)
+        return _shaped(shapes.instances, found.data)
 
     async def services(self, *, tag: str | None = None, consistent: bool = False) -> tuple[str, ...]:
         """Return the names in the catalog, sorted; with `tag`, those that have it on some instance."""
-        found = await self.read("/v1/catalog/services", [("consistent", "1")] if consistent else [])
+        params = [("consistent", "1")] if consistent else []
+        found = await self.read("/v1/catalog/services", params, shape=dict[str, frozenset[str]])
         return tuple(sorted(name for name, tags in found.data.items() if tag is None or tag in tags))
 
     async def read(
@@ -317,7 +317,15 @@ async def _mapped(call: Awaitable[T], needs: str) -> T:
         raise ConsulUnavailable("Consul answered with a timeout") from error
     except (base.BadRequest, base.ClientError) as error:
         raise ConsulRejected(f"Consul refused the request: {str(error).strip()}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # python-consul2 reads JSON unchecked
+        raise ConsulUnavailable(f"Consul's answer has an unknown shape: {error!r}") from error
+
+
+def _shaped(make: Callable[[Any], T], data: Any) -> T:
+    """Make values of an answer; one that is not of the shape we know is no answer."""
+    try:
+        return make(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConsulUnavailable(f"Consul's answer has an unknown shape: {error!r}") from error
 
 

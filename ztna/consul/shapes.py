@@ -9,7 +9,7 @@ import base64
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ztna.catalog import AgentService, Instance, KvPair, Status, TaggedAddress
+from ztna.catalog import AgentService, Instance, KvPair, Status, TaggedAddress, TxnFailure
 
 _WORST_FIRST: tuple[Status, ...] = ("critical", "warning", "passing")
 
@@ -28,6 +28,21 @@ def kv_pair(entry: Mapping[str, Any]) -> KvPair:
     )
 
 
+def kv_pairs(entries: Iterable[Mapping[str, Any]]) -> tuple[KvPair, ...]:
+    """Read a recursive answer of /v1/kv."""
+    return tuple(map(kv_pair, entries))
+
+
+def results(answer: Mapping[str, Any]) -> tuple[KvPair, ...]:
+    """Read what a transaction that was carried out shows."""
+    return tuple(kv_pair(entry["KV"]) for entry in answer["Results"] or ())
+
+
+def failures(answer: Mapping[str, Any]) -> tuple[TxnFailure, ...]:
+    """Read why a transaction was not carried out."""
+    return tuple(TxnFailure(error["OpIndex"], error["What"]) for error in answer["Errors"])
+
+
 def status(text: str) -> Status:
     """Read a check's status; maintenance and anything unknown count as critical."""
     return next((known for known in _WORST_FIRST if known == text), "critical")
@@ -44,8 +59,17 @@ def instances(entries: Iterable[Mapping[str, Any]]) -> tuple[Instance, ...]:
     return tuple(sorted(map(_instance, entries), key=lambda found: (found.node, found.instance_id)))
 
 
-def agent_service(entry: Mapping[str, Any]) -> AgentService:
-    """Read an entry of /v1/agent/services."""
+def agent_services(entries: Mapping[str, Any]) -> Mapping[str, AgentService]:
+    """Read /v1/agent/services, by service id."""
+    return {service_id: _agent_service(entry) for service_id, entry in entries.items()}
+
+
+def agent_checks(entries: Mapping[str, Any]) -> Mapping[str, Status]:
+    """Read /v1/agent/checks: the status by check id."""
+    return {check_id: status(entry["Status"]) for check_id, entry in entries.items()}
+
+
+def _agent_service(entry: Mapping[str, Any]) -> AgentService:
     weights = entry.get("Weights") or {}
     return AgentService(
         service=entry["Service"],

@@ -1,0 +1,350 @@
+"""The transport: deadlines, what is sent twice, tokens, TLS with a client certificate, error answers."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import re
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from ztna.config import ConsulConfig
+from ztna.consul import transport
+from ztna.consul.client import ConsulClient
+from ztna.consul.transport import TokenSource, base_url, blocking_wait_s
+from ztna.errors import ConfigError, ConsulForbidden, ConsulRejected, ConsulUnavailable
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def server(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await answer(request)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+    try:
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def talking_to(answer: Answer, timeout_s: float = 10.0) -> AsyncIterator[ConsulClient]:
+    async with (
+        server(answer) as address,
+        ConsulClient(ConsulConfig(address=address, timeout_s=timeout_s)) as client,
+    ):
+        yield client
+
+
+class Counting:
+    """Answers what it is given, one after the other, the last one for ever; counts what came."""
+
+    def __init__(self, *answers: tuple[int, str]) -> None:
+        self._answers = list(answers)
+        self.asked: list[tuple[str, str]] = []
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append((request.method, request.path))
+        status, text = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        return web.Response(status=status, text=text, headers={"X-Consul-Index": "7"})
+
+
+async def test_reads_are_repeated_after_a_5xx() -> None:
+    answer = Counting((500, "No cluster leader"), (429, "slow down"), (200, "[]"))
+    async with talking_to(answer) as client:
+        assert await client.kv_list("x") == ()
+    assert len(answer.asked) == 3
+
+
+async def test_reads_are_not_repeated_for_ever() -> None:
+    answer = Counting((500, "No cluster leader"))
+    async with talking_to(answer) as client:
+        with pytest.raises(ConsulUnavailable, match="500: No cluster leader"):
+            await client.kv_get("x")
+    assert len(answer.asked) == transport.RETRY_ATTEMPTS
+
+
+async def test_what_may_not_happen_twice_is_sent_once() -> None:
+    answer = Counting((500, "rpc error: leadership lost"))
+    async with talking_to(answer) as client:
+        for call in (
+            client.kv_put("a", b"", cas=0),
+            client.kv_delete("b"),
+            client.txn([]),
+            client.session_create("c", ttl_s=10),
+        ):
+            with pytest.raises(ConsulUnavailable):
+                await call
+    assert [path for _, path in answer.asked] == ["/v1/kv/a", "/v1/kv/b", "/v1/txn", "/v1/session/create"]
+
+
+async def test_repeatable_writes_are_repeated() -> None:
+    answer = Counting((500, "No cluster leader"), (200, "true"))
+    async with talking_to(answer) as client:
+        assert await client.update_check("c", "passing")
+    assert len(answer.asked) == 2
+
+
+async def test_a_write_on_a_kept_connection_that_breaks_is_not_sent_again() -> None:
+    """aiohttp alone would: it takes every PUT for idempotent."""
+    puts = 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal puts
+        if request.method == "GET":
+            return web.Response(text="[]", headers={"X-Consul-Index": "7"})
+        puts += 1
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response(text="true")
+
+    async with talking_to(answer) as client:
+        await client.kv_list("x")
+        with pytest.raises(ConsulUnavailable):
+            await client.kv_put("x", b"", cas=0)
+    assert puts == 1
+
+
+async def test_a_request_that_is_our_fault_is_rejected_and_not_repeated() -> None:
+    answer = Counting((500, 'invalid session "x"'))
+    async with talking_to(answer) as client:
+        with pytest.raises(ConsulRejected, match="invalid session"):
+            await client.kv_put("x", b"", acquire="x")
+        with pytest.raises(ConsulRejected, match="invalid session"):
+            await client.kv_get("x")
+    assert len(answer.asked) == 2
+
+
+async def test_the_deadline_covers_all_attempts() -> None:
+    asked = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with talking_to(answer, timeout_s=0.2) as client:
+        with pytest.raises(ConsulUnavailable, match=r"GET /v1/kv/x: no answer within 0\.2 s"):
+            await client.kv_get("x")
+    assert asked.is_set()
+
+
+async def test_nothing_listens() -> None:
+    async with ConsulClient(ConsulConfig(address="http://127.0.0.1:1")) as client:
+        with pytest.raises(ConsulUnavailable, match=r"127\.0\.0\.1:1"):
+            await client.leader()
+
+
+async def test_a_client_that_is_closed_says_so() -> None:
+    client = ConsulClient(ConsulConfig())
+    with pytest.raises(ConsulUnavailable, match="closed"):
+        await client.kv_put("x", b"")
+
+
+async def test_an_endless_answer_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "RESPONSE_BYTES_MAX", 1000)
+    async with talking_to(Counting((200, "x" * 5000))) as client:
+        with pytest.raises(ConsulRejected, match="larger than 1000 bytes"):
+            await client.kv_get("x")
+
+
+@pytest.mark.parametrize("text", ["", "no json", '{"not": "a list"}'])
+async def test_an_answer_of_another_shape(text: str) -> None:
+    async with talking_to(Counting((200, text))) as client:
+        with pytest.raises(ConsulUnavailable, match="unknown shape"):
+            await client.service_instances("x")
+
+
+async def test_other_refusals_keep_consuls_words() -> None:
+    async with talking_to(Counting((400, "Bad thing"))) as client:
+        with pytest.raises(ConsulRejected, match="Bad thing"):
+            await client.services()
+        with pytest.raises(ConsulRejected, match="Bad thing"):
+            await client.kv_get("x")
+    async with talking_to(Counting((403, "Permission denied"))) as client:
+        with pytest.raises(ConsulForbidden, match=re.escape('service "web" { policy = "read" }')):
+            await client.service_instances("web")
+        with pytest.raises(ConsulForbidden, match=re.escape('key_prefix "a/" { policy = "read" }')):
+            await client.read("/v1/kv/a/")
+        with pytest.raises(ConsulForbidden, match=re.escape('node_prefix "" { policy = "read" }')):
+            await client.services()
+    async with talking_to(Counting((401, "ACL support disabled"))) as client:
+        with pytest.raises(ConsulRejected, match="ACLs disabled"):
+            await client.kv_get("x")
+
+
+async def test_environment_of_consul_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """python-consul2 lets CONSUL_HTTP_* beat explicit arguments."""
+    monkeypatch.setenv("CONSUL_HTTP_ADDR", "http://127.0.0.1:1")
+    monkeypatch.setenv("CONSUL_HTTP_TOKEN", "from the environment")
+    tokens: list[str | None] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        tokens.append(request.headers.get("X-Consul-Token"))
+        return web.Response(text='"leader"')
+
+    async with talking_to(answer) as client:
+        assert await client.leader() == "leader"
+        async with ConsulClient(ConsulConfig(address=client.address, token="ours")) as other:
+            assert await other.leader() == "leader"
+    assert tokens == [None, "ours"]
+
+
+async def test_the_datacenter_is_asked_for() -> None:
+    seen: list[str | None] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        seen.append(request.query.get("dc"))
+        return web.Response(text="{}", headers={"X-Consul-Index": "1"})
+
+    async with (
+        server(answer) as address,
+        ConsulClient(ConsulConfig(address=address, datacenter="dc7")) as client,
+    ):
+        assert await client.services() == ()
+    assert seen == ["dc7"]
+
+
+def test_a_token_beats_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("from the file\n")
+    assert TokenSource("given", str(file)).current() == "given"
+    assert TokenSource(None, str(file)).current() == "from the file"
+    assert TokenSource(None, None).current() is None
+
+
+def test_a_token_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("one")
+    source = TokenSource(None, str(file))
+    assert source.current() == "one"
+    fresh = tmp_path / "fresh"
+    fresh.write_text("two")
+    fresh.replace(file)
+    assert source.current() == "two"
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"consul\.token_file: cannot read"):
+        source.current()
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("127.0.0.1:8500", "http://127.0.0.1:8500"),
+        ("http://consul", "http://consul:8500"),
+        ("https://consul:8501/", "https://consul:8501"),
+        ("http://[::1]:8500", "http://[::1]:8500"),
+    ],
+)
+def test_addresses(address: str, url: str) -> None:
+    assert base_url(address) == url
+
+
+@pytest.mark.parametrize("address", ["ftp://consul", "http://", "http://consul:x", "http://consul/ui"])
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"consul\.address: expected http://host:port"):
+        base_url(address)
+
+
+def test_how_long_a_query_blocks() -> None:
+    assert blocking_wait_s(None) == 0
+    assert blocking_wait_s([("wait", "10s")]) == 0
+    assert blocking_wait_s([("index", "5"), ("wait", "10s")]) == 10
+    assert blocking_wait_s({"index": 5}) == 300
+
+
+# TLS
+
+
+class Pki:
+    """A throw-away CA that issues for 127.0.0.1 and for a client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
+        self.ca = self._write("ca", self._sign(self._name, self._key, ca=True))
+
+    def issue(self, name: str) -> tuple[str, str]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        certificate = self._write(name, self._sign(subject, key, ca=False))
+        pem = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        (self.folder / f"{name}.key").write_bytes(pem)
+        return certificate, str(self.folder / f"{name}.key")
+
+    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(minutes=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+
+    def _write(self, name: str, certificate: x509.Certificate) -> str:
+        file = self.folder / f"{name}.pem"
+        file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return str(file)
+
+
+async def test_tls_with_a_ca_and_a_client_certificate(tmp_path: Path) -> None:
+    pki = Pki(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(*pki.issue("server"))
+    certificate, key = pki.issue("client")
+    names: list[object] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        names.append(request.transport.get_extra_info("peercert")["subject"])
+        return web.Response(text='"leader"')
+
+    async with server(answer, context) as address:
+        good = ConsulConfig(address=address, ca=pki.ca, certificate=certificate, key=key)
+        async with ConsulClient(good) as client:
+            assert await client.leader() == "leader"
+        async with ConsulClient(ConsulConfig(address=address, ca=pki.ca)) as client:
+            with pytest.raises(ConsulUnavailable):
+                await client.leader()
+        without_ca = ConsulConfig(address=address, certificate=certificate, key=key)
+        async with ConsulClient(without_ca) as client:
+            with pytest.raises(ConsulUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+                await client.leader()
+    assert names == [((("commonName", "client"),),)]
+
+
+def test_tls_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"consul\.ca"):
+        ConsulClient(ConsulConfig(address="https://consul", ca=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match=r"consul\.certificate"):
+        ConsulClient(ConsulConfig(address="https://consul", certificate=str(tmp_path / "none")))
