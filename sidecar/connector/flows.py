@@ -49,6 +49,7 @@ class FlowTable(Generic[Value]):
         self._total = total
         self._entries: dict[FlowKey, _Entry[Value]] = {}
         self._agents: dict[str, OrderedDict[FlowKey, None]] = {}
+        self._sessions: dict[SessionKey, dict[FlowKey, None]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -82,6 +83,7 @@ class FlowTable(Generic[Value]):
             raise ValueError(f"flow {key} is in the table")
         self._entries[key] = _Entry(agent, value, idle_s, now)
         self._agents.setdefault(agent, OrderedDict())[key] = None
+        self._sessions.setdefault(key.session, {})[key] = None
 
     def discard(self, key: FlowKey) -> Value | None:
         """Take one flow out, if it is there."""
@@ -89,7 +91,7 @@ class FlowTable(Generic[Value]):
 
     def end_session(self, session: SessionKey) -> list[Value]:
         """Take all flows of a session out."""
-        return [self._remove(key) for key in [key for key in self._entries if key.session == session]]
+        return [self._remove(key) for key in list(self._sessions.get(session, ()))]
 
     def expire(self, now: float) -> list[Value]:
         """Take out the flows that were idle for their time."""
@@ -106,4 +108,8 @@ class FlowTable(Generic[Value]):
         del own[key]
         if not own:
             del self._agents[entry.agent]
+        same = self._sessions[key.session]
+        del same[key]
+        if not same:
+            del self._sessions[key.session]
         return entry.value

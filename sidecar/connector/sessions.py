@@ -10,6 +10,7 @@ Source: protocol.md, Ownership, Ending, Epoch.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,8 @@ class Sessions:
         self._live: dict[SessionKey, Session] = {}
         self._detached: dict[SessionKey, tuple[Session, float]] = {}
         self._by_bind: dict[BindKey, dict[ServiceName, Session]] = {}
+        self._by_id: dict[SessionId, dict[SessionKey, Session]] = {}
+        self._services: Counter[tuple[str, ServiceName]] = Counter()
 
     def __len__(self) -> int:
         return len(self._live) + len(self._detached)
@@ -90,6 +93,8 @@ class Sessions:
             raise Refused(Reason.LIMIT_REACHED, f"{SESSIONS_MAX} sessions")
         session = Session(key, offer.service, offer.agent, offer.lease, offer.forwarder, offer.probe_key)
         self._live[key] = session
+        self._by_id.setdefault(offer.session, {})[key] = session
+        self._services[session.agent.name, session.service] += 1
         if session.bind is not None:
             self._by_bind.setdefault(session.bind, {})[session.service] = session
         return session
@@ -108,19 +113,14 @@ class Sessions:
         another service. Source: protocol.md, Link: stream carrier, Authority.
         """
         given = (service, PeerIdentity(agent, fingerprint))
-        for found in self._live.values():
-            if found.key[1] == session and (found.service, found.agent) == given:
+        for found in self._by_id.get(session, {}).values():
+            if (found.service, found.agent) == given:
                 return found
         raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} for {service} from {agent}")
 
-    def has_agent(self, agent: str, fingerprint: str) -> bool:
-        """Say whether any live session was given to this peer."""
-        identity = PeerIdentity(agent, fingerprint)
-        return any(session.agent == identity for session in self._live.values())
-
     def has_service(self, agent: str, service: ServiceName) -> bool:
         """Say whether the agent of that name has a live session for the service."""
-        return any((each.agent.name, each.service) == (agent, service) for each in self._live.values())
+        return (agent, service) in self._services
 
     def carried(self, bind: BindKey, service: ServiceName) -> Session | None:
         """Return the session, live or detached, under which this link may carry the service."""
@@ -171,12 +171,14 @@ class Sessions:
         return [self._end(session) for session in [*self._live.values(), *self.detached()]]
 
     def _detach(self, session: Session, now: float) -> None:
-        del self._live[session.key]
+        self._no_longer_live(session)
         self._detached[session.key] = (session, now + DETACHED_SECONDS)
 
     def _end(self, session: Session) -> Session:
-        self._live.pop(session.key, None)
-        self._detached.pop(session.key, None)
+        if self.is_live(session):
+            self._no_longer_live(session)
+        else:
+            del self._detached[session.key]
         bind = session.bind
         # A newer session for the same service on the same link stays.
         if bind is not None and self.carried(bind, session.service) is session:
@@ -184,3 +186,14 @@ class Sessions:
             if not self._by_bind[bind]:
                 del self._by_bind[bind]
         return session
+
+    def _no_longer_live(self, session: Session) -> None:
+        del self._live[session.key]
+        same_id = self._by_id[session.key[1]]
+        del same_id[session.key]
+        if not same_id:
+            del self._by_id[session.key[1]]
+        same = (session.agent.name, session.service)
+        self._services[same] -= 1
+        if not self._services[same]:
+            del self._services[same]

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import random
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,7 +18,7 @@ from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.identity import Identity, require_relay
-from ztna.quic import CLOSE_PROTOCOL_ERROR, Client, Connection, Settings
+from ztna.quic import CLOSE_OK, CLOSE_PROTOCOL_ERROR, Client, Connection, Settings
 from ztna.telemetry import dropped, logger
 from ztna.udp import SockAddr, UdpSocket
 from ztna.wire import datagram
@@ -36,6 +37,8 @@ UDP_PAYLOAD_BYTES = 1360
 PING_SECONDS = 3.0
 CONNECT_SECONDS = 5.0
 HELLO_SECONDS = 5.0
+SILENCE_SECONDS = 4.5
+"""A relay acknowledges each PING; one that was killed, and whose address nobody answers for, says nothing."""
 BACKOFF_SECONDS_MIN = 0.2
 BACKOFF_SECONDS_MAX = 3.0
 
@@ -148,7 +151,7 @@ class RelayClient:
         if not control.greeted.done():
             raise LinkError(_ending(connection) or f"relay {self.target.name} said no hello")
         try:
-            await asyncio.wait((connection.closed,))
+            await _until_over(connection)
         finally:
             self._lose(_ending(connection) or "closed by us")
 
@@ -248,6 +251,16 @@ class _Control:
         self._types = message.features & FEATURES
         self.greeted.set_result(None)
         self._client.greeted(self)
+
+
+async def _until_over(connection: Connection) -> None:
+    """Return when the connection has ended; one that is silent for SILENCE_SECONDS is closed."""
+    while not connection.closed.done():
+        left = connection.heard_at + SILENCE_SECONDS - time.monotonic()
+        if left <= 0:
+            connection.close(CLOSE_OK, "peer_gone")
+            raise LinkError(f"{connection!r} was silent for {SILENCE_SECONDS:g} s")
+        await asyncio.wait((connection.closed,), timeout=left)
 
 
 def _ending(connection: Connection) -> str | None:

@@ -103,7 +103,6 @@ def test_an_open_needs_its_very_session() -> None:
         with pytest.raises(Refused) as refused:
             sessions.authorised(session_id, service, agent, fingerprint)
         assert refused.value.reason is Reason.NOT_YOUR_SESSION
-    assert sessions.has_agent("ann", "a" * 64) and not sessions.has_agent("ann", "b" * 64)
     assert sessions.has_service("ann", WEB) and not sessions.has_service("ann", DB)
 
 
@@ -150,6 +149,10 @@ def test_a_lost_relay_connection_detaches_its_own_sessions_alone() -> None:
     other = sessions.admit(OTHER_RELAY, offer())
     sessions.connection_lost(RELAY, 0.0)
     assert sessions.detached() == [mine] and sessions.live() == [other]
+    assert sessions.has_service("ann", WEB)
+    assert sessions.authorised(FIRST, WEB, "ann", "a" * 64) is other
+    sessions.connection_lost(OTHER_RELAY, 0.0)
+    assert not sessions.has_service("ann", WEB)
 
 
 def test_a_changed_lease_ends_the_sessions_under_the_old_one() -> None:

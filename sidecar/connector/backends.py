@@ -1,0 +1,359 @@
+"""Backends: their addresses, their checks, dialling them over TCP, and a UDP socket of its own for every flow.
+
+Decides neither who may reach a backend nor what a check's outcome means. Backends have names or numbers; a name is
+asked anew before each check and each dial.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import select
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import aiohttp
+
+from sidecar.connector.flows import FlowKey, FlowTable, SessionKey
+from sidecar.connector.health import Outcome
+from sidecar.connector.routes import Route, check_kind
+from sidecar.link.stream import FlowRefused
+from ztna.config import Endpoint
+from ztna.errors import PacketError, Refused
+from ztna.packet import Unreachable, build_udp, icmp_error
+from ztna.reasons import Reason
+from ztna.telemetry import dropped, logger, refused
+from ztna.udp import SockAddr
+from ztna.wire.stream import OpenStatus
+
+CHECKS_AT_ONCE = 64
+UDP_SILENCE_SECONDS = 0.5
+"""A UDP backend that says nothing passes: an ICMP error from the same host or network is faster than this."""
+DATAGRAM_BYTES_MAX = 65_535
+FLOWS_PER_TURN = 256
+DATAGRAMS_PER_TURN = 64
+
+_WHERE = "backend"
+_IP_RECVERR = 11  # linux/in.h; not in the socket module
+_IPV6_RECVERR = 25
+_IP_MTU = 14
+_ERROR_QUEUE_BYTES = 512
+_EXTENDED_ERROR = struct.Struct("=IBBBBII")  # struct sock_extended_err, linux/errqueue.h
+_FULL = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
+_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_KINDS = {
+    errno.ECONNREFUSED: Unreachable.PORT,
+    errno.EHOSTUNREACH: Unreachable.HOST,
+    errno.ENETUNREACH: Unreachable.NET,
+    errno.EACCES: Unreachable.PROHIBITED,
+    errno.EPERM: Unreachable.PROHIBITED,
+    errno.EMSGSIZE: Unreachable.TOO_BIG,
+}
+
+_log = logger(__name__)
+
+
+async def resolve(endpoint: Endpoint) -> SockAddr:
+    """Return the backend's numeric address, IPv4 preferred. Raises OSError when it has none."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    if not found:
+        raise OSError(errno.EHOSTUNREACH, f"{endpoint.host} has no address")
+    host, port = min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][:2]
+    return str(host), int(port)
+
+
+async def dial_tcp(endpoint: Endpoint, timeout_s: float) -> socket.socket:
+    """Return a non-blocking socket that is connected to the backend.
+
+    Raises FlowRefused: refused, unreachable, timed out, or denied when we are out of descriptors.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _connect(await resolve(endpoint))
+    except TimeoutError:
+        raise FlowRefused(OpenStatus.TIMED_OUT, f"{endpoint} within {timeout_s:g} s") from None
+    except OSError as error:
+        raise FlowRefused(_dial_status(error), f"{endpoint}: {error.strerror or error}") from None
+
+
+class Prober:
+    """Checks backends, CHECKS_AT_ONCE at a time. `addresses` has the last known address of each."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[Endpoint, SockAddr] = {}
+        self._room = asyncio.Semaphore(CHECKS_AT_ONCE)
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=CHECKS_AT_ONCE, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def probe(self, route: Route) -> Outcome:
+        """Check the backend of a route once; never raises for what the backend does."""
+        kind = check_kind(route)
+        async with self._room:
+            try:
+                async with asyncio.timeout(route.check.timeout_s):
+                    address = self.addresses[route.backend] = await resolve(route.backend)
+                    if kind == "tcp":
+                        return await _probe_tcp(address)
+                    if kind == "udp":
+                        return await _probe_udp(address)
+                    if kind == "http":
+                        return await self._probe_http(route)
+            except TimeoutError:
+                return Outcome(False, f"{kind} {route.backend}: no answer in {route.check.timeout_s:g} s")
+            except (OSError, aiohttp.ClientError, ValueError) as error:
+                return Outcome(False, f"{kind} {route.backend}: {getattr(error, 'strerror', None) or error}")
+        return Outcome(True, "not checked")
+
+    async def close(self) -> None:
+        """Close what checks have open."""
+        await self._http.close()
+
+    async def _probe_http(self, route: Route) -> Outcome:
+        url = f"http://{route.backend}{route.check.path}"
+        async with self._http.get(url, allow_redirects=False) as response:
+            text = f"GET {route.check.path}: {response.status}"
+            return Outcome(200 <= response.status < 300, text)
+
+
+@dataclass(slots=True)
+class _UdpFlow:
+    key: FlowKey
+    socket: socket.socket
+    reply: Callable[[bytes], object]
+    last: bytes
+
+
+class UdpFlows:
+    """Every UDP flow that runs, each on a connected socket of its own, so only its backend can answer it.
+
+    One epoll set of our own watches them all: the loop's poller (libuv) gives up a descriptor that has an error
+    waiting, and a connected UDP socket has one for every ICMP error.
+    """
+
+    def __init__(self, *, per_agent: int, total: int) -> None:
+        self._table: FlowTable[_UdpFlow] = FlowTable(per_agent=per_agent, total=total)
+        self._flows: dict[int, _UdpFlow] = {}
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._loop.add_reader(self._epoll.fileno(), self._ready)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def send(self, key: FlowKey, payload: bytes, packet: bytes) -> bool:
+        """Pass a datagram on when its flow runs; `packet` is the agent's, which an ICMP error will quote.
+
+        False when there is no such flow: `open` it and send again. What the kernel has no room for is lost.
+        """
+        flow = self._table.use(key, self._loop.time())
+        if flow is None:
+            return False
+        flow.last = packet
+        self._pass_on(flow, payload)
+        return True
+
+    def open(
+        self,
+        key: FlowKey,
+        agent: str,
+        backend: SockAddr,
+        *,
+        packet: bytes,
+        idle_s: float,
+        reply: Callable[[bytes], object],
+    ) -> None:
+        """Begin a flow; `reply` gets whole IP packets for the agent. Raises Refused(limit_reached)."""
+        for ended in self._table.make_room(agent):
+            refused(_WHERE, Reason.LIMIT_REACHED)
+            self._close(ended)
+        try:
+            sock = _connected_udp(backend)
+        except OSError as error:
+            if error.errno in _NO_DESCRIPTORS:
+                raise Refused(Reason.LIMIT_REACHED, f"no socket for a flow: {error.strerror}") from None
+            # No route to the backend: the same answer as if a router on the way had said so.
+            _answer(reply, packet, _KINDS.get(error.errno or 0, Unreachable.HOST))
+            return
+        flow = _UdpFlow(key, sock, reply, packet)
+        self._table.add(key, agent, flow, idle_s=idle_s, now=self._loop.time())
+        self._flows[sock.fileno()] = flow
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def end_session(self, session: SessionKey) -> None:
+        """End the flows of a session."""
+        for flow in self._table.end_session(session):
+            self._close(flow)
+
+    def expire(self) -> None:
+        """End the flows that were idle for their time."""
+        for flow in self._table.expire(self._loop.time()):
+            self._close(flow)
+
+    def close(self) -> None:
+        """End everything."""
+        for flow in self._table.end_all():
+            self._close(flow)
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _close(self, flow: _UdpFlow) -> None:
+        self._epoll.unregister(flow.socket.fileno())
+        del self._flows[flow.socket.fileno()]
+        flow.socket.close()
+
+    def _pass_on(self, flow: _UdpFlow, payload: bytes) -> None:
+        for _attempt in range(2):
+            try:
+                flow.socket.send(payload)
+            except OSError as error:
+                if error.errno in _FULL:
+                    break
+                # Usually an ICMP error about an earlier datagram, told now instead of sending this one.
+                told = self._tell_errors(flow)
+                if error.errno == errno.EMSGSIZE:
+                    if not told:
+                        _answer(flow.reply, flow.last, Unreachable.TOO_BIG, _mtu(flow.socket))
+                    break
+            else:
+                return
+        dropped(_WHERE, "udp_not_sent")
+
+    def _ready(self) -> None:
+        for descriptor, events in self._epoll.poll(0, FLOWS_PER_TURN):
+            flow = self._flows.get(descriptor)
+            if flow is None:
+                continue  # ended by what an earlier flow of this turn brought
+            if events & select.EPOLLERR:
+                self._tell_errors(flow)
+            if events & select.EPOLLIN:
+                self._receive(flow)
+
+    def _receive(self, flow: _UdpFlow) -> None:
+        key = flow.key
+        for _ in range(DATAGRAMS_PER_TURN):
+            try:
+                payload = flow.socket.recv(DATAGRAM_BYTES_MAX)
+            except BlockingIOError:
+                return
+            except OSError:
+                continue  # the error queue has told it, or will
+            try:
+                packet = build_udp(
+                    key.destination, key.destination_port, key.source, key.source_port, payload
+                )
+            except PacketError:
+                dropped(_WHERE, "udp_reply_too_large")
+                continue
+            flow.reply(packet)
+
+    def _tell_errors(self, flow: _UdpFlow) -> bool:
+        """Answer the agent with what the socket's error queue has; say whether there was anything."""
+        told = False
+        for _ in range(DATAGRAMS_PER_TURN):
+            try:
+                _data, ancillary, _flags, _address = flow.socket.recvmsg(
+                    1, _ERROR_QUEUE_BYTES, socket.MSG_ERRQUEUE
+                )
+            except OSError:
+                break
+            for _level, kind, data in ancillary:
+                if kind in (_IP_RECVERR, _IPV6_RECVERR) and len(data) >= _EXTENDED_ERROR.size:
+                    number, _origin, _type, _code, _pad, info, _data2 = _EXTENDED_ERROR.unpack_from(data)
+                    _answer(flow.reply, flow.last, _KINDS.get(number, Unreachable.HOST), info)
+                    told = True
+        # The queue is told; what the kernel also keeps as the socket's error must not be reported twice.
+        flow.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return told
+
+
+def _answer(reply: Callable[[bytes], object], packet: bytes, kind: Unreachable, mtu: int = 0) -> None:
+    reply(icmp_error(packet, kind, mtu if kind is Unreachable.TOO_BIG else 0))
+
+
+def _mtu(sock: socket.socket) -> int:
+    if sock.family != socket.AF_INET:
+        return 0
+    with suppress(OSError):
+        return sock.getsockopt(socket.IPPROTO_IP, _IP_MTU)
+    return 0
+
+
+def _family(address: SockAddr) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
+def _connected_udp(address: SockAddr) -> socket.socket:
+    sock = socket.socket(_family(address), socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+async def _connect(address: SockAddr) -> socket.socket:
+    sock = socket.socket(_family(address), socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _dial_status(error: OSError) -> OpenStatus:
+    if isinstance(error, ConnectionRefusedError):
+        return OpenStatus.REFUSED
+    if error.errno == errno.ETIMEDOUT:
+        return OpenStatus.TIMED_OUT
+    return OpenStatus.DENIED if error.errno in _NO_DESCRIPTORS else OpenStatus.UNREACHABLE
+
+
+async def _probe_tcp(address: SockAddr) -> Outcome:
+    (await _connect(address)).close()
+    return Outcome(True, f"tcp {address[0]}:{address[1]}: connected")
+
+
+async def _probe_udp(address: SockAddr) -> Outcome:
+    """Send an empty datagram: an ICMP error is a failure, an answer or silence is none."""
+    with _connected_udp(address) as sock:
+        sock.send(b"")
+        with select.epoll() as waiting:
+            # Through an epoll set for the reason that UdpFlows has.
+            waiting.register(sock.fileno(), select.EPOLLIN)
+            if await _becomes_readable(waiting, UDP_SILENCE_SECONDS):
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error:
+                    raise OSError(error, errno.errorcode.get(error, str(error)))
+                return Outcome(True, f"udp {address[0]}:{address[1]}: answered")
+    return Outcome(True, f"udp {address[0]}:{address[1]}: no ICMP error")
+
+
+async def _becomes_readable(waiting: select.epoll, timeout_s: float) -> bool:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(waiting.fileno(), _settle, ready)
+    try:
+        await asyncio.wait((ready,), timeout=timeout_s)
+    finally:
+        loop.remove_reader(waiting.fileno())
+    return ready.done()
+
+
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -1,0 +1,327 @@
+"""The connector daemon: wires configuration, Consul, relays, checks and serving together, and drains at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from contextlib import AsyncExitStack
+
+from sidecar.connector.backends import Prober, resolve
+from sidecar.connector.health import CheckHealth, Outcome, ServiceHealth, next_delay
+from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.registrar import Desired, Registrant
+from sidecar.connector.registration import Registrar
+from sidecar.connector.routes import Route, RouteTable, check_kind
+from sidecar.connector.serving import Serving
+from sidecar.link.control import RelayClient
+from ztna.config import ConnectorConfig, RelayTarget
+from ztna.consul.client import ConsulClient
+from ztna.credentials import Credentials
+from ztna.errors import ConfigError, Refused
+from ztna.leases import Lease
+from ztna.names import ServiceName
+from ztna.runtime import Daemon, bind_error, sleep_or_stop
+from ztna.telemetry import dropped, logger, refused
+from ztna.wire import control
+from ztna.wire.control import Address, AnyMessage, Offering, Register
+
+SERVICES_PER_REGISTER = 200
+"""How many services one `register` names: some 120 bytes each with a few ports, far below a frame's 64 KiB."""
+TICK_SECONDS = 1.0
+
+_WHERE = "connector"
+_WILDCARDS = frozenset({"0.0.0.0", "::"})
+
+_log = logger(__name__)
+
+
+async def body(daemon: Daemon) -> None:
+    """Run the connector until the daemon stops; then drain."""
+    config = daemon.config.connector
+    if config is None:
+        raise ConfigError("connector: the configuration has no such section")
+    routes = RouteTable(config.routes)
+    credentials = Credentials.load(config.tls)
+    routes.require_granted(credentials.identity, config.id)
+    if not config.relays:
+        raise ConfigError("connector.relays: expected at least one relay")
+    daemon.readiness.awaiting("relay", "not yet connected")
+    daemon.readiness.awaiting("consul", "services are not yet registered")
+    async with AsyncExitStack() as stack:
+        consul = await stack.enter_async_context(ConsulClient(daemon.config.consul))
+        prober = Prober()
+        stack.push_async_callback(prober.close)
+        running = _Connector(daemon, config, routes, credentials, consul, prober)
+        await running.run()
+
+
+class _Connector:
+    def __init__(
+        self,
+        daemon: Daemon,
+        config: ConnectorConfig,
+        routes: RouteTable,
+        credentials: Credentials,
+        consul: ConsulClient,
+        prober: Prober,
+    ) -> None:
+        self._daemon = daemon
+        self._config = config
+        self._routes = routes
+        self._consul = consul
+        self._prober = prober
+        self._loop = asyncio.get_running_loop()
+        now = self._loop.time()
+        self._health = {
+            service: ServiceHealth({route.port: _check_health(route, now) for route in each.routes}, now)
+            for service, each in routes.services.items()
+        }
+        self._leases = LeaseBook(consul, routes.services, self._lease_changed)
+        self._serving = Serving(
+            routes,
+            credentials,
+            leases=self._leases,
+            prober=prober,
+            is_passing=lambda service: self._health[service].verdict == "passing",
+            flows_per_agent=config.flows_per_agent,
+            flows_total=config.flows_total,
+            tasks=daemon.tasks,
+        )
+        self._relays = [
+            RelayClient(
+                target,
+                credentials,
+                on_message=self._message,
+                on_connected=self._relay_connected,
+                on_lost=self._relay_lost,
+            )
+            for target in config.relays
+        ]
+        self._refusals: dict[str, dict[str, str]] = {target.name: {} for target in config.relays}
+        self._link_address: Address | None = None
+        self._registrar: Registrar | None = None
+
+    async def run(self) -> None:
+        """Start everything, wait for the stop, drain."""
+        self._link_address = await self._listen()
+        registrar = self._registrar = Registrar(
+            self._consul,
+            Registrant(
+                self._config.id,
+                self._link_address,
+                self._config.ttl_s,
+                self._config.deregister_critical_after_s,
+            ),
+            self._desired,
+        )
+        self._daemon.on_reload.append(self._reload)
+        self._daemon.status_sources["connector"] = self._status
+        tasks = self._daemon.tasks
+        registering = tasks.create_task(registrar.run(), name="registration")
+        tasks.create_task(self._registered(registrar), name="first registration")
+        tasks.create_task(self._leases.watch.run(), name="leases")
+        tasks.create_task(self._tick(), name="expiry")
+        for service in self._routes.services.values():
+            for route in service.routes:
+                tasks.create_task(self._check(route), name=f"check {route.service}")
+        for relay in self._relays:
+            tasks.create_task(relay.run(), name=f"relay {relay.target.name}")
+        await self._daemon.stopping.wait()
+        registering.cancel()
+        await self._drain(registrar)
+
+    async def _listen(self) -> Address:
+        """Accept stream carriers; return the address that agents may try and the catalog names."""
+        config = self._config
+        try:
+            bound = self._serving.streams.listen((config.link.host, config.link.port))
+        except OSError as error:
+            raise bind_error(config.link, error) from None
+        if config.link_advertise is not None:
+            return config.link_advertise
+        host = bound[0] if bound[0] not in _WILDCARDS else await _local_address(config.relays[0])
+        return Address(host, bound[1])
+
+    async def _drain(self, registrar: Registrar) -> None:
+        """Leave Consul, take nothing new, let TCP flows finish for a while, end everything."""
+        self._serving.is_draining = True
+        await registrar.leave()
+        try:
+            async with asyncio.timeout(self._config.drain_s):
+                await self._serving.drained()
+        except TimeoutError:
+            _log.warning("drain_cut_short", seconds=self._config.drain_s)
+        self._serving.close()
+
+    # Health
+
+    async def _check(self, route: Route) -> None:
+        """Check one backend for ever."""
+        while True:
+            outcome = await self._prober.probe(route)
+            self._checked(route, outcome)
+            await asyncio.sleep(next_delay(route.check.interval_s, random.random()))
+
+    def _checked(self, route: Route, outcome: Outcome) -> None:
+        health = self._health[route.service]
+        before = health.output
+        changed = health.handle(route.port, outcome, self._loop.time())
+        if changed:
+            log = _log.info if health.verdict == "passing" else _log.warning
+            log("health", service=route.service, verdict=health.verdict, output=health.output)
+        if (changed or before != health.output) and self._registrar is not None:
+            self._registrar.verdict_changed(route.service)
+
+    def _desired(self) -> dict[ServiceName, Desired]:
+        return {
+            service: Desired(
+                routes=self._routes.services[service],
+                verdict=health.verdict,
+                since=health.since,
+                output=health.output,
+                lease=self._leases.lease(service),
+            )
+            for service, health in self._health.items()
+        }
+
+    def _lease_changed(self, service: ServiceName, lease: Lease) -> None:
+        self._serving.lease_changed(service, lease)
+        if self._registrar is not None:
+            self._registrar.lease_changed()
+
+    async def _registered(self, registrar: Registrar) -> None:
+        await registrar.complete.wait()
+        self._daemon.readiness.done("consul")
+
+    async def _tick(self) -> None:
+        while not await sleep_or_stop(self._daemon, TICK_SECONDS):
+            self._serving.tick()
+
+    # Relays
+
+    def _relay_connected(self, client: RelayClient) -> None:
+        _log.info("relay_connected", relay=client.target.name)
+        self._refusals[client.target.name] = {}
+        self._serving.relay_connected(client)
+        offerings = [Offering(each.service, each.ports) for each in self._routes.services.values()]
+        for start in range(0, len(offerings), SERVICES_PER_REGISTER):
+            services = tuple(offerings[start : start + SERVICES_PER_REGISTER])
+            client.send(Register(self._config.id, services, self._link_address))
+        self._daemon.readiness.done("relay")
+
+    def _relay_lost(self, client: RelayClient, reason: str) -> None:
+        _log.warning("relay_lost", relay=client.target.name, reason=reason)
+        self._serving.relay_lost(client)
+
+    def _message(self, client: RelayClient, message: AnyMessage) -> None:
+        try:
+            self._act(client, message)
+        except Refused as error:
+            refused(_WHERE, error.reason)
+            _log.warning(
+                "relay_message_refused",
+                relay=client.target.name,
+                message=type(message).__name__,
+                reason=error.reason,
+                detail=error.detail,
+            )
+
+    def _act(self, client: RelayClient, message: AnyMessage) -> None:
+        serving = self._serving
+        match message:
+            case control.Offered():
+                serving.offered(client, message)
+            case control.Closed():
+                serving.closed(client, message)
+            case control.Carry():
+                serving.carry(client, message)
+            case control.CandidateOffer():
+                serving.candidate_offer(client, message)
+            case control.StartPunching():
+                serving.start_punching(client, message)
+            case control.Refused():
+                self._refusals[client.target.name][message.name] = message.reason
+                _log.error(
+                    "service_refused", relay=client.target.name, service=message.name, reason=message.reason
+                )
+            case control.Drain():
+                _log.info("relay_draining", relay=client.target.name, seconds=message.deadline_s)
+            case control.Registered() | control.PunchingResult():
+                pass
+            case _:
+                dropped(_WHERE, "unexpected_message")
+
+    # Operators
+
+    def _reload(self) -> None:
+        credentials = Credentials.load(self._config.tls)
+        self._routes.require_granted(credentials.identity, self._config.id)
+        self._serving.use_credentials(credentials)
+        for relay in self._relays:
+            relay.credentials = credentials
+
+    def _status(self) -> dict[str, object]:
+        return {
+            "id": self._config.id,
+            "link_address": self._link_address,
+            "services": {service: self._service_status(service) for service in self._routes.services},
+            "consul": {"problem": self._registrar.problem if self._registrar is not None else None},
+            "relays": [
+                {
+                    "name": relay.target.name,
+                    "address": str(relay.target.address),
+                    "connected": relay.connected,
+                    "problem": relay.problem,
+                    "refused": self._refusals[relay.target.name],
+                }
+                for relay in self._relays
+            ],
+        } | self._serving.status()
+
+    def _service_status(self, service: ServiceName) -> dict[str, object]:
+        health, registrar = self._health[service], self._registrar
+        return {
+            "verdict": health.verdict,
+            "since_s": round(self._loop.time() - health.since, 1),
+            "registered": registrar is not None and registrar.is_registered(service),
+            "refused": registrar.refusal(service) if registrar is not None else None,
+            "waiting_for_backend": registrar is not None and service in registrar.waiting,
+            "lease": self._leases.lease(service),
+            "routes": [
+                {
+                    "protocol": route.port.protocol,
+                    "port": route.port.port,
+                    "backend": str(route.backend),
+                    "check": check_kind(route),
+                    "verdict": health.checks[route.port].verdict,
+                    "output": health.checks[route.port].output,
+                }
+                for route in self._routes.services[service].routes
+            ],
+        }
+
+
+def _check_health(route: Route, now: float) -> CheckHealth:
+    return CheckHealth(
+        success_before_passing=route.check.success_before_passing,
+        failures_before_critical=route.check.failures_before_critical,
+        now=now,
+    )
+
+
+async def _local_address(relay: RelayTarget) -> str:
+    """Return our address on the way to the relay. Raises ConfigError when there is no way to find one."""
+    try:
+        address = await resolve(relay.address)
+        with socket.socket(
+            socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM
+        ) as sock:
+            sock.connect(address)
+            host: str = sock.getsockname()[0]
+            return host
+    except OSError as error:
+        raise ConfigError(
+            f"connector.link_advertise: expected the address that agents may try, as none can be told from the "
+            f"way to relay {relay.name} ({error.strerror or error})"
+        ) from None

@@ -1,0 +1,216 @@
+"""Keep Consul's local agent true to what the registrar wants: register, report checks, remove, and again.
+
+Two loops: one compares and registers, one reports TTL checks, changed verdicts first, so that a backend that died is
+critical in Consul within a second however many services are being registered. Decides nothing about what ought to be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from typing import TypeVar
+
+from sidecar.connector.registrar import (
+    OUTPUT_CHARACTERS,
+    Desired,
+    Plan,
+    Registrant,
+    check_id,
+    instance_id,
+    own_ids,
+    plan,
+)
+from ztna.catalog import Registration
+from ztna.consul.client import ConsulClient
+from ztna.errors import ConsulError, ConsulUnavailable
+from ztna.names import ServiceName
+from ztna.telemetry import logger
+
+CALLS_AT_ONCE = 16
+REFRESHES_PER_TTL = 3.0
+RECONCILE_SECONDS = 5.0
+RECONCILE_SECONDS_MIN = 0.25
+BACKOFF_SECONDS = 1.0
+LEAVE_SECONDS = 2.0
+
+Item = TypeVar("Item")
+
+_log = logger(__name__)
+
+
+class Registrar:
+    """Carries out plans. `desired` gives our services as they stand now; `wake` tells that one has changed."""
+
+    def __init__(
+        self,
+        client: ConsulClient,
+        registrant: Registrant,
+        desired: Callable[[], dict[ServiceName, Desired]],
+    ) -> None:
+        self.problem: str | None = None
+        self.waiting: tuple[ServiceName, ...] = ()
+        self.complete = asyncio.Event()
+        self._client = client
+        self._registrant = registrant
+        self._desired = desired
+        self._loop = asyncio.get_running_loop()
+        self._registered: set[ServiceName] = set()
+        self._refused: dict[ServiceName, str] = {}
+        self._urgent: dict[ServiceName, None] = {}
+        self._routine: dict[ServiceName, None] = {}
+        self._report = asyncio.Event()
+        self._reconcile = asyncio.Event()
+
+    def is_registered(self, service: ServiceName) -> bool:
+        """Whether Consul's local agent had it when last seen."""
+        return service in self._registered
+
+    def refusal(self, service: ServiceName) -> str | None:
+        """Why Consul does not take the service, in its words, if it does not."""
+        return self._refused.get(service)
+
+    def verdict_changed(self, service: ServiceName) -> None:
+        """Report the service's check at once, and see whether it should be registered now."""
+        self._urgent[service] = None
+        self._report.set()
+        if service not in self._registered:
+            self._reconcile.set()
+
+    def lease_changed(self) -> None:
+        """Compare soon: a virtual address has to be registered."""
+        self._reconcile.set()
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_comparing(), name="compare with Consul")
+            tasks.create_task(self._keep_reporting(), name="report checks to Consul")
+
+    async def leave(self) -> None:
+        """Deregister what is ours, within LEAVE_SECONDS; Consul that is away lets the checks run out."""
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                known = await self._client.agent_services()
+                ids = own_ids(known, self._registrant.connector_id)
+                await _each(self._client.deregister_service, ids)
+        except (ConsulError, TimeoutError) as error:
+            _log.warning("not_deregistered", error=str(error) or f"no answer in {LEAVE_SECONDS:g} s")
+
+    async def _keep_comparing(self) -> None:
+        while True:
+            self._reconcile.clear()
+            wait_s = RECONCILE_SECONDS
+            try:
+                await self._compare()
+                self._succeeded()
+            except ConsulError as error:
+                self._failed(error)
+                wait_s = BACKOFF_SECONDS
+            await asyncio.sleep(RECONCILE_SECONDS_MIN)
+            await _wait(self._reconcile, wait_s * random.uniform(0.8, 1.0))
+
+    async def _keep_reporting(self) -> None:
+        refresh_at = 0.0
+        while True:
+            now = self._loop.time()
+            if now >= refresh_at:
+                self._routine = dict.fromkeys(self._registered)
+                refresh_at = now + self._registrant.ttl_s / REFRESHES_PER_TTL * random.uniform(0.8, 1.0)
+            batch = self._next_batch()
+            if not batch:
+                self._report.clear()
+                await _wait(self._report, refresh_at - now)
+                continue
+            try:
+                await _each(self._report_check, batch)
+                self._succeeded()
+            except ConsulError as error:
+                self._urgent.update(dict.fromkeys(batch))
+                self._failed(error)
+                await asyncio.sleep(BACKOFF_SECONDS)
+
+    async def _compare(self) -> None:
+        known = await self._client.agent_services()
+        desired = self._desired()
+        planned = plan(desired.values(), known, self._registrant, self._loop.time())
+        own = {service: instance_id(service, self._registrant.connector_id) for service in desired}
+        self._registered = {service for service, own_id in own.items() if own_id in known}
+        self.waiting = planned.waiting
+        await _each(self._client.deregister_service, planned.deregister)
+        await _each(self._register, planned.register)
+        _log_plan(planned)
+        if len(self._registered) == len(desired):
+            self.complete.set()
+
+    async def _register(self, registration: Registration) -> None:
+        service = ServiceName(registration.service)
+        try:
+            await self._client.register_service(registration)
+        except ConsulUnavailable:
+            raise
+        except ConsulError as error:
+            # One service that Consul does not take (an ACL, most often) must not keep the others out.
+            if self._refused.get(service) != str(error):
+                _log.error("registration_refused", service=service, error=error)
+            self._refused[service] = str(error)
+            return
+        self._refused.pop(service, None)
+        self._registered.add(service)
+        # Consul keeps the status of a check it knew; and the verdict may have changed meanwhile.
+        self._urgent[service] = None
+        self._report.set()
+
+    def _next_batch(self) -> list[ServiceName]:
+        """Take the next services whose checks are to be reported, changed verdicts first."""
+        batch: list[ServiceName] = []
+        for waiting in (self._urgent, self._routine):
+            while waiting and len(batch) < CALLS_AT_ONCE:
+                service = next(iter(waiting))
+                del waiting[service]
+                if service in self._registered and service not in batch:
+                    batch.append(service)
+        return batch
+
+    async def _report_check(self, service: ServiceName) -> None:
+        desired = self._desired()[service]
+        own_check = check_id(service, self._registrant.connector_id)
+        output = desired.output[:OUTPUT_CHARACTERS]
+        if not await self._client.update_check(own_check, desired.verdict, output):
+            # Reaped, or Consul has forgotten everything: find out what is there.
+            self._registered.discard(service)
+            self._reconcile.set()
+
+    def _succeeded(self) -> None:
+        if self.problem is not None:
+            _log.info("consul_is_back")
+        self.problem = None
+
+    def _failed(self, error: ConsulError) -> None:
+        if self.problem is None:
+            _log.warning("consul_failed", error=error)
+        self.problem = str(error)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+async def _each(call: Callable[[Item], Awaitable[object]], items: Iterable[Item]) -> None:
+    """Call for all items, CALLS_AT_ONCE at a time; an error is raised when its slice has ended."""
+    pending = list(items)
+    for start in range(0, len(pending), CALLS_AT_ONCE):
+        calls = map(call, pending[start : start + CALLS_AT_ONCE])
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+
+def _log_plan(planned: Plan) -> None:
+    if planned.deregister:
+        _log.info("zombies_removed", ids=" ".join(planned.deregister))
+    if planned.register:
+        _log.info("registered", services=len(planned.register))

@@ -1,0 +1,429 @@
+"""What agents get from this connector: their sessions, links, UDP flows and the sockets of their TCP flows.
+
+Each new flow is checked against its session, the peer's certificate and the lease; what that comes to is
+sidecar.connector.sessions' to decide. Health comes from outside. Source: protocol.md, Opening to Link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from functools import partial
+
+from sidecar.connector.backends import Prober, UdpFlows, dial_tcp
+from sidecar.connector.flows import FlowKey, RelayConnection
+from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.routes import Route, RouteTable
+from sidecar.connector.sessions import BindKey, Session, Sessions, standing
+from sidecar.link.budget import Budget
+from sidecar.link.control import RelayClient
+from sidecar.link.flow import abort
+from sidecar.link.packet import PacketLink
+from sidecar.link.stream import FlowRefused, StreamListener
+from ztna.credentials import Credentials
+from ztna.errors import LinkError, PacketError, Refused, ZtnaError
+from ztna.identity import Identity, require_agent
+from ztna.leases import Lease
+from ztna.names import ServiceName
+from ztna.packet import PROTOCOL_UDP, Packet, Unreachable, icmp_error, parse
+from ztna.reasons import Reason
+from ztna.telemetry import dropped, logger, refused
+from ztna.udp import SockAddr
+from ztna.wire.control import (
+    Accepted,
+    CandidateAnswer,
+    CandidateOffer,
+    Carry,
+    Closed,
+    LeaseRef,
+    Offered,
+    StartPunching,
+)
+from ztna.wire.stream import OpenFrame, OpenStatus
+
+LINK_RETRY_SECONDS = 1.0
+STATUS_ENTRIES_MAX = 1000
+OFFERS_WAITING_MAX = 1000
+
+_WHERE = "connector"
+
+_log = logger(__name__)
+
+
+class Serving:
+    """Serves the sessions that relays offer. `tasks` owns all that runs; `is_passing` tells a service's health."""
+
+    def __init__(
+        self,
+        routes: RouteTable,
+        credentials: Credentials,
+        *,
+        leases: LeaseBook,
+        prober: Prober,
+        is_passing: Callable[[ServiceName], bool],
+        flows_per_agent: int,
+        flows_total: int,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.sessions = Sessions()
+        self.is_draining = False
+        self.udp = UdpFlows(per_agent=flows_per_agent, total=flows_total)
+        self.streams = StreamListener(credentials, self._authorise, tasks=tasks, budget=Budget())
+        self._routes = routes
+        self._credentials = credentials
+        self._leases = leases
+        self._prober = prober
+        self._is_passing = is_passing
+        self._tasks = tasks
+        self._links: dict[BindKey, PacketLink] = {}
+        self._relays: dict[RelayConnection, RelayClient] = {}
+        self._offers_waiting = 0
+        self._loop = asyncio.get_running_loop()
+
+    def use_credentials(self, credentials: Credentials) -> None:
+        """Prove ourselves with these from now on; what stands keeps what it had."""
+        self._credentials = self.streams.credentials = credentials
+
+    # What relays say
+
+    def relay_connected(self, client: RelayClient) -> None:
+        """Take sessions from this connection."""
+        self._relays[client.connection] = client
+
+    def relay_lost(self, client: RelayClient) -> None:
+        """Detach the sessions of the connection."""
+        self._relays.pop(client.connection, None)
+        self.sessions.connection_lost(client.connection, self._loop.time())
+
+    def offered(self, client: RelayClient, offer: Offered) -> None:
+        """Accept or refuse an offered session, after reading the lease again when the agent's is newer."""
+        known = self._leases.lease(offer.service)
+        if offer.lease is not None and standing(offer.lease, known) == "newer":
+            if self._offers_waiting >= OFFERS_WAITING_MAX:
+                self._refuse(client, offer, Reason.LIMIT_REACHED)
+                return
+            self._offers_waiting += 1
+            self._tasks.create_task(self._read_and_settle(client, offer, offer.lease), name="read lease")
+        else:
+            self._settle(client, offer)
+
+    def closed(self, client: RelayClient, message: Closed) -> None:
+        """End or detach a session."""
+        now = self._loop.time()
+        ended = self.sessions.close(client.connection, message.session, message.reason, now)
+        if ended is not None:
+            self._end(ended, message.reason)
+
+    def carry(self, client: RelayClient, message: Carry) -> None:
+        """Dial in where the agent of the session waits."""
+        session = self.sessions.owned(client.connection, message.session)
+        if session.forwarder is None:
+            raise Refused(Reason.MALFORMED, f"carry for session {message.session}, which has no forwarder")
+        address = session.forwarder.address
+        self._tasks.create_task(
+            self._carry(session, (address.ip, address.port), message.token), name="dial in at the forwarder"
+        )
+
+    def candidate_offer(self, client: RelayClient, message: CandidateOffer) -> None:
+        """Answer with our own candidates. The agent's are probed when the relay says so."""
+        link = self._link_of(self.sessions.owned(client.connection, message.session))
+        candidates = link.local_candidates() if link is not None else ()
+        client.send(CandidateAnswer(message.session, candidates))
+
+    def start_punching(self, client: RelayClient, message: StartPunching) -> None:
+        """Probe the agent's candidates after the delay."""
+        session = self.sessions.owned(client.connection, message.session)
+        self._loop.call_later(message.delay_ms / 1000, self._probe, session, message)
+
+    # What Consul says, and time
+
+    def lease_changed(self, service: ServiceName, lease: Lease) -> None:
+        """End the sessions under another lease; established TCP flows may finish."""
+        for session in self.sessions.lease_changed(service, lease):
+            self._tell_closed(session, Reason.STALE_EPOCH)
+            self.udp.end_session(session.key)
+            self._drop_unused_link(session)
+
+    def tick(self) -> None:
+        """End what has had its time: to be called about once a second."""
+        self.udp.expire()
+        expired = self.sessions.expire(self._loop.time())
+        for session in expired:
+            self._end_datagrams(session, Reason.PEER_GONE)
+        self._reset_orphans(expired, Reason.PEER_GONE)
+
+    async def drained(self) -> None:
+        """Return when no TCP flow runs any more."""
+        while flows := [flow.finished for flow in self.streams.flows()]:
+            await asyncio.wait(flows)
+
+    def close(self) -> None:
+        """End everything, telling agents and relays."""
+        for session in self.sessions.end_all():
+            self._tell_closed(session, Reason.DRAINING)
+        self.streams.close(Reason.DRAINING)
+        for link in list(self._links.values()):
+            link.close(Reason.DRAINING)
+        self.udp.close()
+
+    def status(self) -> dict[str, object]:
+        """Return sessions, flows and links for the admin page, at most STATUS_ENTRIES_MAX of each."""
+        sessions = [(each, "live") for each in self.sessions.live()]
+        sessions += [(each, "detached") for each in self.sessions.detached()]
+        return {
+            "sessions_total": len(self.sessions),
+            "sessions": [
+                {
+                    "session": session.key[1],
+                    "relay": session.key[0][0],
+                    "service": session.service,
+                    "agent": session.agent.name,
+                    "epoch": session.lease.epoch,
+                    "state": state,
+                }
+                for session, state in sessions[:STATUS_ENTRIES_MAX]
+            ],
+            "udp_flows": len(self.udp),
+            "tcp_flows": sum(1 for _ in self.streams.flows()),
+            "links": [
+                {"relay": bind[0][0], "agent": _peer_name(link), "path": link.path}
+                for bind, link in list(self._links.items())[:STATUS_ENTRIES_MAX]
+            ],
+        }
+
+    # Sessions
+
+    async def _read_and_settle(self, client: RelayClient, offer: Offered, lease: LeaseRef) -> None:
+        connection = client.connection
+        try:
+            await self._leases.read_again(offer.service, lease.epoch)
+        finally:
+            self._offers_waiting -= 1
+        if connection in self._relays:
+            self._settle(client, offer)
+
+    def _settle(self, client: RelayClient, offer: Offered) -> None:
+        reason = self._why_not(offer)
+        if reason is None:
+            try:
+                session = self.sessions.admit(client.connection, offer)
+            except Refused as error:
+                reason = error.reason
+        if reason is not None:
+            self._refuse(client, offer, reason)
+            return
+        _log.info("session_accepted", session=offer.session, service=offer.service, agent=offer.agent.name)
+        self._serve_link(session)
+        client.send(Accepted(offer.session))
+
+    def _why_not(self, offer: Offered) -> Reason | None:
+        if self.is_draining:
+            return Reason.DRAINING
+        if offer.service not in self._routes.services:
+            return Reason.NO_SUCH_SERVICE
+        if offer.v1:
+            # The relay reads v1 traffic: only sealed sessions are served.
+            return Reason.NO_GRANT
+        if not self._is_passing(offer.service):
+            return Reason.NO_HEALTHY_CONNECTOR
+        stands = standing(offer.lease, self._leases.lease(offer.service))
+        return {"stale": Reason.STALE_EPOCH, "newer": Reason.POLICY_UNKNOWN, "current": None}[stands]
+
+    def _refuse(self, client: RelayClient, offer: Offered, reason: Reason) -> None:
+        refused(_WHERE, reason)
+        _log.info(
+            "session_refused",
+            session=offer.session,
+            service=offer.service,
+            agent=offer.agent.name,
+            reason=reason,
+        )
+        client.send(Closed(offer.session, reason))
+
+    def _end(self, session: Session, reason: Reason) -> None:
+        self._end_datagrams(session, reason)
+        self.streams.end_session(session.key[1], session.agent.name, reason)
+        self._reset_orphans([session], reason)
+
+    def _end_datagrams(self, session: Session, reason: Reason) -> None:
+        _log.info("session_ended", session=session.key[1], service=session.service, reason=reason)
+        self.udp.end_session(session.key)
+        self._drop_unused_link(session)
+
+    def _reset_orphans(self, ended: list[Session], reason: Reason) -> None:
+        """Reset TCP flows whose agent has no session for their service any more.
+
+        One that was opened under an earlier session lives on under a newer one of the same agent name.
+        """
+        gone = {(each.agent.name, each.service) for each in ended}
+        gone = {each for each in gone if not self.sessions.has_service(*each)}
+        if not gone:
+            return
+        for flow in list(self.streams.flows()):
+            if (flow.peer.name, flow.opened.service) in gone:
+                flow.reset(reason)
+
+    def _tell_closed(self, session: Session, reason: Reason) -> None:
+        client = self._relays.get(session.key[0])
+        if client is not None:
+            client.send(Closed(session.key[1], reason))
+
+    # Links
+
+    def _serve_link(self, session: Session) -> None:
+        if session.bind is not None and session.bind not in self._links:
+            self._tasks.create_task(self._keep_link(session.bind, session), name="packet link")
+
+    async def _keep_link(self, bind: BindKey, session: Session) -> None:
+        """Serve one link again and again while a session needs it; it closes itself when no agent comes."""
+        assert session.forwarder is not None
+        while self.sessions.bind_in_use(bind) and bind not in self._links:
+            try:
+                link = PacketLink.serve(
+                    session.forwarder,
+                    session.probe_key,
+                    self._credentials,
+                    admit=partial(self._admit, session),
+                    receive=partial(self._packet, bind),
+                )
+            except (ZtnaError, OSError) as error:
+                _log.error("link_failed", agent=session.agent.name, error=error)
+                await asyncio.sleep(LINK_RETRY_SECONDS)
+                continue
+            self._links[bind] = link
+            try:
+                await link.closed
+            finally:
+                del self._links[bind]
+                link.close()
+
+    def _admit(self, session: Session, identity: Identity) -> None:
+        if identity.name != session.agent.name:
+            raise Refused(Reason.NOT_YOUR_SESSION, f"{identity.name} on the link of {session.agent.name}")
+        require_agent(identity, session.service, session.agent.fingerprint)
+
+    def _drop_unused_link(self, session: Session) -> None:
+        if session.bind is not None and not self.sessions.bind_in_use(session.bind):
+            link = self._links.get(session.bind)
+            if link is not None:
+                link.close()
+
+    def _link_of(self, session: Session) -> PacketLink | None:
+        return self._links.get(session.bind) if session.bind is not None else None
+
+    def _probe(self, session: Session, message: StartPunching) -> None:
+        link = self._link_of(session)
+        if link is not None:
+            link.probe(message.candidates)
+
+    # UDP flows
+
+    def _packet(self, bind: BindKey, link: PacketLink, service: ServiceName, data: bytes) -> None:
+        session = self.sessions.carried(bind, service)
+        if session is None:
+            refused(_WHERE, Reason.NOT_YOUR_SESSION)
+            return
+        try:
+            packet = parse(data)
+        except PacketError:
+            dropped(_WHERE, "malformed_packet")
+            return
+        key = FlowKey(
+            session.key,
+            packet.protocol,
+            packet.source,
+            packet.source_port,
+            packet.destination,
+            packet.destination_port,
+        )
+        if self.udp.send(key, packet.payload, data):
+            return
+        try:
+            self._open_udp(session, key, link.peer, packet, data)
+        except Refused as error:
+            refused(_WHERE, error.reason)
+            return
+        self.udp.send(key, packet.payload, data)
+
+    def _open_udp(self, session: Session, key: FlowKey, peer: Identity, packet: Packet, data: bytes) -> None:
+        """Begin a flow, or answer with an ICMP error where the agent should know. Raises Refused."""
+        if packet.protocol != PROTOCOL_UDP:
+            dropped(_WHERE, "protocol")
+            return
+        if not self.sessions.is_live(session):
+            raise Refused(Reason.NOT_YOUR_SESSION, f"a new flow in detached session {session.key[1]}")
+        require_agent(peer, session.service, session.agent.fingerprint)
+        if packet.destination != str(session.lease.ip):
+            raise Refused(Reason.STALE_EPOCH, f"{packet.destination} is not the lease of {session.service}")
+        route = self._routes.pick(session.service, "udp", packet.destination_port)
+        reply = partial(self._reply, session)
+        if route is None:
+            reply(icmp_error(data, Unreachable.PORT))
+            return
+        address = self._prober.addresses.get(route.backend)
+        if address is None:
+            reply(icmp_error(data, Unreachable.HOST))
+            return
+        self.udp.open(key, session.agent.name, address, packet=data, idle_s=route.udp_idle_s, reply=reply)
+
+    def _reply(self, session: Session, packet: bytes) -> None:
+        link = self._link_of(session)
+        if link is not None:
+            link.send(session.service, packet)
+
+    # TCP flows
+
+    async def _carry(self, session: Session, address: SockAddr, token: bytes) -> None:
+        try:
+            await self.streams.carry(address, token, session.key[1])
+        except (LinkError, Refused) as error:
+            _log.info("carry_failed", session=session.key[1], agent=session.agent.name, error=error)
+
+    async def _authorise(self, identity: Identity, frame: OpenFrame) -> socket.socket:
+        """Return a socket connected to the backend of this flow. Raises FlowRefused."""
+        session = self._session_of(identity, frame)
+        await self._check_lease(frame)
+        route = self._route_of(frame)
+        sock = await dial_tcp(route.backend, route.connect_timeout_s)
+        if not self.sessions.is_live(session):
+            abort(sock)
+            raise FlowRefused(OpenStatus.DENIED, "the session ended while the backend was dialled")
+        return sock
+
+    def _session_of(self, identity: Identity, frame: OpenFrame) -> Session:
+        try:
+            session = self.sessions.authorised(
+                frame.session, frame.service, identity.name, identity.fingerprint
+            )
+            require_agent(identity, frame.service, session.agent.fingerprint)
+        except Refused as error:
+            refused(_WHERE, error.reason)
+            _log.warning("flow_refused", agent=identity.name, service=frame.service, reason=error.reason)
+            raise FlowRefused(OpenStatus.DENIED, error.detail) from None
+        return session
+
+    async def _check_lease(self, frame: OpenFrame) -> None:
+        known = self._leases.lease(frame.service)
+        if standing(frame.lease, known) == "newer":
+            known = await self._leases.read_again(frame.service, frame.lease.epoch)
+        stands = standing(frame.lease, known)
+        if stands == "newer":
+            refused(_WHERE, Reason.POLICY_UNKNOWN)
+            raise FlowRefused(OpenStatus.DENIED, f"the lease of {frame.service} is not known here yet")
+        if stands == "stale" or frame.destination.ip != str(frame.lease.ip):
+            refused(_WHERE, Reason.STALE_EPOCH)
+            raise FlowRefused(OpenStatus.STALE_EPOCH, f"{frame.service} has another lease")
+
+    def _route_of(self, frame: OpenFrame) -> Route:
+        route = self._routes.pick(frame.service, "tcp", frame.destination.port)
+        if route is None:
+            raise FlowRefused(OpenStatus.REFUSED, f"{frame.service} has no port tcp {frame.destination.port}")
+        return route
+
+
+def _peer_name(link: PacketLink) -> str | None:
+    try:
+        return link.peer.name
+    except LinkError:
+        return None
