@@ -215,8 +215,7 @@ class _Planner:
             return False
         lease, holding = stored.record, self._holdings.get(stored.record.ip)
         if holding is None or not _agree(name, lease, holding.record):
-            if address_key(lease.ip) not in self._view.table.unreadable:
-                self._grant("repaired", name, service.ports, lease.ip)
+            self._mend(name, service.ports, lease.ip)
         elif lease.ports != service.ports:
             # The address did not change hands, so the epoch stays and no session ends for it.
             renewed = Lease(lease.ip, lease.epoch, service.ports)
@@ -228,6 +227,10 @@ class _Planner:
                 KvCheckIndex(address_key(lease.ip), holding.index),
             )
         return True
+
+    def _mend(self, name: ServiceName, ports: tuple[Port, ...], address: IPv4Address) -> None:
+        if address_key(address) not in self._view.table.unreadable:
+            self._grant("repaired", name, ports, address)
 
     def _take_back(self, service: Service) -> bool:
         """Give a service the address it had last, resting or not; False when it has none to return to."""
@@ -249,6 +252,10 @@ class _Planner:
         due_at = since + self._rules.grace_s
         if self._now < due_at:
             self._due_at = due_at if self._due_at is None else min(due_at, self._due_at)
+            lease = stored.record
+            is_owner = self._owners[lease.ip] == name
+            if is_owner and (holding is None or not _agree(name, lease, holding.record)):
+                self._mend(name, lease.ports, lease.ip)
         elif self._surely_gone(name, holding):
             self._release(name, stored, holding)
 

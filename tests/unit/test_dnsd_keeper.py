@@ -333,10 +333,20 @@ def test_a_released_lease_without_a_holding_gets_one_that_rests() -> None:
     here = lab(grace_s=1)
     address = IPv4Address("10.100.7.7")
     here.kv.put(service_key(WEB), to_json(Lease(address, 7)))
+    here.gone_since = {"web": NOW - 5}
     here.keep({}, NOW)
-    here.keep({}, NOW + 2)
     held = here.kv.table.holdings[address].record
     assert (held.state, held.epoch) == ("quarantined", 7)
+
+
+def test_the_records_of_a_service_in_its_grace_are_mended_too() -> None:
+    here = lab()
+    address = IPv4Address("10.100.7.7")
+    ports = (Port("udp", 53),)
+    here.kv.put(service_key(WEB), to_json(Lease(address, 7, ports)))
+    assert kinds(here.keep({}, NOW)) == [f"repaired web {address}"]
+    assert here.kv.table.leases[WEB].record.ports == ports
+    assert audit(here.kv.table) == ()
 
 
 def test_a_held_address_without_a_lease_is_given_back_or_put_to_rest() -> None:
