@@ -147,7 +147,9 @@ async def _body(mesh: Mesh, console: Console, check_only: bool, as_json: bool) -
 async def _check(mesh: Mesh, client: ConsulClient, console: Console, as_json: bool) -> int:
     def told(step: Step) -> None:
         mark = "[green]ok[/]    " if step.ok else "[red]failed[/]"
-        console.print(f"{mark} {step.step}: {step.detail} ({step.milliseconds:.0f} ms)", highlight=False)
+        console.print(
+            f"{mark} {step.step}: {step.detail} ({step.milliseconds:.0f} ms)", highlight=False, soft_wrap=True
+        )
 
     steps = await check(mesh, told)
     fine = all(step.ok for step in steps)
