@@ -7,6 +7,7 @@ Binds nothing itself, and changes no route but its own.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -18,7 +19,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pyroute2 import AsyncIPRoute, NetlinkError
+from pyroute2 import IPRoute, NetlinkError
 
 from ztna.errors import ConfigError, ZtnaError
 from ztna.telemetry import logger
@@ -65,37 +66,53 @@ async def local_route(pool: IPv4Network, directory: Path) -> AsyncIterator[None]
     First takes back what agents that crashed in this network namespace left. Raises ConfigError when a route
     or address overlaps the pool, and ZtnaError when the capability is missing or another agent has the pool.
     """
+    # In threads, as pyroute2's own asyncio client needs a loop that opens netlink sockets: uvloop does not.
+    held = _held_route(pool, directory)
+    await asyncio.to_thread(held.__enter__)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(held.__exit__, None, None, None)
+
+
+@contextlib.contextmanager
+def _held_route(pool: IPv4Network, directory: Path) -> Iterator[None]:
     _make(directory)
     with _record(pool, directory) as record:
         if record is None:
             raise ZtnaError(
                 f"agent.pool: another agent on this host already has {pool}; give each its own pool"
             )
-        async with AsyncIPRoute() as netlink:
-            await _clean_up(netlink, directory, record)
-            await _refuse_conflicts(netlink, pool)
-            _write(record, str(pool))
-            await _add(netlink, pool)
-            _log.info("route_added", pool=str(pool))
+        with IPRoute() as netlink:
+            _clean_up(netlink, directory, record)
             try:
-                yield
-            finally:
-                await _remove(netlink, pool)
+                _refuse_conflicts(netlink, pool)
+                _write(record, str(pool))
+                _add(netlink, pool)
+            except ZtnaError:
                 _discard(record)
-                _log.info("route_removed", pool=str(pool))
+                raise
+        _log.info("route_added", pool=str(pool))
+        try:
+            yield
+        finally:
+            with IPRoute() as netlink:
+                _remove(netlink, pool)
+            _discard(record)
+            _log.info("route_removed", pool=str(pool))
 
 
-async def _clean_up(netlink: AsyncIPRoute, directory: Path, own: IO[str]) -> None:
+def _clean_up(netlink: IPRoute, directory: Path, own: IO[str]) -> None:
     """Remove the routes of agents that died here; a lock that is held means its agent lives."""
-    await _remove_recorded(netlink, own)
+    _remove_recorded(netlink, own)
     for path in _recorded(directory, own):
         with _locked(path) as record:
             if record is not None:
-                await _remove_recorded(netlink, record)
+                _remove_recorded(netlink, record)
                 _discard(record)
 
 
-async def _remove_recorded(netlink: AsyncIPRoute, record: IO[str]) -> None:
+def _remove_recorded(netlink: IPRoute, record: IO[str]) -> None:
     record.seek(0)
     text = record.read().strip()
     if not text:
@@ -105,12 +122,12 @@ async def _remove_recorded(netlink: AsyncIPRoute, record: IO[str]) -> None:
     except ValueError:
         # Torn by a crash while it was written, so its route was never added.
         return
-    if await _remove(netlink, pool):
+    if _remove(netlink, pool):
         _log.warning("route_of_crashed_agent_removed", pool=text)
 
 
-async def _refuse_conflicts(netlink: AsyncIPRoute, pool: IPv4Network) -> None:
-    async for route in await netlink.get_routes(family=socket.AF_INET):
+def _refuse_conflicts(netlink: IPRoute, pool: IPv4Network) -> None:
+    for route in netlink.get_routes(family=socket.AF_INET):
         if route["dst_len"] == 0:
             continue
         network = IPv4Network((route.get("dst"), route["dst_len"]), strict=False)
@@ -122,9 +139,9 @@ async def _refuse_conflicts(netlink: AsyncIPRoute, pool: IPv4Network) -> None:
             )
 
 
-async def _add(netlink: AsyncIPRoute, pool: IPv4Network) -> None:
+def _add(netlink: IPRoute, pool: IPv4Network) -> None:
     try:
-        await netlink.route("add", **await _route(netlink, pool))
+        netlink.route("add", **_route(netlink, pool))
     except NetlinkError as error:
         if error.code == errno.EPERM:
             raise ZtnaError(
@@ -134,10 +151,10 @@ async def _add(netlink: AsyncIPRoute, pool: IPv4Network) -> None:
         raise ZtnaError(f"agent.pool: local route for {pool}: {os.strerror(error.code)}") from None
 
 
-async def _remove(netlink: AsyncIPRoute, pool: IPv4Network) -> bool:
+def _remove(netlink: IPRoute, pool: IPv4Network) -> bool:
     """Remove the route if it is there with our mark; say whether it was."""
     try:
-        await netlink.route("del", **await _route(netlink, pool))
+        netlink.route("del", **_route(netlink, pool))
     except NetlinkError as error:
         if error.code in (errno.ESRCH, errno.ENOENT):
             return False
@@ -145,12 +162,12 @@ async def _remove(netlink: AsyncIPRoute, pool: IPv4Network) -> bool:
     return True
 
 
-async def _route(netlink: AsyncIPRoute, pool: IPv4Network) -> dict[str, Any]:
+def _route(netlink: IPRoute, pool: IPv4Network) -> dict[str, Any]:
     """Describe the route whole: the kernel deletes only one that matches every field given."""
     return {
         "family": socket.AF_INET,
         "dst": str(pool),
-        "oif": (await netlink.link_lookup(ifname="lo"))[0],
+        "oif": (netlink.link_lookup(ifname="lo"))[0],
         "table": _TABLE_LOCAL,
         "type": "local",
         "scope": "host",

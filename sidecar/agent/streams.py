@@ -150,7 +150,10 @@ class Streams:
     async def _open(
         self, number: int, at: VirtualPort, local: socket.socket, source: SockAddr
     ) -> tuple[Session, Carrier, TcpFlow]:
-        """Open the flow, on another session where that can help. Raises Refused, LinkError or FlowRefused."""
+        """Open the flow, on another session where that can help. Raises Refused, LinkError or FlowRefused.
+
+        While it is not known what became of an OPEN the flow keeps its key, so that no connector dials twice.
+        """
         key = secrets.token_hex(FLOW_KEY_BYTES)
         session = await self._broker.acquire(number, at.service)
         while True:
@@ -170,6 +173,7 @@ class Streams:
                 if cause is None:
                     dropped("agent_tcp", error.status.name.lower())
                     raise
+                key = secrets.token_hex(FLOW_KEY_BYTES)  # this one has had its answer
                 session = await self._broker.reacquire(number, cause)
             except (LinkError, IdentityError) as error:
                 _log.info(
@@ -185,10 +189,7 @@ class Streams:
     async def _open_on(
         self, session: Session, frame: OpenFrame, local: socket.socket
     ) -> tuple[Carrier, TcpFlow]:
-        """Open a flow on an idle carrier, or a fresh one when there is none that still works.
-
-        The flow's key stays the same, so that a connector that got the first OPEN does not dial twice.
-        """
+        """Open a flow on an idle carrier, or a fresh one when there is none that still works."""
         while (carrier := self._take_idle(session)) is not None:
             try:
                 return carrier, await self._open_flow(carrier, frame, local)
@@ -251,7 +252,9 @@ class Streams:
         timer = self._loop.call_later(IDLE_SECONDS, carrier.close)
         kept.append(_Idle(carrier, session.key if carrier.forwarded else None, timer))
         if len(kept) > IDLE_PER_CONNECTOR_MAX:
-            kept[0].carrier.close()
+            oldest = kept.popleft()
+            oldest.timer.cancel()
+            oldest.carrier.close()
 
     async def _dial(self, session: Session) -> Carrier:
         """Dial directly, else through the forwarder. Raises LinkError or IdentityError."""
