@@ -186,7 +186,7 @@ class _Dnsd:
     def _hear_problems(self, problems: tuple[Problem, ...]) -> None:
         """Log each problem once while it lasts."""
         for problem in sorted(set(problems) - set(self._problems)):
-            _log.warning("service_without_lease", service=problem.service, error=problem.what)
+            _log.warning(problem.kind, service=problem.service, error=problem.what)
         self._problems = problems
         UNLEASED.set(len(problems))
 

@@ -122,10 +122,14 @@ class Change(msgspec.Struct, frozen=True):
     operations: tuple[TxnOp, ...]
 
 
+ProblemKind = Literal["pool_exhausted", "lease_unreadable", "service_not_served"]
+
+
 class Problem(msgspec.Struct, frozen=True, order=True):
     """A service that has no lease, or is not served, and what to do about it."""
 
     service: str
+    kind: ProblemKind
     what: str
 
 
@@ -189,9 +193,9 @@ class _Planner:
         homeless: list[Service] = []
         for name, service in sorted(self._view.services.items()):
             if service.problem is not None:
-                self._problems.append(Problem(name, service.problem))
+                self._problems.append(Problem(name, "service_not_served", service.problem))
             elif service_key(ServiceName(name)) in self._view.table.unreadable:
-                self._problems.append(Problem(name, UNREADABLE))
+                self._problems.append(Problem(name, "lease_unreadable", UNREADABLE))
             elif not self._keep(service):
                 homeless.append(service)
         newcomers = [service for service in homeless if not self._take_back(service)]
@@ -314,7 +318,7 @@ class _Planner:
             else:
                 free = next(rested, None)
                 if free is None:
-                    self._problems.append(Problem(name, self._exhausted()))
+                    self._problems.append(Problem(name, "pool_exhausted", self._exhausted()))
                     continue
                 address = free
             self._grant("moved" if name in self._leases else "granted", name, service.ports, address)

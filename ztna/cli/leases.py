@@ -69,7 +69,12 @@ def audit_(file: Path | None, address: str | None, as_json: bool) -> None:
     table = _read(file, address)
     broken = audit(table)
     if as_json:
-        report = {"leases": len(table.leases), "addresses": len(table.holdings), "broken": broken}
+        report = {
+            "ok": not broken,
+            "leases": len(table.leases),
+            "addresses": len(table.holdings),
+            "broken": broken,
+        }
         click.echo(json.dumps(report, indent=2))
     else:
         for line in broken:
