@@ -22,8 +22,8 @@ from aioquic.quic.connection import (
     QuicConnectionError,
     QuicConnectionId,
 )
-from aioquic.quic.packet import QuicErrorCode, QuicFrameType
-from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType
+from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -100,6 +100,7 @@ class Engine(QuicConnection):
         self._reset_key = reset_key
         self.held_bytes: dict[int, int] = {}
         self.oversized = 0
+        self._payload_probe = 0
         # aioquic draws random CIDs and tokens; ours must survive a restart and have bit 0x40 set.
         cid = new_cid()
         # RFC 9000 18.2: a client must not send this parameter, and None leaves it out.
@@ -160,6 +161,26 @@ class Engine(QuicConnection):
         """How many unidirectional streams wait until the peer allows more."""
         return len(self._streams_blocked_uni)
 
+    @property
+    def udp_payload(self) -> int:
+        """The largest UDP payload in bytes that is sent now."""
+        return self._max_datagram_size
+
+    def use_udp_payload(self, size: int) -> None:
+        """Send packets of at most this size from now on."""
+        self._max_datagram_size = size
+
+    def probe_udp_payload(self, size: int) -> None:
+        """Send one packet padded to the size; once it is acknowledged all may be as large (RFC 9000 14.3)."""
+        self._payload_probe = size
+
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        """Return the packets to send, a size probe among them when one was asked for."""
+        packets = super().datagrams_to_send(now)
+        if self._payload_probe and self._handshake_confirmed and self._close_event is None:
+            packets += self._send_payload_probe(now)
+        return packets
+
     def drop_oldest_datagram(self) -> None:
         """Give up the DATAGRAM that has waited longest."""
         self._datagrams_pending.popleft()
@@ -212,6 +233,31 @@ class Engine(QuicConnection):
             token = reset_token(self._reset_key, cid)
             self._host_cids.append(QuicConnectionId(cid, self._host_cid_seq, token))
             self._host_cid_seq += 1
+
+    def _send_payload_probe(self, now: float) -> list[tuple[bytes, Any]]:
+        size, self._payload_probe = self._payload_probe, 0
+        path, version = self._network_paths[0], self._version
+        # Lost, it counts as congestion like any packet (RFC 9000 14.4 would rather not): once a path, so be it.
+        if version is None or not path.is_validated:
+            return []
+        builder = QuicPacketBuilder(
+            host_cid=self.host_cid,
+            is_client=self._is_client,
+            max_datagram_size=size,
+            packet_number=self._packet_number,
+            peer_cid=self._peer_cid.cid,
+            spin_bit=self._spin_bit,
+            version=version,
+        )
+        builder.start_packet(QuicPacketType.ONE_RTT, self._cryptos[tls.Epoch.ONE_RTT])
+        builder.start_frame(QuicFrameType.PING, handler=self._on_payload_probe, handler_args=(size,))
+        padding = builder.start_frame(QuicFrameType.PADDING)
+        padding.push_bytes(bytes(builder.remaining_buffer_space))
+        return self._flush_builder(builder, network_path=path, peer_cid=self._peer_cid.cid, now=now)
+
+    def _on_payload_probe(self, delivery: QuicDeliveryState, size: int) -> None:
+        if delivery is QuicDeliveryState.ACKED:
+            self._max_datagram_size = max(self._max_datagram_size, size)
 
     def _write_datagram_frame(
         self, builder: QuicPacketBuilder, data: bytes, frame_type: QuicFrameType

@@ -15,7 +15,7 @@ from aioquic.quic.packet import QuicPacketType, pull_quic_header
 from tests.support.certificates import Pki
 from tests.support.hostile import HostileClient, HostileServer
 from tests.support.quic import ALPN, DEADLINE_SECONDS, Dialling, Listening, settings
-from ztna import quic
+from ztna import quic, quic_connection
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError, Refused
 from ztna.identity import Identity, require_relay
@@ -395,7 +395,7 @@ async def test_half_open_handshakes_are_capped_and_end(serve: Any, agent: Creden
         server.server.packets_received([(await first_packet(agent), ("127.0.0.1", 1))])
     assert server.server.half_open == 3
     assert refusals("half-open", Reason.LIMIT_REACHED) == 2
-    clock[0] += quic.HANDSHAKE_SECONDS + 1
+    clock[0] += quic_connection.HANDSHAKE_SECONDS + 1
     for connection in list(server.server._cids):
         connection._on_timer()
     server.server._flush()
@@ -484,10 +484,92 @@ async def test_a_stream_buffers_no_more_than_its_bound(serve: Any, dial: Any) ->
     server = serve()
     mine = await dial(server.address, where="unsent").connect()
     stream = mine.connection.open_stream()
-    assert not mine.connection.send_stream(stream, bytes(quic.STREAM_UNSENT_BYTES_MAX + 1))
-    assert mine.connection.send_stream(stream, bytes(quic.STREAM_UNSENT_BYTES_MAX))
+    assert not mine.connection.send_stream(stream, bytes(quic_connection.STREAM_UNSENT_BYTES_MAX + 1))
+    assert mine.connection.send_stream(stream, bytes(quic_connection.STREAM_UNSENT_BYTES_MAX))
     assert not mine.connection.send_stream(stream, b"x")
     assert drops("unsent", "stream_buffer_full") == 2
+
+
+async def test_a_larger_packet_is_used_once_the_path_carried_one(serve: Any, dial: Any) -> None:
+    server = serve(udp_payload=1200, udp_payload_probe=1350)
+    client = dial(server.address, udp_payload=1200)
+    mine = await client.connect()
+    assert mine.connection.datagram_limit == 1156
+    (theirs,) = server.server.connections
+    await soon(lambda: theirs.datagram_limit == 1306)
+    assert mine.connection.datagram_limit == 1156
+    theirs.restart_path()
+    assert theirs.datagram_limit == 1156
+    await soon(lambda: theirs.datagram_limit == 1306)
+    assert theirs.send_datagram(b"d" * 1306)
+    await mine.until(lambda: mine.datagrams)
+
+
+async def test_a_path_that_loses_large_packets_keeps_small_ones(serve: Any, dial: Any) -> None:
+    server = serve(udp_payload=1200, udp_payload_probe=1350, ping_interval_s=0.05)
+    lost: list[bytes] = []
+
+    class Narrow:
+        def send(self, packets: Sequence[tuple[bytes, Any]]) -> None:
+            lost.extend(data for data, _ in packets if len(data) > 1200)
+            server.socket.send([each for each in packets if len(each[0]) <= 1200])
+
+    server.server._path = Narrow()
+    mine = await dial(server.address, udp_payload=1200).connect()
+    (theirs,) = server.server.connections
+    await soon(lambda: len(lost) == quic_connection.PAYLOAD_PROBES)
+    assert {len(each) for each in lost} == {1350}
+    assert theirs.datagram_limit == 1156
+    assert theirs.send_datagram(b"d" * 1156)
+    await mine.until(lambda: mine.datagrams)
+
+
+async def test_what_breaks_the_engine_costs_that_peer_only(
+    monkeypatch: pytest.MonkeyPatch, serve: Any, dial: Any
+) -> None:
+    server = serve(more={"echo": True}, where="engine")
+    first, second, third = [await dial(server.address).connect() for _ in range(3)]
+    broken_in, broken_out, _ = server.server.connections
+
+    def broken(*_: Any) -> Any:
+        raise AssertionError("what a peer provoked")
+
+    monkeypatch.setattr(broken_in._engine, "receive_datagram", broken)
+    first.connection.send_datagram(b"x")
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert (await first.connection.closed)[0] == 0x01
+    monkeypatch.setattr(broken_out._engine, "datagrams_to_send", broken)
+    second.connection.send_datagram(b"x")
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await broken_out.closed == (0x01, "engine failed")
+    assert drops("engine", "malformed") == 2
+    third.connection.send_datagram(b"still served")
+    await third.until(lambda: third.datagrams)
+
+
+async def test_many_that_have_something_to_do_share_the_loop(
+    monkeypatch: pytest.MonkeyPatch, serve: Any, dial: Any
+) -> None:
+    monkeypatch.setattr(quic, "FLUSH_SLICE_CONNECTIONS", 1)
+    server = serve(more={"echo": True})
+    handlers = [await dial(server.address).connect() for _ in range(3)]
+    for connection in server.server.connections:
+        connection.send_datagram(b"to all")
+    for handler in handlers:
+        await handler.until(lambda heard=handler: heard.datagrams)
+
+
+async def test_only_a_genuine_packet_is_heard(serve: Any, dial: Any) -> None:
+    server = serve()
+    client = dial(server.address)
+    mine = await client.connect()
+    (theirs,) = server.server.connections
+    heard = theirs.heard_at
+    forged = b"\x40" + theirs._engine.local_cids[0] + bytes(60)
+    server.server.packets_received([(forged, client.socket.address)])
+    assert theirs.heard_at == heard
+    mine.connection.send_datagram(b"x")
+    await soon(lambda: theirs.heard_at > heard)
 
 
 # How it ends
