@@ -1,0 +1,212 @@
+"""The connector's registrations, on the embedded Consul and on real ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Address
+from typing import TypeVar
+
+from sidecar.connector.health import Verdict
+from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.registrar import Desired, Registrant
+from sidecar.connector.registration import Registrar
+from sidecar.connector.routes import RouteTable
+from tests.support.consul import ConsulUnderTest
+from ztna.catalog import Instance, Registration, TaggedAddress
+from ztna.config import Endpoint, RouteConfig
+from ztna.consul.client import ConsulClient
+from ztna.jsontypes import to_json
+from ztna.leases import Lease, service_key
+from ztna.names import ConnectorId, ServiceName
+from ztna.wire.control import Address
+
+WAIT_SECONDS = 20.0
+LINK = Address("127.0.0.1", 4435)
+LEASE = Lease(IPv4Address("10.100.0.2"), 7)
+
+Found = TypeVar("Found")
+
+
+class Connector:
+    """A registrar with verdicts and leases that the test sets."""
+
+    def __init__(self, client: ConsulClient, connector_id: str, *services: str) -> None:
+        routes = [
+            RouteConfig(service=ServiceName(each), backend=Endpoint("127.0.0.1", 1), port=80, weight=2)
+            for each in services
+        ]
+        self.table = RouteTable(routes)
+        self.verdicts: dict[str, Verdict] = dict.fromkeys(services, "critical")
+        self.leases: dict[str, Lease] = {}
+        self.since = asyncio.get_running_loop().time()
+        self.registrar = Registrar(
+            client, Registrant(ConnectorId(connector_id), LINK, 5.0, 60.0), self.desired
+        )
+
+    def desired(self) -> dict[ServiceName, Desired]:
+        return {
+            service: Desired(
+                routes,
+                self.verdicts[service],
+                self.since,
+                f"it is {self.verdicts[service]}",
+                self.leases.get(service),
+            )
+            for service, routes in self.table.services.items()
+        }
+
+    def turn(self, service: str, verdict: Verdict) -> None:
+        self.verdicts[service] = verdict
+        self.registrar.verdict_changed(ServiceName(service))
+
+
+@asynccontextmanager
+async def running(connector: Connector) -> AsyncIterator[Connector]:
+    task = asyncio.create_task(connector.registrar.run())
+    try:
+        yield connector
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(
+    read: Callable[[], Awaitable[Found]], holds: Callable[[Found], bool], within_s: float = WAIT_SECONDS
+) -> Found:
+    """Read until it holds: Consul's catalog follows its agent by itself, in its own time."""
+    found = await read()
+    try:
+        async with asyncio.timeout(within_s):
+            while not holds(found):
+                await asyncio.sleep(0.02)
+                found = await read()
+    except TimeoutError:
+        raise AssertionError(f"still {found!r} after {within_s} s") from None
+    return found
+
+
+def status_of(found: tuple[Instance, ...]) -> list[str]:
+    return [each.status for each in found]
+
+
+async def test_registers_reports_and_leaves(consul: ConsulUnderTest, unique: str) -> None:
+    web = f"web-{unique}"
+    async with ConsulClient(consul.config()) as client:
+        connector = Connector(client, "c1", web)
+
+        async def instances() -> tuple[Instance, ...]:
+            return await client.service_instances(web)
+
+        async with running(connector):
+            async with asyncio.timeout(WAIT_SECONDS):
+                await connector.registrar.complete.wait()
+            (instance,) = await until(instances, lambda found: status_of(found) == ["critical"])
+            assert instance.instance_id == f"{web}@c1"
+            assert (instance.address, instance.port, instance.tags) == ("127.0.0.1", 4435, ("ztna",))
+            assert instance.meta == {"ztna-connector": "c1", "ztna-ports": "tcp:80"}
+            assert instance.weight == 0 and instance.weight_passing == 2
+            connector.turn(web, "passing")
+            await until(instances, lambda found: status_of(found) == ["passing"], within_s=2.0)
+            connector.turn(web, "critical")
+            await until(instances, lambda found: status_of(found) == ["critical"], within_s=2.0)
+            connector.leases[web] = LEASE
+            connector.registrar.lease_changed()
+            await until(
+                instances,
+                lambda found: found[0].tagged_addresses.get("virtual") == TaggedAddress("10.100.0.2", 80),
+            )
+            assert status_of(await instances()) == ["critical"]
+        await connector.registrar.leave()
+        await until(instances, lambda found: found == ())
+
+
+async def test_registers_again_what_is_lost_and_removes_what_it_left(
+    consul: ConsulUnderTest, unique: str
+) -> None:
+    web, old, other = f"web-{unique}", f"old-{unique}", f"other-{unique}"
+    async with ConsulClient(consul.config()) as client:
+        for service, connector_id in ((old, "c2"), (other, "c3")):
+            await client.register_service(
+                Registration(
+                    service=service,
+                    instance_id=f"{service}@{connector_id}",
+                    address="127.0.0.1",
+                    port=1,
+                    meta={"ztna-connector": connector_id},
+                )
+            )
+        connector = Connector(client, "c2", web)
+        connector.verdicts[web] = "passing"
+
+        async def known() -> set[str]:
+            return {each for each in await client.agent_services() if unique in each}
+
+        async with running(connector):
+            await until(known, lambda found: found == {f"{web}@c2", f"{other}@c3"})
+            # As after a reaping, or in a Consul that was wiped: the next report finds the check unknown.
+            await client.deregister_service(f"{web}@c2")
+            await until(known, lambda found: f"{web}@c2" in found)
+
+            async def status() -> list[str]:
+                return status_of(await client.service_instances(web))
+
+            await until(status, lambda found: found == ["passing"])
+        await connector.registrar.leave()
+        assert await known() == {f"{other}@c3"}
+        await client.deregister_service(f"{other}@c3")
+
+
+async def test_survives_a_consul_that_stops(own_consul: ConsulUnderTest, unique: str) -> None:
+    web = f"web-{unique}"
+    async with ConsulClient(own_consul.config()) as client:
+        connector = Connector(client, "c4", web)
+
+        async def status() -> list[str]:
+            return status_of(await client.service_instances(web))
+
+        async with running(connector):
+            await until(status, lambda found: found == ["critical"])
+            await asyncio.to_thread(own_consul.stop)
+            connector.turn(web, "passing")
+            async with asyncio.timeout(WAIT_SECONDS):
+                while connector.registrar.problem is None:
+                    await asyncio.sleep(0.02)
+            await asyncio.to_thread(own_consul.start)
+
+            async def back() -> list[str]:
+                return [] if connector.registrar.problem else await status()
+
+            await until(back, lambda found: found == ["passing"], within_s=2 * WAIT_SECONDS)
+
+
+async def test_the_lease_book_learns_and_reads_again(consul: ConsulUnderTest, unique: str) -> None:
+    web, foreign = ServiceName(f"web-{unique}"), ServiceName(f"foreign-{unique}")
+    changes: list[tuple[ServiceName, Lease]] = []
+    newer = Lease(IPv4Address("10.100.0.3"), 8)
+    async with ConsulClient(consul.config()) as client:
+        book = LeaseBook(client, {web}, lambda service, lease: changes.append((service, lease)))
+        # Without the watch: what is read again is read from Consul itself.
+        assert await book.read_again(web, 7) is None
+        await client.kv_put(service_key(web), to_json(LEASE))
+        first, second = await asyncio.gather(book.read_again(web, 7), book.read_again(web, 7))
+        assert first == second == LEASE
+        task = asyncio.create_task(book.watch.run())
+        try:
+            await client.kv_put(service_key(foreign), to_json(newer))
+            await client.kv_put(service_key(web), b"not a lease")
+            await client.kv_put(service_key(web), to_json(newer))
+            async with asyncio.timeout(WAIT_SECONDS):
+                while book.lease(web) != newer:
+                    await asyncio.sleep(0.02)
+            assert changes == [(web, LEASE), (web, newer)]
+            assert book.lease(foreign) is None
+            # One that vanishes, or an older one, changes nothing.
+            await client.kv_put(service_key(web), to_json(LEASE))
+            await client.kv_delete(service_key(web))
+            assert await book.read_again(web, 9) == newer
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await client.kv_delete(service_key(foreign))

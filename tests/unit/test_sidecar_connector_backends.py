@@ -1,0 +1,304 @@
+"""Backends on loopback: dialling, checks, and one UDP socket for every flow."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
+
+import pytest
+import uvloop
+
+from sidecar.connector.backends import Prober, UdpFlows, dial_tcp
+from sidecar.connector.flows import FlowKey, SessionKey
+from sidecar.connector.health import Outcome
+from sidecar.connector.routes import Route, RouteTable
+from sidecar.link.stream import FlowRefused
+from ztna.config import CheckConfig, Endpoint, RouteConfig
+from ztna.errors import Refused
+from ztna.names import ServiceName, SessionId
+from ztna.packet import PROTOCOL_ICMP, PROTOCOL_UDP, Packet, build_udp, parse
+from ztna.reasons import Reason
+from ztna.wire.stream import OpenStatus
+
+WAIT_SECONDS = 10.0
+VIP, VIP_PORT = "10.100.0.2", 53
+ANN: SessionKey = (("relay-1", 1), SessionId("a" * 16))
+BOB: SessionKey = (("relay-1", 1), SessionId("b" * 16))
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    return uvloop.EventLoopPolicy() if request.param == "uvloop" else asyncio.DefaultEventLoopPolicy()
+
+
+@pytest.fixture
+def closed_tcp() -> Iterator[Endpoint]:
+    """A port that is held but where nobody listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield Endpoint(*sock.getsockname())
+
+
+def closed_udp_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def route(backend: Endpoint, protocol: str = "tcp", **check: object) -> Route:
+    config = RouteConfig(
+        service=ServiceName("web"),
+        backend=backend,
+        port=80,
+        protocol=protocol,  # type: ignore[arg-type]
+        check=CheckConfig(**check),  # type: ignore[arg-type]
+    )
+    return RouteTable([config]).services[ServiceName("web")].routes[0]
+
+
+async def probe(checked: Route) -> Outcome:
+    prober = Prober()
+    try:
+        return await prober.probe(checked)
+    finally:
+        await prober.close()
+
+
+@asynccontextmanager
+async def http_server(status: str) -> AsyncIterator[Endpoint]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        assert request.startswith(b"GET /health HTTP/1.1")
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nLocation: /\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield Endpoint(*server.sockets[0].getsockname())
+
+
+async def test_dials() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        sock = await dial_tcp(Endpoint("localhost", server.getsockname()[1]), 5.0)
+        assert not sock.getblocking()
+        assert sock.getpeername() == server.getsockname()
+        sock.close()
+
+
+async def test_a_failed_dial_says_why(closed_tcp: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    for endpoint, status in (
+        (closed_tcp, OpenStatus.REFUSED),
+        (Endpoint("no-such-host.invalid", 1), OpenStatus.UNREACHABLE),
+        (Endpoint("255.255.255.255", 1), OpenStatus.UNREACHABLE),
+    ):
+        with pytest.raises(FlowRefused) as refused:
+            await dial_tcp(endpoint, 5.0)
+        assert refused.value.status is status
+    # A full backlog answers no SYN: the dial runs into its time.
+    with closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        address = server.getsockname()
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        with pytest.raises(FlowRefused) as refused:
+            await dial_tcp(Endpoint(*address), 0.3)
+        assert refused.value.status is OpenStatus.TIMED_OUT
+        for filler in fillers:
+            filler.close()
+
+
+async def test_tcp_check(closed_tcp: Endpoint) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        assert (await probe(route(Endpoint(*server.getsockname())))).ok
+    outcome = await probe(route(closed_tcp))
+    assert not outcome.ok and str(closed_tcp) in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("status", "ok"), [("200 OK", True), ("204 No Content", True), ("302 Found", False), ("500 Oops", False)]
+)
+async def test_http_check(status: str, ok: bool) -> None:
+    async with http_server(status) as backend:
+        outcome = await probe(route(backend, kind="http", path="/health"))
+        assert (outcome.ok, outcome.output) == (ok, f"GET /health: {status[:3]}")
+
+
+async def test_http_check_of_silence() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        outcome = await probe(route(Endpoint(*server.getsockname()), kind="http", timeout_s=0.2))
+        assert not outcome.ok and "no answer in 0.2 s" in outcome.output
+
+
+async def test_udp_check() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as backend:
+        backend.bind(("127.0.0.1", 0))
+        assert (await probe(route(Endpoint(*backend.getsockname()), "udp"))).ok
+    outcome = await probe(route(Endpoint("127.0.0.1", closed_udp_port()), "udp"))
+    assert not outcome.ok
+
+
+async def test_no_check_passes(closed_tcp: Endpoint) -> None:
+    assert (await probe(route(closed_tcp, kind="none"))).ok
+
+
+# UDP flows
+
+
+def key(session: SessionKey, source_port: int = 40_000) -> FlowKey:
+    return FlowKey(session, PROTOCOL_UDP, "127.0.0.1", source_port, VIP, VIP_PORT)
+
+
+class Agent:
+    """Sends datagrams in one session and keeps what comes back."""
+
+    def __init__(self, flows: UdpFlows, session: SessionKey, backend: tuple[str, int]) -> None:
+        self.replies: asyncio.Queue[Packet] = asyncio.Queue()
+        self._flows = flows
+        self._session = session
+        self._backend = backend
+
+    def send(self, payload: bytes, source_port: int = 40_000) -> bytes:
+        packet = build_udp("127.0.0.1", source_port, VIP, VIP_PORT, payload)
+        own = key(self._session, source_port)
+        if not self._flows.send(own, payload, packet):
+            self._flows.open(
+                own, self._session[1], self._backend, packet=packet, idle_s=60.0, reply=self._reply
+            )
+            self._flows.send(own, payload, packet)
+        return packet
+
+    async def reply(self) -> Packet:
+        async with asyncio.timeout(WAIT_SECONDS):
+            return await self.replies.get()
+
+    def _reply(self, packet: bytes) -> None:
+        self.replies.put_nowait(parse(packet))
+
+
+@pytest.fixture
+async def flows() -> AsyncIterator[UdpFlows]:
+    made = UdpFlows(per_agent=10, total=20)
+    yield made
+    made.close()
+
+
+@asynccontextmanager
+async def udp_echo() -> AsyncIterator[tuple[tuple[str, int], list[tuple[str, int]]]]:
+    """Echo with the asker's address recorded."""
+    seen: list[tuple[str, int]] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.bind(("127.0.0.1", 0))
+
+        def readable() -> None:
+            payload, address = sock.recvfrom(65_535)
+            seen.append(address)
+            sock.sendto(payload, address)
+
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sock.fileno(), readable)
+        try:
+            yield sock.getsockname(), seen
+        finally:
+            loop.remove_reader(sock.fileno())
+
+
+async def test_the_same_tuple_of_two_agents_never_crosses(flows: UdpFlows) -> None:
+    async with udp_echo() as (backend, seen):
+        ann, bob = Agent(flows, ANN, backend), Agent(flows, BOB, backend)
+        for number in range(200):
+            ann.send(b"ann %d" % number)
+            bob.send(b"bob %d" % number)
+            assert (await ann.reply()).payload == b"ann %d" % number
+            assert (await bob.reply()).payload == b"bob %d" % number
+        assert len(set(seen)) == len(flows) == 2
+        assert ann.replies.empty() and bob.replies.empty()
+
+
+async def test_a_reply_comes_from_the_virtual_address(flows: UdpFlows) -> None:
+    async with udp_echo() as (backend, _seen):
+        ann = Agent(flows, ANN, backend)
+        ann.send(b"hello")
+        reply = await ann.reply()
+        assert (reply.source, reply.source_port) == (VIP, VIP_PORT)
+        assert (reply.destination, reply.destination_port) == ("127.0.0.1", 40_000)
+
+
+async def test_nobody_but_the_backend_can_answer(flows: UdpFlows) -> None:
+    async with udp_echo() as (backend, seen):
+        ann = Agent(flows, ANN, backend)
+        ann.send(b"first")
+        await ann.reply()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            stranger.sendto(b"forged", seen[0])
+        ann.send(b"second")
+        assert (await ann.reply()).payload == b"second"
+        assert ann.replies.empty()
+
+
+async def test_a_closed_port_comes_back_as_an_icmp_error(flows: UdpFlows) -> None:
+    ann = Agent(flows, ANN, ("127.0.0.1", closed_udp_port()))
+    for _ in range(3):
+        sent = ann.send(b"anybody?")
+        error = await ann.reply()
+        assert (error.protocol, error.icmp_type, error.icmp_code) == (PROTOCOL_ICMP, 3, 3)
+        assert (error.source, error.destination) == (VIP, "127.0.0.1")
+        assert sent.startswith(error.payload[:28])
+    assert len(flows) == 1
+
+
+async def test_a_flow_survives_a_backend_that_comes_later(flows: UdpFlows) -> None:
+    port = closed_udp_port()
+    ann = Agent(flows, ANN, ("127.0.0.1", port))
+    ann.send(b"too early")
+    await ann.reply()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as backend:
+        backend.bind(("127.0.0.1", port))
+        backend.settimeout(WAIT_SECONDS)
+        ann.send(b"now")
+        payload, address = backend.recvfrom(100)
+        backend.sendto(payload, address)
+        assert (await ann.reply()).payload == b"now"
+
+
+async def test_a_datagram_too_big_for_the_way_says_so(flows: UdpFlows) -> None:
+    async with udp_echo() as (backend, _seen):
+        ann = Agent(flows, ANN, backend)
+        sent = build_udp("127.0.0.1", 40_000, VIP, VIP_PORT, b"small")
+        flows.open(key(ANN), ANN[1], backend, packet=sent, idle_s=60.0, reply=ann._reply)
+        # More than any UDP datagram: the kernel says EMSGSIZE as it does for a small path MTU.
+        flows.send(key(ANN), bytes(65_530), sent)
+        error = await ann.reply()
+        assert (error.icmp_type, error.icmp_code) == (3, 4)
+
+
+async def test_no_route_to_the_backend_is_an_icmp_error(flows: UdpFlows) -> None:
+    ann = Agent(flows, ANN, ("255.255.255.255", 53))
+    packet = build_udp("127.0.0.1", 40_000, VIP, VIP_PORT, b"x")
+    flows.open(key(ANN), ANN[1], ("255.255.255.255", 53), packet=packet, idle_s=1.0, reply=ann._reply)
+    assert (await ann.reply()).icmp_type == 3
+    assert len(flows) == 0
+
+
+async def test_limits_and_ends(flows: UdpFlows) -> None:
+    async with udp_echo() as (backend, seen):
+        ann, bob = Agent(flows, ANN, backend), Agent(flows, BOB, backend)
+        for port in range(1, 12):
+            ann.send(b"x", port)
+            await ann.reply()
+        assert len(flows) == 10 and len(set(seen)) == 11
+        for port in range(1, 11):
+            bob.send(b"x", port)
+        with pytest.raises(Refused) as refused:
+            Agent(flows, (("relay-2", 2), SessionId("c" * 16)), backend).send(b"x")
+        assert refused.value.reason is Reason.LIMIT_REACHED
+        flows.end_session(ANN)
+        assert len(flows) == 10
+        assert not flows.send(key(ANN, 5), b"x", b"")
+        flows.expire()
+        assert len(flows) == 10
