@@ -111,6 +111,8 @@ class Registry(msgspec.Struct):
     checks_index: int = 10
     index_of: dict[str, int] = {}
     extinction_index: int = 0
+    ids_of: dict[str, list[str]] = {}
+    check_ids_of: dict[str, list[str]] = {}
 
     def register(self, sent: Json, now: float, *, replace_checks: bool = False) -> None:
         """Register or replace a service of the JSON that was sent, with its checks."""
@@ -127,6 +129,8 @@ class Registry(msgspec.Struct):
                 (known.create_index, index) if known is not None else (index, index)
             )
             self.services[service.id] = service
+            if known is None:
+                self.ids_of.setdefault(service.name, []).append(service.id)
         for check in checks:
             self._add_check(check, now)
         if replace_checks:
@@ -158,13 +162,11 @@ class Registry(msgspec.Struct):
 
     def checks_of(self, service_id: str) -> list[Check]:
         """Return a service's checks, by id."""
-        return [
-            self.checks[each] for each in sorted(self.checks) if self.checks[each].service_id == service_id
-        ]
+        return [self.checks[each] for each in sorted(self.check_ids_of.get(service_id, ()))]
 
     def named(self, name: str) -> list[Service]:
         """Return the instances of a service, by id."""
-        return [self.services[each] for each in sorted(self.services) if self.services[each].name == name]
+        return [self.services[each] for each in sorted(self.ids_of.get(name, ()))]
 
     def service_index(self, name: str) -> int:
         """Return the index to block on for one service; a missing one may wake for others' sake."""
@@ -211,7 +213,9 @@ class Registry(msgspec.Struct):
             if msgspec.structs.replace(check, expires_at=known.expires_at) == known:
                 known.expires_at = check.expires_at
                 return
+        self._forget_check(check.check_id)
         self.checks[check.check_id] = check
+        self.check_ids_of.setdefault(check.service_id, []).append(check.check_id)
         index = self._touch_checks(check)
         check.create_index = check.create_index or index
 
@@ -235,18 +239,24 @@ class Registry(msgspec.Struct):
         self.services_index = self.index_of[name] = index
         return index
 
+    def _forget_check(self, check_id: str) -> None:
+        if (known := self.checks.pop(check_id, None)) is not None:
+            self.check_ids_of[known.service_id].remove(check_id)
+
     def _drop_check(self, check: Check) -> None:
-        del self.checks[check.check_id]
+        self._forget_check(check.check_id)
         self.checks_index = self.clock.next()
         self.index_of[self.services[check.service_id].name] = self.checks_index
 
     def _drop(self, service_id: str) -> None:
         for check in self.checks_of(service_id):
             self._drop_check(check)
+        self.check_ids_of.pop(service_id, None)
         gone = self.services.pop(service_id)
         index = self._touch_services(gone.name)
-        if not self.named(gone.name):
-            del self.index_of[gone.name]
+        self.ids_of[gone.name].remove(service_id)
+        if not self.ids_of[gone.name]:
+            del self.index_of[gone.name], self.ids_of[gone.name]
             self.extinction_index = index
 
 

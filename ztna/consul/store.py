@@ -128,7 +128,7 @@ class Store(msgspec.Struct):
 
     def under(self, prefix: str) -> list[Entry]:
         """Return the pairs that begin with the prefix, in key order."""
-        return [self.entries[key] for key in sorted(self.entries) if key.startswith(prefix)]
+        return [self.entries[key] for key in sorted(key for key in self.entries if key.startswith(prefix))]
 
     def prefix_index(self, prefix: str) -> int:
         """Return the index to block on for a prefix: its newest write or delete, else the whole table's."""
