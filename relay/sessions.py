@@ -395,7 +395,7 @@ class Sessions:
                 self._send(session.connector, message, out)
             case control.CandidateAnswer():
                 self._answered(session, message, out)
-            case control.PunchingResult():
+            case _:
                 other = session.connector if peer.key == session.agent else session.agent
                 self._send(other, message, out)
 

@@ -43,6 +43,7 @@ KEEPALIVE_INTERVAL_SECONDS = 2
 KEEPALIVE_PROBES = 3
 
 _EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_GONE = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 _SPLICE_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _ABORT = struct.pack("ii", 1, 0)
 _WOULD_BLOCK = -1
@@ -269,11 +270,10 @@ class Splicer:
                 self._read_head(dialled, event)
 
     def _read_head(self, dialled: _Dialled, event: int) -> None:
-        if event & (select.EPOLLHUP | select.EPOLLERR):
-            self._drop(dialled, "malformed" if dialled.session is None else "no_connector")
-            return
         if dialled.session is not None:
             # It waits for its connector and was told to say nothing before `bound`: left in the kernel.
+            if event & _GONE:
+                self._drop(dialled, "no_connector")
             return
         while (missing := wire.DIAL_IN_BYTES - len(dialled.head)) > 0:
             try:

@@ -1,0 +1,165 @@
+"""The forwarder's table, packet by packet."""
+
+from __future__ import annotations
+
+import pytest
+
+from relay.links import CHALLENGES_PER_SECOND, LINK_IDLE_SECONDS, NONCE_SECONDS, LinkTable, address_of
+from ztna.jsontypes import Secret
+from ztna.udp import encode_address
+from ztna.wire import forwarder as wire
+from ztna.wire.control import Address
+
+A, C, THIEF = (encode_address((f"192.0.2.{n}", 1000 + n)) for n in (1, 2, 3))
+IDS = {A: b"a" * 16, C: b"c" * 16}
+SECRETS = {A: Secret(b"s" * 32), C: Secret(b"t" * 32)}
+NOW = 10_000.0
+QUIC = b"\x40sealed"
+
+
+@pytest.fixture
+def table() -> LinkTable:
+    table = LinkTable(Secret(b"n" * 32))
+    table.add("link", (IDS[A], SECRETS[A]), (IDS[C], SECRETS[C]))
+    return table
+
+
+def bind(who: bytes, nonce: bytes | None = None, secret: bytes | None = None) -> bytes:
+    mac = wire.NO_MAC if nonce is None else wire.bind_mac(secret or SECRETS[who], nonce)
+    return wire.encode(wire.Bind(IDS[who], mac))
+
+
+def challenge(table: LinkTable, who: bytes, source: bytes, now: float = NOW) -> bytes:
+    ((data, to),) = table.handle([(bind(who), source)], now)
+    answer = wire.decode(data)
+    assert to == source and isinstance(answer, wire.Challenge) and len(data) < len(bind(who))
+    return answer.nonce
+
+
+def bound(table: LinkTable, who: bytes, source: bytes | None = None, now: float = NOW) -> bytes:
+    """Bind, and return the packet that did it."""
+    source = source or who
+    packet = bind(who, challenge(table, who, source, now))
+    ((data, to),) = table.handle([(packet, source)], now)
+    answer = wire.decode(data)
+    assert to == source and isinstance(answer, wire.Bound) and answer.address == address_of(source)
+    return packet
+
+
+def test_packets_go_to_the_other_side_once_both_are_bound(table: LinkTable) -> None:
+    assert table.handle([(QUIC, A)], NOW) == []
+    bound(table, A)
+    assert table.handle([(QUIC, A)], NOW) == []
+    bound(table, C)
+    assert table.handle([(QUIC, A), (b"\xc0long", C), (QUIC, THIEF)], NOW) == [(QUIC, C), (b"\xc0long", A)]
+    assert table.drops == {"unknown_source": 2, "unbound_peer": 1}
+    assert table.links()["link"].agent.bytes == len(QUIC)
+    assert (len(table), table.bound) == (1, 2)
+
+
+def test_without_the_secret_nothing_is_bound(table: LinkTable) -> None:
+    nonce = challenge(table, A, THIEF)
+    ((data, _),) = table.handle([(bind(A, nonce, secret=bytes(32)), THIEF)], NOW)
+    assert isinstance(wire.decode(data), wire.Challenge)
+    assert table.bound == 0
+
+
+def test_a_bind_counts_only_from_where_it_was_challenged(table: LinkTable) -> None:
+    packet = bound(table, A)
+    ((data, _),) = table.handle([(packet, THIEF)], NOW)
+    assert isinstance(wire.decode(data), wire.Challenge)
+    assert table.links()["link"].agent.address == A
+
+
+def test_a_bind_is_void_after_two_periods(table: LinkTable) -> None:
+    packet = bind(A, challenge(table, A, A))
+    for later, kind in ((NONCE_SECONDS, wire.Bound), (3 * NONCE_SECONDS, wire.Challenge)):
+        ((data, _),) = table.handle([(packet, A)], NOW + later)
+        assert isinstance(wire.decode(data), kind)
+
+
+def test_a_valid_bind_from_a_new_address_moves_the_side(table: LinkTable) -> None:
+    first = bound(table, A)
+    bound(table, C)
+    moved = encode_address(("192.0.2.99", 9))
+    bound(table, A, moved)
+    assert table.handle([(QUIC, A), (QUIC, moved), (QUIC, C)], NOW) == [(QUIC, C), (QUIC, moved)]
+    # Caught before the move and played back with a forged source, it does not move the side back.
+    ((data, _),) = table.handle([(first, A)], NOW)
+    assert isinstance(wire.decode(data), wire.Challenge)
+    assert table.links()["link"].agent.address == moved
+
+
+def test_repeats_from_where_it_is_bound_keep_the_binding(table: LinkTable) -> None:
+    packet = bound(table, A)
+    for _ in range(3):
+        ((data, _),) = table.handle([(packet, A)], NOW)
+        assert isinstance(wire.decode(data), wire.Bound)
+
+
+def test_an_address_is_one_side_of_one_link(table: LinkTable) -> None:
+    bound(table, A)
+    bound(table, C, A)
+    link = table.links()["link"]
+    assert (link.agent.address, link.connector.address, table.bound) == (None, A, 1)
+    assert table.handle([(QUIC, A)], NOW) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "unknown_source"),
+        (b"\0", "unknown_source"),
+        (wire.BIND + bytes(5), "malformed"),
+        (wire.BIND + bytes(33), "malformed"),
+        (wire.encode(wire.Bind(bytes(16), wire.NO_MAC)), "unknown_bind"),
+        (wire.probe(b"k", bytes(12)), "unknown_source"),
+    ],
+)
+def test_whatever_else_an_unknown_source_sends_is_not_answered(
+    table: LinkTable, data: bytes, why: str
+) -> None:
+    assert table.handle([(data, THIEF)], NOW) == []
+    assert table.drops == {why: 1}
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", wire.encode(wire.Challenge(bytes(8)))])
+def test_garbage_from_a_bound_source_is_dropped(table: LinkTable, data: bytes) -> None:
+    bound(table, A)
+    assert table.handle([(data, A)], NOW) == []
+    assert table.drops == {"malformed": 1}
+
+
+def test_challenges_are_limited_for_each_bind_id(table: LinkTable) -> None:
+    flood = [(bind(A), THIEF)] * (CHALLENGES_PER_SECOND + 5)
+    assert len(table.handle(flood, NOW)) == CHALLENGES_PER_SECOND
+    assert table.drops == {"rate": 5}
+    assert len(table.handle([(bind(C), THIEF)], NOW)) == 1
+    assert len(table.handle(flood, NOW + 1)) == CHALLENGES_PER_SECOND
+
+
+def test_a_removed_link_passes_nothing_on(table: LinkTable) -> None:
+    packet = bound(table, A)
+    bound(table, C)
+    table.remove("link")
+    table.remove("link")
+    assert table.handle([(QUIC, A), (QUIC, C), (packet, A)], NOW) == []
+    assert (len(table), table.bound) == (0, 0)
+
+
+def test_an_idle_link_is_unbound_and_may_bind_again(table: LinkTable) -> None:
+    bound(table, A)
+    bound(table, C)
+    table.handle([(QUIC, A)], NOW)
+    table.sweep(NOW + 50)
+    table.sweep(NOW + 50 + LINK_IDLE_SECONDS - 1)
+    assert table.bound == 2, "one side's packets keep the link"
+    table.sweep(NOW + 50 + LINK_IDLE_SECONDS)
+    assert table.bound == 0
+    bound(table, A, now=NOW + 200)
+    assert table.bound == 1
+
+
+@pytest.mark.parametrize("address", [Address("192.0.2.1", 53), Address("2001:db8::1", 65535)])
+def test_addresses_are_read_from_kernel_bytes(address: Address) -> None:
+    assert address_of(encode_address((address.ip, address.port))) == address

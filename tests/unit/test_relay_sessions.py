@@ -1,0 +1,612 @@
+"""Who opens, who serves, and whose messages count: events in, commands out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import TypeVar
+
+import pytest
+
+from relay import sessions as module
+from relay.commands import (
+    AddLink,
+    AdmitAgent,
+    AdmitConnector,
+    Command,
+    Disconnect,
+    EndSession,
+    Event,
+    Refusal,
+    RemoveLink,
+    Send,
+)
+from relay.policy import Route, SrvEntry, SrvTable
+from relay.sessions import ACCEPT_SECONDS, PARK_SECONDS, WITHDRAWN_SECONDS, Sessions
+from tests.support.identities import identity
+from ztna.errors import ProtocolError
+from ztna.names import ConnectorId, ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire import control
+from ztna.wire.control import Address
+
+WEB, DB = ServiceName("web"), ServiceName("db")
+ALICE, BOB, X, Y = 1, 2, 3, 4
+HERE = Address("192.0.2.10", 4434)
+CANDIDATE = Address("192.0.2.77", 7)
+HOLD_S = 60.0
+T = TypeVar("T")
+
+
+class World:
+    """Sessions with a clock, and what each connection was sent."""
+
+    def __init__(self, per_identity: int = 10, total: int = 100) -> None:
+        numbers = itertools.count(1)
+        self.sessions = Sessions(per_identity, total, lambda n: next(numbers).to_bytes(n))
+        self.now = 100.0
+        self.requests = itertools.count(1)
+        self.inbox: dict[int, list[control.AnyMessage]] = {}
+        self.commands: list[Command] = []
+        self.routes: dict[ServiceName, tuple[Route, ...]] = {}
+
+    def do(self, commands: Iterable[Command]) -> list[Command]:
+        commands = list(commands)
+        self.commands += commands
+        for command in commands:
+            if isinstance(command, Send | AdmitAgent | AdmitConnector):
+                self.inbox.setdefault(command.to, []).append(command.message)
+        return commands
+
+    def join(self, key: int, hello: bool = True, expires_at: float = 1e9, **grants: object) -> None:
+        name = grants.pop("name", f"peer-{key}")
+        self.do(self.sessions.connected(key, identity(str(name), **grants), HERE, expires_at))  # type: ignore[arg-type]
+        if hello:
+            self.say(key, control.Hello())
+
+    def agent(self, key: int = ALICE, *services: str, **more: object) -> None:
+        self.join(key, agent=services or ("web", "db"), **more)
+
+    def connector(self, key: int = X, id_name: str = "con-x", *services: str, **more: object) -> None:
+        self.join(key, connector=services or ("web",), id_name=id_name, **more)
+        self.register(key, id_name, *services)
+
+    def register(self, key: int, connector_id: str, *services: str) -> list[Command]:
+        offerings = tuple(control.Offering(ServiceName(each)) for each in services or ("web",))
+        return self.say(key, control.Register(ConnectorId(connector_id), offerings, CANDIDATE))
+
+    def srv(self, service: ServiceName, *connectors: str, fresh_s_ago: float = 0.0) -> list[Command]:
+        """Let DNS name these connectors, the first with the lowest priority."""
+        self.routes[service] = tuple(Route(n, 1, ConnectorId(each)) for n, each in enumerate(connectors))
+        return self.table(fresh_s_ago)
+
+    def table(self, fresh_s_ago: float = 0.0) -> list[Command]:
+        entries = {service: SrvEntry(routes, self.now) for service, routes in self.routes.items()}
+        return self.do(
+            self.sessions.policy_changed(SrvTable(entries, self.now - fresh_s_ago, HOLD_S), self.now)
+        )
+
+    def say(self, key: int, message: control.AnyMessage) -> list[Command]:
+        return self.do(self.sessions.message(key, message, self.now))
+
+    def tick(self, later: float = 0.0) -> list[Command]:
+        self.now += later
+        return self.do(self.sessions.tick(self.now))
+
+    def take(self, key: int, kind: type[T]) -> T:
+        """Take the oldest message of the type that a connection was sent."""
+        found = [each for each in self.inbox.get(key, []) if isinstance(each, kind)]
+        assert found, f"{key} was sent no {kind.__name__}: {self.inbox.get(key)}"
+        self.inbox[key].remove(found[0])  # type: ignore[arg-type]
+        return found[0]
+
+    def quiet(self, *keys: int) -> bool:
+        return not [
+            each for key in keys for each in self.inbox.get(key, []) if not isinstance(each, control.Health)
+        ]
+
+    def open(self, key: int = ALICE, service: ServiceName = WEB, wanted: str | None = None) -> int:
+        request = next(self.requests)
+        connector_id = ConnectorId(wanted) if wanted else None
+        self.say(key, control.Open(request, service, connector_id=connector_id))
+        return request
+
+    def opened(self, agent: int = ALICE, connector: int = X) -> SessionId:
+        """Open a session all the way."""
+        self.open(agent)
+        offered = self.take(connector, control.Offered)
+        self.say(connector, control.Accepted(offered.session))
+        assert self.take(agent, control.Opened).session == offered.session
+        return offered.session
+
+    def denied(self, key: int = ALICE) -> Reason:
+        return self.take(key, control.Denied).reason
+
+    def refusals(self) -> list[Reason]:
+        found = [each.reason for each in self.commands if isinstance(each, Refusal)]
+        self.commands.clear()
+        return found
+
+    def settle(self) -> None:
+        """Forget what was said so far."""
+        self.inbox.clear()
+        self.commands.clear()
+
+
+@pytest.fixture
+def world() -> World:
+    """Alice and Bob may use web; con-x and con-y serve it, con-x by preference."""
+    world = World()
+    world.agent(ALICE)
+    world.agent(BOB)
+    world.connector(X, "con-x")
+    world.connector(Y, "con-y")
+    world.srv(WEB, "con-x", "con-y")
+    world.settle()
+    return world
+
+
+# Hello.
+
+
+def test_hello_comes_first_and_once() -> None:
+    world = World()
+    world.join(ALICE, hello=False, agent=["web"])
+    with pytest.raises(ProtocolError, match="hello first"):
+        world.say(ALICE, control.Open(1, WEB))
+    with pytest.raises(ProtocolError, match="version 1"):
+        world.say(ALICE, control.Hello(version=1))
+    world.say(ALICE, control.Hello())
+    assert world.take(ALICE, control.Hello).version == 2
+    with pytest.raises(ProtocolError):
+        world.say(ALICE, control.Hello())
+
+
+def test_what_only_a_relay_sends_is_a_protocol_error(world: World) -> None:
+    with pytest.raises(ProtocolError, match="registered"):
+        world.say(X, control.Registered(WEB))
+
+
+def test_a_type_that_a_peer_does_not_know_is_not_sent(world: World) -> None:
+    world.join(9, hello=False, agent=["web"])
+    world.say(9, control.Hello(features=frozenset({"open"})))
+    world.open(9)
+    world.say(X, control.Accepted(world.take(X, control.Offered).session))
+    assert [type(each) for each in world.inbox[9]] == [control.Hello]
+
+
+# Registering.
+
+
+def test_registration_is_bounded_by_the_certificate(world: World) -> None:
+    world.register(X, "con-x", "db")
+    assert world.take(X, control.Refused).reason is Reason.NO_GRANT
+    world.register(BOB, "con-x", "web")
+    assert world.take(BOB, control.Refused).reason is Reason.NO_GRANT
+    assert world.refusals() == [Reason.NO_GRANT] * 2
+    assert world.sessions.services == {WEB}
+
+
+def test_registrations_add_up_and_repeat() -> None:
+    world = World()
+    world.join(X, connector=["*"], id_name="con-x")
+    world.register(X, "con-x", "web")
+    world.register(X, "con-x", "web", "db")
+    assert world.sessions.services == {WEB, DB}
+    assert len([each for each in world.inbox[X] if isinstance(each, control.Registered)]) == 3
+    with pytest.raises(ProtocolError, match="one connector id"):
+        world.register(X, "con-x--2", "web")
+
+
+def test_the_newer_of_two_with_one_id_gets_new_sessions_until_it_goes(world: World) -> None:
+    kept = world.opened()
+    world.connector(9, "con-x")
+    (twice,) = [each for each in world.commands if isinstance(each, Event) and "twice" in each.event]
+    assert twice.fields["connector_id"] == "con-x"
+    world.opened(BOB, 9)
+    world.say(ALICE, control.CandidateOffer(kept, ()))
+    world.take(X, control.CandidateOffer)
+    world.do(world.sessions.disconnected(9, Reason.PEER_GONE, world.now))
+    world.opened(BOB, X)
+
+
+def test_a_service_ends_with_its_last_connector(world: World) -> None:
+    for key in (X, Y):
+        assert WEB in world.sessions.services
+        world.do(world.sessions.disconnected(key, Reason.PEER_GONE, world.now))
+    assert not world.sessions.services
+    assert world.take(ALICE, control.Health).state == "critical"
+
+
+# Opening.
+
+
+def test_opening_tells_both_ends_the_same(world: World) -> None:
+    world.open()
+    offered = world.take(X, control.Offered)
+    assert world.quiet(ALICE, Y), "nothing before `accepted`"
+    world.say(X, control.Accepted(offered.session))
+    opened = world.take(ALICE, control.Opened)
+    assert opened.forwarder is not None and offered.forwarder is not None
+    (link,) = [each for each in world.commands if isinstance(each, AddLink)]
+    assert (link.agent.bind_id, link.agent.secret) == (
+        opened.forwarder.bind_id,
+        opened.forwarder.bind_secret,
+    )
+    assert link.connector.bind_id == offered.forwarder.bind_id
+    assert opened.probe_key == offered.probe_key and opened.link_address == CANDIDATE
+    world.say(X, control.Accepted(offered.session))
+    assert world.quiet(ALICE), "a second `accepted` changes nothing"
+
+
+def test_sessions_of_one_pair_share_a_link(world: World) -> None:
+    first, second = world.opened(), world.opened()
+    assert len([each for each in world.commands if isinstance(each, AddLink)]) == 1
+    for session in (first, second):
+        assert not [each for each in world.commands if isinstance(each, RemoveLink)]
+        world.say(ALICE, control.Closed(session, Reason.CLOSED_BY_PEER))
+    assert [each.link for each in world.commands if isinstance(each, RemoveLink)] == [(ALICE, X)]
+
+
+def test_a_connector_may_be_asked_for(world: World) -> None:
+    world.open(wanted="con-y")
+    world.take(Y, control.Offered)
+    world.open(wanted="con-z")
+    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
+
+
+def test_denials_in_order(world: World) -> None:
+    world.agent(9, "db")
+    world.open(9, WEB)
+    assert world.denied(9) is Reason.NO_GRANT
+    world.open(9, DB)
+    assert world.denied(9) is Reason.NO_SUCH_SERVICE
+    world.srv(WEB, fresh_s_ago=HOLD_S + 1)
+    world.open()
+    assert world.denied() is Reason.POLICY_UNKNOWN
+    world.srv(WEB)
+    world.open()
+    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
+
+
+def test_limits_come_last() -> None:
+    world = World(per_identity=1, total=2)
+    for key, name in ((ALICE, "alice"), (5, "alice"), (BOB, "bob"), (6, "carol")):
+        world.agent(key, name=name)
+    world.connector()
+    world.srv(WEB, "con-x")
+    session = world.opened()
+    world.open(5)
+    assert world.denied(5) is Reason.LIMIT_REACHED
+    world.opened(BOB)
+    world.open(6)
+    assert world.denied(6) is Reason.LIMIT_REACHED
+    world.say(ALICE, control.Closed(session, Reason.CLOSED_BY_PEER))
+    world.opened(6)
+
+
+def test_a_draining_relay_opens_nothing(world: World) -> None:
+    world.do(world.sessions.drain(25.0))
+    assert {key for key in (ALICE, BOB, X, Y) if world.take(key, control.Drain).deadline_s == 25.0} == {
+        ALICE,
+        BOB,
+        X,
+        Y,
+    }
+    world.open()
+    assert world.denied() is Reason.DRAINING
+
+
+def test_an_open_waits_for_the_first_answer_of_a_new_service(world: World) -> None:
+    world.connector(9, "con-z", "db")
+    world.open(ALICE, DB)
+    assert world.quiet(ALICE)
+    assert world.sessions.next_timer() == world.now + PARK_SECONDS
+    world.tick(PARK_SECONDS / 2)
+    assert world.quiet(ALICE)
+    world.srv(DB, "con-z")
+    world.take(9, control.Offered)
+
+
+def test_an_open_waits_no_longer_than_told(world: World) -> None:
+    world.connector(9, "con-z", "db")
+    world.open(ALICE, DB)
+    world.tick(PARK_SECONDS)
+    assert world.denied() is Reason.POLICY_UNKNOWN
+
+
+def test_waiting_opens_are_bounded_and_end_with_their_connection(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PARKED_MAX", 1)
+    world.connector(9, "con-z", "db")
+    world.open(ALICE, DB)
+    world.open(BOB, DB)
+    assert world.denied(BOB) is Reason.POLICY_UNKNOWN
+    world.do(world.sessions.disconnected(ALICE, Reason.PEER_GONE, world.now))
+    world.settle()
+    world.srv(DB, "con-z")
+    assert world.quiet(9)
+
+
+# Connectors that say nothing, or no.
+
+
+def test_silence_moves_on_to_the_next_and_spares_the_silent_one(world: World) -> None:
+    world.open()
+    first = world.take(X, control.Offered)
+    assert world.sessions.next_timer() == world.now + ACCEPT_SECONDS
+    world.tick(ACCEPT_SECONDS - 0.1)
+    assert world.quiet(Y)
+    world.tick(0.2)
+    second = world.take(Y, control.Offered)
+    assert second.session != first.session
+    assert world.take(X, control.Closed).session == first.session
+    world.say(X, control.Accepted(first.session))
+    assert world.quiet(ALICE) and world.refusals() == [], "too late, but it had been asked"
+    world.say(Y, control.Accepted(second.session))
+    assert world.take(ALICE, control.Opened).connector_id == "con-y"
+
+    silent_since = world.now
+    world.open(BOB)
+    world.take(Y, control.Offered)
+    world.do(world.sessions.silence(X, False, silent_since - 1, world.now))
+    world.open(BOB)
+    world.take(Y, control.Offered)
+    world.do(world.sessions.silence(X, False, silent_since + 1, world.now))
+    world.open(BOB)
+    world.take(X, control.Offered)
+
+
+def test_all_silent_is_nobody_healthy(world: World) -> None:
+    world.open()
+    world.tick(ACCEPT_SECONDS)
+    world.tick(ACCEPT_SECONDS)
+    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
+    assert not world.sessions.sessions and world.sessions.next_timer() is None
+
+
+def test_the_first_reason_given_is_told_when_nobody_is_left(world: World) -> None:
+    world.open()
+    for key, reason in ((X, Reason.STALE_EPOCH), (Y, Reason.LIMIT_REACHED)):
+        world.say(key, control.Closed(world.take(key, control.Offered).session, reason))
+    assert world.denied() is Reason.STALE_EPOCH
+
+
+def test_a_connector_that_goes_while_offered_is_passed_over(world: World) -> None:
+    world.open()
+    world.do(world.sessions.disconnected(X, Reason.PEER_GONE, world.now))
+    world.take(Y, control.Offered)
+    world.do(world.sessions.disconnected(Y, Reason.PEER_GONE, world.now))
+    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
+
+
+def test_an_agent_that_goes_takes_its_offers_along(world: World) -> None:
+    world.open()
+    session = world.take(X, control.Offered).session
+    world.do(world.sessions.disconnected(ALICE, Reason.CLOSED_BY_PEER, world.now))
+    closed = world.take(X, control.Closed)
+    assert (closed.session, closed.reason) == (session, Reason.CLOSED_BY_PEER)
+    assert world.sessions.next_timer() is None
+
+
+def test_a_connection_may_serve_itself_and_go() -> None:
+    world = World()
+    world.join(ALICE, agent=["web"], connector=["web"], id_name="con-x")
+    world.register(ALICE, "con-x")
+    world.srv(WEB, "con-x")
+    world.open()
+    world.do(world.sessions.disconnected(ALICE, Reason.PEER_GONE, world.now))
+    assert not world.sessions.sessions
+
+
+def test_a_connector_gone_quiet_loses_its_sessions_but_not_its_connection(world: World) -> None:
+    session = world.opened()
+    world.open(BOB)
+    pending = world.take(X, control.Offered).session
+    world.do(world.sessions.silence(ALICE, True, world.now - 9, world.now))
+    world.do(world.sessions.silence(X, True, world.now - 5, world.now))
+    world.do(world.sessions.silence(X, True, world.now - 6, world.now + 1))
+    for key in (ALICE, X):
+        closed = world.take(key, control.Closed)
+        assert (closed.session, closed.reason) == (session, Reason.PEER_GONE)
+    assert list(world.sessions.sessions) == [pending], "an offer has its own clock"
+    world.open()
+    world.take(Y, control.Offered)
+
+
+# Ownership.
+
+
+ABOUT = {
+    "accepted": control.Accepted,
+    "dial": control.Dial,
+    "closed": lambda session: control.Closed(session, Reason.CLOSED_BY_PEER),
+    "candidate_offer": lambda session: control.CandidateOffer(session, (CANDIDATE,)),
+    "candidate_answer": lambda session: control.CandidateAnswer(session, (CANDIDATE,)),
+    "punching_result": lambda session: control.PunchingResult(session, True, CANDIDATE),
+}
+MAY = {
+    ALICE: {"dial", "closed", "candidate_offer", "punching_result"},
+    X: {"accepted", "closed", "candidate_answer", "punching_result"},
+    BOB: set[str](),
+    Y: set[str](),
+}
+
+
+@pytest.mark.parametrize("key", MAY)
+@pytest.mark.parametrize("kind", ABOUT)
+def test_only_the_owners_speak_about_an_open_session(world: World, key: int, kind: str) -> None:
+    session = world.opened()
+    world.settle()
+    world.say(key, ABOUT[kind](session))
+    if kind in MAY[key]:
+        assert world.refusals() == []
+        return
+    (refusal,) = world.commands
+    assert isinstance(refusal, Refusal)
+    assert (refusal.by, refusal.about, refusal.reason) == (key, kind, Reason.NOT_YOUR_SESSION)
+    assert (refusal.subject, refusal.owners) == (session, ("peer-1", "peer-3"))
+    assert world.sessions.sessions[session].open
+
+
+@pytest.mark.parametrize("kind", ABOUT)
+def test_an_offered_session_is_the_connectors_alone(world: World, kind: str) -> None:
+    world.open()
+    session = world.take(X, control.Offered).session
+    for key in (ALICE, BOB, Y):
+        world.say(key, ABOUT[kind](session))
+    assert world.refusals() == [Reason.NOT_YOUR_SESSION] * 3
+    assert not world.sessions.sessions[session].open
+    world.say(X, control.Accepted(session))
+    world.take(ALICE, control.Opened)
+
+
+def test_an_answer_before_the_session_is_open_is_refused(world: World) -> None:
+    world.open()
+    session = world.take(X, control.Offered).session
+    world.say(X, control.CandidateAnswer(session, ()))
+    assert world.refusals() == [Reason.NOT_YOUR_SESSION]
+
+
+def test_sessions_that_never_were_are_nobodys(world: World) -> None:
+    world.say(ALICE, control.Dial(SessionId("f" * 16)))
+    assert world.refusals() == [Reason.NOT_YOUR_SESSION]
+
+
+def test_late_words_of_an_owner_are_no_offence_those_of_others_are(world: World) -> None:
+    session = world.opened()
+    world.say(ALICE, control.Closed(session, Reason.CLOSED_BY_PEER))
+    world.settle()
+    world.say(X, control.PunchingResult(session, False))
+    assert world.refusals() == []
+    world.say(Y, control.PunchingResult(session, False))
+    assert world.refusals() == [Reason.NOT_YOUR_SESSION]
+    world.tick(module.ENDED_KEPT_SECONDS)
+    world.say(X, control.PunchingResult(session, False))
+    assert world.refusals() == [Reason.NOT_YOUR_SESSION]
+
+
+def test_what_is_remembered_of_ended_sessions_is_bounded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ENDED_KEPT_MAX", 2)
+    for _ in range(4):
+        world.say(ALICE, control.Closed(world.opened(), Reason.CLOSED_BY_PEER))
+    assert len(world.sessions._ended) == 2
+
+
+# What owners say.
+
+
+def test_signaling_goes_to_the_other_side(world: World) -> None:
+    session = world.opened()
+    world.say(X, control.CandidateAnswer(session, ()))
+    world.take(ALICE, control.CandidateAnswer)
+    assert world.quiet(ALICE, X), "no punching without an offer"
+    world.say(ALICE, control.CandidateOffer(session, (CANDIDATE,)))
+    assert world.take(X, control.CandidateOffer).candidates == (CANDIDATE,)
+    world.say(X, control.CandidateAnswer(session, (HERE,)))
+    assert world.take(ALICE, control.StartPunching).candidates == (HERE,)
+    assert world.take(X, control.StartPunching).candidates == (CANDIDATE,)
+    for sender, receiver in ((ALICE, X), (X, ALICE)):
+        world.say(sender, control.PunchingResult(session, True, HERE))
+        assert world.take(receiver, control.PunchingResult).address == HERE
+
+
+def test_dialling_needs_two_tokens_that_differ(world: World) -> None:
+    session = world.opened()
+    world.say(ALICE, control.Dial(session))
+    dial = world.take(ALICE, control.DialToken)
+    world.do(world.sessions.agent_waiting(session, 17))
+    (admit,) = [each for each in world.commands if isinstance(each, AdmitConnector)]
+    carry = world.take(X, control.Carry)
+    assert (admit.to, admit.waiter, admit.message) == (X, 17, carry)
+    assert carry.token != dial.token and len(carry.token) == len(dial.token) == 32
+
+
+def test_a_waiting_agent_of_no_open_session_is_left_alone(world: World) -> None:
+    world.open()
+    session = world.take(X, control.Offered).session
+    assert world.sessions.agent_waiting(session, 1) == []
+    assert world.sessions.agent_waiting(SessionId("f" * 16), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(Reason.STALE_EPOCH, Reason.STALE_EPOCH), (Reason.PEER_GONE, Reason.CLOSED_BY_PEER)],
+)
+@pytest.mark.parametrize(("by", "other"), [(ALICE, X), (X, ALICE)])
+def test_closing_tells_the_other(world: World, by: int, other: int, said: Reason, told: Reason) -> None:
+    session = world.opened()
+    world.say(by, control.Closed(session, said))
+    assert world.take(other, control.Closed).reason is told
+    assert EndSession(session) in world.commands and not world.sessions.sessions
+
+
+@pytest.mark.parametrize(("gone", "other"), [(ALICE, X), (X, ALICE)])
+def test_a_session_ends_with_either_connection(world: World, gone: int, other: int) -> None:
+    session = world.opened()
+    world.do(world.sessions.disconnected(gone, Reason.PEER_GONE, world.now))
+    assert world.take(other, control.Closed).reason is Reason.PEER_GONE
+    assert EndSession(session) in world.commands and RemoveLink((ALICE, X)) in world.commands
+
+
+def test_conflicts_are_kept_and_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONFLICTS_PER_CONNECTION_MAX", 1)
+    world.say(ALICE, control.Conflict("10.0.0.0/8", "eth0"))
+    world.say(ALICE, control.Conflict("10.0.0.0/8", "eth1"))
+    world.say(ALICE, control.Conflict("10.1.0.0/16", "eth1"))
+    world.say(X, control.Conflict("10.0.0.0/8", "eth0"))
+    assert world.refusals() == [Reason.LIMIT_REACHED, Reason.NO_GRANT]
+    assert world.sessions.peers[ALICE].conflicts["10.0.0.0/8"].with_ == "eth1"
+
+
+# Policy over time.
+
+
+def test_a_session_outlives_its_record_for_a_moment_only(world: World) -> None:
+    session = world.opened()
+    world.srv(WEB, "con-y")
+    world.tick(1)
+    world.srv(WEB, "con-x", "con-y")
+    world.tick(WITHDRAWN_SECONDS)
+    assert session in world.sessions.sessions, "it came back in time"
+    world.srv(WEB, "con-y")
+    world.tick()
+    assert world.quiet(ALICE, X)
+    world.tick(WITHDRAWN_SECONDS)
+    for key in (ALICE, X):
+        assert world.take(key, control.Closed).reason is Reason.NO_HEALTHY_CONNECTOR
+
+
+def test_sessions_end_when_nobody_confirms_the_catalog(world: World) -> None:
+    world.opened()
+    world.open(BOB)
+    world.take(X, control.Offered)
+    world.tick(0.5)
+    world.now += HOLD_S
+    world.sessions._offers.clear()
+    world.tick()
+    assert world.take(ALICE, control.Closed).reason is Reason.POLICY_UNKNOWN
+    assert world.denied(BOB) is Reason.POLICY_UNKNOWN
+    assert world.take(ALICE, control.Health).state == "unknown"
+    world.table()
+    assert world.take(ALICE, control.Health).state == "passing"
+
+
+def test_an_expired_certificate_ends_its_connection(world: World) -> None:
+    world.agent(9, expires_at=world.now + 5)
+    assert Disconnect(9, Reason.EXPIRED) not in world.tick(4)
+    assert Disconnect(9, Reason.EXPIRED) in world.tick(1)
+
+
+def test_health_is_told_at_the_start_and_on_change_to_those_who_may_know(world: World) -> None:
+    world.agent(9, "db")
+    world.agent(10)
+    assert world.take(10, control.Health) == control.Health(WEB, "passing")
+    assert not [each for each in world.inbox[9] if isinstance(each, control.Health)]
+    world.srv(WEB)
+    assert world.take(10, control.Health) == control.Health(WEB, "critical")
+    world.table()
+    assert not [each for each in world.inbox[10] if isinstance(each, control.Health)], "no change"

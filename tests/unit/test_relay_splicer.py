@@ -1,0 +1,238 @@
+"""The TCP half of the forwarder, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator
+
+import pytest
+
+from relay import splicer as module
+from relay.splicer import Splicer, listen
+from ztna.errors import ZtnaError
+from ztna.names import SessionId
+from ztna.wire import forwarder as wire
+
+SESSION, OTHER = SessionId("1" * 16), SessionId("2" * 16)
+AGENT_TOKEN, CARRY_TOKEN = b"a" * 32, b"c" * 32
+DEADLINE_S = 8.0
+
+
+class Rig:
+    """A splicer that admits each waiting agent's connector with CARRY_TOKEN."""
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[tuple[SessionId, int]] = asyncio.Queue()
+        self.splicer = Splicer(
+            listen(("127.0.0.1", 0)), lambda *session_and_waiter: self.waiting.put_nowait(session_and_waiter)
+        )
+
+    async def dial(self, first: bytes) -> End:
+        end = End(*await asyncio.open_connection(*self.splicer.address))
+        end.writer.write(first)
+        return end
+
+    async def pair(self) -> tuple[End, End]:
+        assert self.splicer.admit_agent(SESSION, AGENT_TOKEN)
+        agent = await self.dial(wire.dial_in(AGENT_TOKEN))
+        session, waiter = await asyncio.wait_for(self.waiting.get(), DEADLINE_S)
+        assert self.splicer.admit_connector(session, waiter, CARRY_TOKEN)
+        connector = await self.dial(wire.dial_in(CARRY_TOKEN))
+        await agent.bound()
+        await connector.bound()
+        return agent, connector
+
+
+class End:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def bound(self) -> None:
+        data = await asyncio.wait_for(self.reader.readexactly(wire.BOUND_V4_BYTES), DEADLINE_S)
+        assert isinstance(wire.decode(data), wire.Bound)
+
+    async def read(self, count: int = -1) -> bytes:
+        async with asyncio.timeout(DEADLINE_S):
+            return await (self.reader.read() if count < 0 else self.reader.readexactly(count))
+
+    def reset(self) -> None:
+        """Go with an RST."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+    async def refused(self) -> None:
+        assert await self.read() == b""
+        self.writer.close()
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.splicer.close()
+    rig.splicer.close()
+
+
+async def test_much_goes_both_ways_at_once_and_half_close_passes_through(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    up, down = bytes(range(256)) * 50_000, bytes(reversed(range(256))) * 50_000
+    agent.writer.write(up)
+    connector.writer.write(down)
+    agent.writer.write_eof()
+    assert await connector.read() == up
+    connector.writer.write(b"last words")
+    connector.writer.write_eof()
+    assert await agent.read() == down + b"last words"
+    agent.writer.close()
+    connector.writer.close()
+    assert not rig.splicer._pairs
+    assert rig.splicer.status()["bytes"] == len(up) + len(down) + 10
+
+
+async def test_a_reader_that_stops_stops_the_writer_and_nothing_is_lost(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    total = 64 * 1024 * 1024
+    agent.writer.write(bytes(total))
+    agent.writer.write_eof()
+    async with asyncio.timeout(DEADLINE_S):
+        before = -1
+        while (now := rig.splicer.status()["bytes"]) != before:
+            before = now
+            await asyncio.sleep(0.2)
+    assert isinstance(now, int) and now < total, "the bytes wait in sockets and one pipe, not in us"
+    assert len(await connector.read()) == total
+    agent.writer.close()
+    connector.writer.close()
+
+
+async def test_a_reset_passes_through(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    agent.reset()
+    with pytest.raises(ConnectionResetError):
+        await connector.read(1)
+    connector.writer.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (bytes(36), "malformed"),
+        (b"\x16\x03\x01" + bytes(33), "malformed"),
+        (wire.dial_in(b"x" * 32), "bad_token"),
+    ],
+)
+async def test_what_is_no_dial_in_is_closed_without_a_byte(rig: Rig, first: bytes, why: str) -> None:
+    await (await rig.dial(first)).refused()
+    assert rig.splicer.refusals == {why: 1}
+
+
+async def test_an_end_before_the_token_is_whole(rig: Rig) -> None:
+    end = await rig.dial(wire.dial_in(AGENT_TOKEN)[:20])
+    end.writer.write_eof()
+    await end.refused()
+    assert rig.splicer.refusals == {"malformed": 1}
+
+
+async def test_a_token_in_pieces(rig: Rig) -> None:
+    assert rig.splicer.admit_agent(SESSION, AGENT_TOKEN)
+    whole = wire.dial_in(AGENT_TOKEN)
+    end = await rig.dial(whole[:20])
+    await asyncio.sleep(0)
+    end.writer.write(whole[20:])
+    assert (await asyncio.wait_for(rig.waiting.get(), DEADLINE_S))[0] == SESSION
+    end.writer.close()
+
+
+async def test_a_token_admits_once(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    for token in (AGENT_TOKEN, CARRY_TOKEN):
+        await (await rig.dial(wire.dial_in(token))).refused()
+    assert rig.splicer.refusals == {"bad_token": 2}
+    agent.writer.close()
+    connector.writer.close()
+
+
+async def test_a_late_token_is_void(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOKEN_SECONDS", -1.0)
+    rig.splicer.admit_agent(SESSION, AGENT_TOKEN)
+    await (await rig.dial(wire.dial_in(AGENT_TOKEN))).refused()
+    rig.splicer.admit_agent(SESSION, AGENT_TOKEN)
+    rig.splicer._sweep()
+    assert rig.splicer.status()["tokens"] == 0
+
+
+async def test_who_says_nothing_or_finds_no_connector_is_closed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BIND_SECONDS", 0.3)
+    assert rig.splicer.admit_agent(SESSION, AGENT_TOKEN)
+    silent, alone = await rig.dial(b""), await rig.dial(wire.dial_in(AGENT_TOKEN))
+    await silent.refused()
+    await alone.refused()
+    assert rig.splicer.refusals == {"late": 1, "no_connector": 1}
+
+
+async def test_the_carry_of_a_waiter_that_went_joins_nobody(rig: Rig) -> None:
+    assert rig.splicer.admit_agent(SESSION, AGENT_TOKEN)
+    agent = await rig.dial(wire.dial_in(AGENT_TOKEN))
+    session, waiter = await asyncio.wait_for(rig.waiting.get(), DEADLINE_S)
+    assert not rig.splicer.admit_connector(OTHER, waiter, CARRY_TOKEN)
+    assert rig.splicer.admit_connector(session, waiter, CARRY_TOKEN)
+    agent.writer.close()
+    async with asyncio.timeout(DEADLINE_S):
+        while rig.splicer.status()["unbound"]:
+            await asyncio.sleep(0.01)
+    assert not rig.splicer.admit_connector(session, waiter, b"d" * 32)
+    await (await rig.dial(wire.dial_in(CARRY_TOKEN))).refused()
+
+
+async def test_all_of_a_session_ends_with_it(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    rig.splicer.admit_agent(SESSION, b"b" * 32)
+    waiting = await rig.dial(wire.dial_in(b"b" * 32))
+    await asyncio.wait_for(rig.waiting.get(), DEADLINE_S)
+    rig.splicer.admit_agent(SESSION, b"d" * 32)
+    rig.splicer.end_session(SESSION)
+    rig.splicer.end_session(OTHER)
+    for each in (agent, connector):
+        with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+            await each.read(1)
+    await waiting.refused()
+    await (await rig.dial(wire.dial_in(b"d" * 32))).refused()
+
+
+async def test_numbers_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOKENS_PER_SESSION_MAX", 1)
+    monkeypatch.setattr(module, "UNBOUND_CONNECTIONS_MAX", 1)
+    assert rig.splicer.admit_agent(SESSION, b"1" * 32)
+    assert not rig.splicer.admit_agent(SESSION, b"2" * 32)
+    assert rig.splicer.admit_agent(OTHER, b"3" * 32)
+    first = await rig.dial(b"")
+    async with asyncio.timeout(DEADLINE_S):
+        while not rig.splicer.status()["unbound"]:
+            await asyncio.sleep(0.01)
+    await (await rig.dial(b"")).refused()
+    assert rig.splicer.refusals == {"limit": 2}
+    first.writer.close()
+
+
+async def test_open_pairs_and_waiters_end_with_the_splicer() -> None:
+    rig = Rig()
+    agent, connector = await rig.pair()
+    waiting = await rig.dial(b"\0")
+    async with asyncio.timeout(DEADLINE_S):
+        while not rig.splicer.status()["unbound"]:
+            await asyncio.sleep(0.01)
+    rig.splicer.close()
+    for each in (agent, connector, waiting):
+        with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+            await each.read(1)
+        each.writer.close()
+
+
+async def test_a_taken_port_is_named(rig: Rig) -> None:
+    with pytest.raises(ZtnaError, match=str(rig.splicer.address[1])):
+        listen(rig.splicer.address)

@@ -1,0 +1,164 @@
+"""SRV records pulled from a real DNS server on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from relay.policy import EMPTY_TABLE, SrvTable
+from relay.srv import SrvPuller
+from tests.support.dns_server import DnsServer
+from ztna.names import ServiceName, Zone
+from ztna.resolver import Resolver
+
+WEB, DB = ServiceName("web"), ServiceName("db")
+HOLD_S = 60.0
+DEADLINE_S = 10.0
+
+
+class Pulling:
+    """A puller, its server, and the newest table."""
+
+    def __init__(self) -> None:
+        self.dns = DnsServer()
+        self.table = EMPTY_TABLE
+        self.tables = 0
+        self._published = asyncio.Event()
+
+    async def start(self) -> None:
+        resolver = Resolver((await self.dns.start(),), 0.5)
+        self.puller = SrvPuller(resolver, Zone("ztna.local"), HOLD_S, self._publish)
+        self._task = asyncio.ensure_future(self.puller.run())
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self.dns.close()
+
+    def _publish(self, table: SrvTable) -> None:
+        self.table = table
+        self.tables += 1
+        self._published.set()
+
+    async def until(self, holds: Callable[[], object]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not holds():
+                self._published.clear()
+                await self._published.wait()
+
+    async def until_asked(self, more: int) -> None:
+        goal = len(self.dns.asked) + more
+        async with asyncio.timeout(DEADLINE_S):
+            while len(self.dns.asked) < goal:
+                await asyncio.sleep(0.01)
+
+    def connectors(self, service: ServiceName = WEB) -> list[str] | None:
+        entry = self.table.entries.get(service)
+        return None if entry is None else [route.connector_id for route in entry.routes]
+
+
+@pytest.fixture
+async def pulling() -> AsyncIterator[Pulling]:
+    pulling = Pulling()
+    await pulling.start()
+    yield pulling
+    await pulling.stop()
+
+
+async def test_only_watched_names_are_asked_for_and_changes_are_seen_within_a_ttl(pulling: Pulling) -> None:
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    loop = asyncio.get_running_loop()
+    pulling.dns.routes["web"] = [(0, 1, "con-y"), (1, 1, "con-x")]
+    changed_at = loop.time()
+    await pulling.until(lambda: pulling.connectors() == ["con-y", "con-x"])
+    assert loop.time() - changed_at <= pulling.dns.ttl_s + 0.1
+    assert {name.split()[0] for name in pulling.dns.asked} == {"web.ztna.local", "_fresh.ztna.local"}
+
+
+async def test_a_negative_answer_is_kept_and_asked_for_again_soon(pulling: Pulling) -> None:
+    pulling.dns.negative_ttl_s = 60
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == [])
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+
+
+async def test_a_new_registration_asks_at_once(pulling: Pulling) -> None:
+    pulling.dns.ttl_s = 300
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    pulling.dns.routes["web"].append((0, 1, "con-y"))
+    pulling.puller.ask_soon(WEB)
+    pulling.puller.ask_soon(DB)
+    await pulling.until(lambda: pulling.connectors() == ["con-x", "con-y"])
+
+
+async def test_a_stale_answer_renews_and_changes_nothing(pulling: Pulling) -> None:
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    before = pulling.table.entries[WEB]
+    pulling.dns.stale = True
+    pulling.dns.routes.clear()
+    pulling.puller.ask_soon(WEB)
+    await pulling.until_asked(2)
+    assert pulling.puller._entries[WEB] == before
+
+
+async def test_the_last_answer_stays_while_dns_is_away(pulling: Pulling) -> None:
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"] and pulling.table.fresh_at)
+    pulling.dns.silent = True
+    async with asyncio.timeout(DEADLINE_S):
+        while not pulling.puller.failing:
+            await asyncio.sleep(0.02)
+    assert pulling.connectors() == ["con-x"]
+    pulling.dns.silent = False
+    pulling.dns.routes["web"] = [(0, 1, "con-y")]
+    await pulling.until(lambda: pulling.connectors() == ["con-y"])
+    assert not pulling.puller.failing
+
+
+async def test_freshness_is_followed_and_never_goes_back(pulling: Pulling) -> None:
+    await pulling.until(lambda: pulling.table.fresh_at is not None)
+    first = pulling.puller.fresh_at
+    assert first is not None
+    for text in ("soon", "", "12345678901234", "1"):
+        pulling.dns.fresh = text or None
+        await pulling.until_asked(1)
+    assert pulling.puller.fresh_at == first
+
+
+async def test_targets_that_are_no_connectors_route_nothing(pulling: Pulling) -> None:
+    pulling.dns.foreign["web"] = "evil.example.org"
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == [])
+
+
+async def test_a_name_that_nobody_serves_lingers_and_then_goes(
+    pulling: Pulling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.srv.LINGER_SECONDS", 0.3)
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB, DB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    pulling.puller.watch([DB])
+    pulling.puller.watch([DB])
+    assert pulling.connectors() == ["con-x"]
+    await pulling.until(lambda: pulling.connectors() is None)
+    pulling.puller.watch([WEB, DB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+
+
+async def test_status_shows_the_table(pulling: Pulling) -> None:
+    pulling.dns.routes["web"] = [(0, 7, "con-x")]
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    status = pulling.puller.status()
+    assert status["services"]["web"]["connectors"] == [{"id": "con-x", "priority": 0, "weight": 7}]  # type: ignore[index]
