@@ -321,7 +321,11 @@ async def test_the_client_reads_and_writes_pairs(consul: ConsulUnderTest, unique
 
 async def test_the_client_locks(consul: ConsulUnderTest, unique: str) -> None:
     async with ConsulClient(consul.config()) as client:
-        session = await client.session_create("keeper", ttl_s=10, lock_delay_s=0)
+        session = await client.session_create("keeper", ttl_s=10, behavior="delete", lock_delay_s=0)
+        [shown] = consul.request("GET", f"/v1/session/info/{session}")[1]
+        fields = ("Name", "Behavior", "LockDelay")
+        assert [shown[field] for field in fields] == ["keeper", "delete", 0]
+        assert shown["TTL"] in ("10s", "10.0s")
         assert await client.kv_put(unique, b"", acquire=session)
         assert await client.session_renew(session)
         found = await client.kv_get(unique)

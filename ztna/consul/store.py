@@ -310,8 +310,9 @@ class Store(msgspec.Struct):
     # Sessions
 
     def create_session(self, session_id: str, asked: Json, node: str, now: float) -> str:
-        """Make a session of the JSON that was sent; its id is given."""
-        ttl, behavior = asked.get("TTL", ""), asked.get("Behavior", "") or "release"
+        """Make a session of the JSON that was sent, whose names have no case in Go; its id is given."""
+        asked = {name.lower(): value for name, value in asked.items()}
+        ttl, behavior = asked.get("ttl", ""), asked.get("behavior", "") or "release"
         if behavior not in ("release", "delete"):
             raise Refusal(500, f"Invalid Behavior setting '{behavior}'")
         ttl_s = _ttl_s(ttl)
@@ -319,11 +320,11 @@ class Store(msgspec.Struct):
             raise Refusal(
                 500, f"Invalid Session TTL '{int(ttl_s * NANOSECONDS)}', must be between [10s=24h0m0s]"
             )
-        delay = asked.get("LockDelay")
+        delay = asked.get("lockdelay")
         delay_s = LOCK_DELAY_SECONDS if delay is None else _lock_delay_s(delay)
         index = self.clock.next()
         self.sessions[session_id] = Session(
-            session_id, asked.get("Name", ""), node, behavior, ttl, delay_s, index
+            session_id, asked.get("name", ""), node, behavior, ttl, delay_s, index
         )
         self.sessions_index = index
         self._prolong(self.sessions[session_id], now)
