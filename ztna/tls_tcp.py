@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import socket
 import ssl
+import struct
+import termios
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -30,6 +33,7 @@ KEEPALIVE_PROBES = 3
 RECORD_BYTES = 16 * 1024
 CONTEXTS_MAX = 16
 
+_INT = struct.Struct("i")
 _DER = 2  # _ssl.ENCODING_DER
 _VERIFY_EXPIRED = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _VERIFY_WRONG_PURPOSE = 26  # X509_V_ERR_INVALID_PURPOSE: the extended key usage
@@ -179,6 +183,14 @@ class TlsStream:
         if written < len(data):
             self._await_writable()
         return written
+
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """How many written bytes the peer's kernel has not acknowledged (SIOCOUTQ, tcp(7)); 0 once closed."""
+        if self._is_closed:
+            return 0
+        (size,) = _INT.unpack(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(_INT.size)))
+        return int(size)
 
     def close(self) -> None:
         """Close at once, without a word; again is harmless."""

@@ -31,6 +31,8 @@ from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame, OpenStatus
 
 IDLE_SECONDS = 60.0
 IDLE_PER_CONNECTOR_MAX = 4
+IDLE_VERDICT_SECONDS = 1.0
+"""An idle carrier whose path died unseen does not acknowledge OPEN by then: a fresh one is dialled instead."""
 ROUTE_MEMORY_SECONDS = 60.0
 """How long it is remembered that a connector can (not) be reached directly."""
 DIAL_TOKEN_SECONDS = 2.0
@@ -191,10 +193,13 @@ class Streams:
     ) -> tuple[Carrier, TcpFlow]:
         """Open a flow on an idle carrier, or a fresh one when there is none that still works."""
         while (carrier := self._take_idle(session)) is not None:
+            verdict = self._loop.call_later(IDLE_VERDICT_SECONDS, _close_if_unheard, carrier)
             try:
                 return carrier, await self._open_flow(carrier, frame, local)
             except LinkError as error:
                 _log.debug("idle_carrier_failed", connector=session.opened.connector_id, detail=error)
+            finally:
+                verdict.cancel()
         carrier = await self._dial(session)
         return carrier, await self._open_flow(carrier, frame, local)
 
@@ -345,6 +350,11 @@ class _Idle:
     session: SessionKey | None
     """Of a forwarded carrier, the one session it serves; a direct one serves any."""
     timer: asyncio.TimerHandle
+
+
+def _close_if_unheard(carrier: Carrier) -> None:
+    if carrier.unacknowledged_bytes:
+        carrier.close(Reason.PEER_GONE)
 
 
 def _check(session: Session, identity: Identity) -> None:

@@ -47,6 +47,11 @@ class FrameStream:
         self._tls.start(self._readable, self._writable)
 
     @property
+    def unacknowledged_bytes(self) -> int:
+        """How many written bytes the other end's kernel has not acknowledged."""
+        return self._tls.unacknowledged_bytes
+
+    @property
     def is_blocked(self) -> bool:
         """Whether earlier bytes still wait to be written."""
         return bool(self._unsent)

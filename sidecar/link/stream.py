@@ -123,6 +123,11 @@ class Carrier:
         """Whether it can carry a flow now."""
         return not self._frames.is_closed and self._frames.flow is None and self._opening is None
 
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """How many written bytes the other end's kernel has not acknowledged; for long: the path is dead."""
+        return self._frames.unacknowledged_bytes
+
     async def open(self, frame: OpenFrame, local: socket.socket) -> TcpFlow:
         """Open a flow for a connected local socket, which belongs to the flow once this returns.
 
