@@ -235,9 +235,12 @@ class ConnectorConfig(Section, frozen=True, kw_only=True):
         Annotated[float, msgspec.Meta(ge=3, le=86400)],
         about("TTL of the checks in Consul, refreshed each third of it, in seconds."),
     ] = 15.0
-    flows_per_agent: Annotated[Count, about("The most flows of one agent.")] = 1000
-    flows_total: Annotated[Count, about("The most flows in all.")] = 20_000
-    drain_s: Annotated[Seconds, about("How long flows may go on after SIGTERM, in seconds.")] = 25.0
+    private_candidates: Annotated[
+        bool, about("Offer and try private addresses (RFC 1918) too when looking for a direct path.")
+    ] = False
+    flows_per_agent: Annotated[Count, about("The most UDP flows of one agent.")] = 1000
+    flows_total: Annotated[Count, about("The most UDP flows in all.")] = 20_000
+    drain_s: Annotated[Seconds, about("How long TCP flows may go on after SIGTERM, in seconds.")] = 25.0
 
 
 class AgentConfig(Section, frozen=True, kw_only=True):

@@ -86,6 +86,7 @@ class _Connector:
             is_passing=lambda service: self._health[service].verdict == "passing",
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
+            private_candidates=config.private_candidates,
             tasks=daemon.tasks,
         )
         self._relays = [
@@ -129,6 +130,7 @@ class _Connector:
             tasks.create_task(relay.run(), name=f"relay {relay.target.name}")
         await self._daemon.stopping.wait()
         registering.cancel()
+        await asyncio.wait((registering,))  # or a registration on its way would come after we have left
         await self._drain(registrar)
 
     async def _listen(self) -> Address:
@@ -211,7 +213,8 @@ class _Connector:
         self._daemon.readiness.done("relay")
 
     def _relay_lost(self, client: RelayClient, reason: str) -> None:
-        _log.warning("relay_lost", relay=client.target.name, reason=reason)
+        log = _log.info if self._daemon.stopping.is_set() else _log.warning
+        log("relay_lost", relay=client.target.name, reason=reason)
         self._serving.relay_lost(client)
 
     def _message(self, client: RelayClient, message: AnyMessage) -> None:

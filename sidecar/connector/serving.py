@@ -64,6 +64,7 @@ class Serving:
         is_passing: Callable[[ServiceName], bool],
         flows_per_agent: int,
         flows_total: int,
+        private_candidates: bool,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self.sessions = Sessions()
@@ -75,6 +76,7 @@ class Serving:
         self._leases = leases
         self._prober = prober
         self._is_passing = is_passing
+        self._private_candidates = private_candidates
         self._tasks = tasks
         self._links: dict[BindKey, PacketLink] = {}
         self._relays: dict[RelayConnection, RelayClient] = {}
@@ -286,6 +288,7 @@ class Serving:
                     self._credentials,
                     admit=partial(self._admit, session),
                     receive=partial(self._packet, bind),
+                    allow_private=self._private_candidates,
                 )
             except (ZtnaError, OSError) as error:
                 _log.error("link_failed", agent=session.agent.name, error=error)
@@ -383,6 +386,9 @@ class Serving:
     async def _authorise(self, identity: Identity, frame: OpenFrame) -> socket.socket:
         """Return a socket connected to the backend of this flow. Raises FlowRefused."""
         session = self._session_of(identity, frame)
+        if self.is_draining:
+            refused(_WHERE, Reason.DRAINING)
+            raise FlowRefused(OpenStatus.DENIED, "the connector is draining")
         await self._check_lease(frame)
         route = self._route_of(frame)
         sock = await dial_tcp(route.backend, route.connect_timeout_s)

@@ -181,6 +181,40 @@ async def test_survives_a_consul_that_stops(own_consul: ConsulUnderTest, unique:
             await until(back, lambda found: found == ["passing"], within_s=2 * WAIT_SECONDS)
 
 
+async def test_one_service_that_consul_refuses_keeps_no_other_out(
+    acl_consul: ConsulUnderTest, unique: str
+) -> None:
+    web, db = f"web-{unique}", f"db-{unique}"
+    token = acl_consul.token_for(
+        f'service "{web}" {{ policy = "write" }} service_prefix "" {{ policy = "read" }} '
+        'node_prefix "" { policy = "read" }'
+    )
+    async with ConsulClient(acl_consul.config(token)) as client:
+        connector = Connector(client, "c5", db, web)
+        connector.verdicts[web] = "passing"
+
+        async def status() -> list[str]:
+            return status_of(await client.service_instances(web))
+
+        async with running(connector):
+            await until(status, lambda found: found == ["passing"])
+            refusal = connector.registrar.refusal(ServiceName(db))
+            assert refusal is not None and db in refusal
+            assert connector.registrar.is_registered(ServiceName(web))
+            assert not connector.registrar.is_registered(ServiceName(db))
+            assert not connector.registrar.complete.is_set()
+        await connector.registrar.leave()
+        assert await client.agent_services() == {}
+
+
+async def test_leaving_a_consul_that_is_away_does_not_hang(own_consul: ConsulUnderTest, unique: str) -> None:
+    async with ConsulClient(own_consul.config()) as client:
+        connector = Connector(client, "c6", f"web-{unique}")
+        await asyncio.to_thread(own_consul.stop)
+        async with asyncio.timeout(WAIT_SECONDS):
+            await connector.registrar.leave()
+
+
 async def test_the_lease_book_learns_and_reads_again(consul: ConsulUnderTest, unique: str) -> None:
     web, foreign = ServiceName(f"web-{unique}"), ServiceName(f"foreign-{unique}")
     changes: list[tuple[ServiceName, Lease]] = []
