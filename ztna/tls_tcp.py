@@ -45,12 +45,14 @@ async def connect(address: SockAddr, timeout_s: float) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        async with asyncio.timeout(timeout_s):
-            await asyncio.get_running_loop().sock_connect(sock, address)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.get_running_loop().sock_connect(sock, address)
+        except TimeoutError:
+            # A busy loop sees its timer before the socket, which may have been connected in time.
+            if not _is_connected(sock):
+                raise LinkError(f"{address[0]}:{address[1]} did not answer within {timeout_s:g} s") from None
         notice_dead_peer(sock)
-    except TimeoutError:
-        sock.close()
-        raise LinkError(f"{address[0]}:{address[1]} did not answer within {timeout_s:g} s") from None
     except OSError as error:
         sock.close()
         raise LinkError(f"{address[0]}:{address[1]}: {error.strerror or error}") from None
@@ -58,6 +60,14 @@ async def connect(address: SockAddr, timeout_s: float) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def notice_dead_peer(sock: socket.socket) -> None:

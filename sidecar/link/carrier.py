@@ -14,11 +14,14 @@ from sidecar.link.flow import TcpFlow
 from ztna.errors import ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
+from ztna.telemetry import logger
 from ztna.tls_tcp import RECORD_BYTES, SockAddr, TlsStream
 from ztna.wire.stream import Data, Frame, FrameReader
 
 READ_BYTES_PER_TURN = 16 * RECORD_BYTES
 FINISH_SECONDS = 2.0
+
+_log = logger(__name__)
 
 # One for the whole process: what is read is handed on or copied before the next read.
 _SCRATCH = memoryview(bytearray(READ_BYTES_PER_TURN))
@@ -144,7 +147,8 @@ class FrameStream:
             size = self._tls.read_into(_SCRATCH)
             if size and not self._is_finishing:
                 self._dispatch(self._reader.feed(_SCRATCH[:size]))
-        except ProtocolError:
+        except ProtocolError as error:
+            _log.warning("carrier_malformed", peer=self.peer.name, detail=error)
             self.close(Reason.MALFORMED)
         except OSError:
             self.close(Reason.PEER_GONE)
