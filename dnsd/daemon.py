@@ -148,6 +148,7 @@ class _Dnsd:
             is_served = answers.zone is not None
             if self._is_served != is_served or self._is_stale != answers.is_stale:
                 self._renew_answers()
+            self._server.count()
             self._show_warnings()
 
     def _renew_answers(self) -> None:

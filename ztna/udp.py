@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ztna.errors import ZtnaError
@@ -80,11 +80,20 @@ _sendmmsg.restype = ctypes.c_int
 
 
 class _Batch:
-    """BATCH_PACKETS message headers, each with a slot of payload and of address, laid out once."""
+    """BATCH_PACKETS message headers, each with a slot of payload and of address, laid out once.
 
-    def __init__(self, name_length: int) -> None:
-        self.payload = ctypes.create_string_buffer(BATCH_PACKETS * SLOT_BYTES)
-        self.names = ctypes.create_string_buffer(BATCH_PACKETS * _NAME_BYTES)
+    With `slots_of` it has headers of its own over the slots of another batch.
+    """
+
+    payload: ctypes.Array[ctypes.c_char]
+    names: ctypes.Array[ctypes.c_char]
+
+    def __init__(self, name_length: int, slots_of: _Batch | None = None) -> None:
+        if slots_of is not None:
+            self.payload, self.names = slots_of.payload, slots_of.names
+        else:
+            self.payload = ctypes.create_string_buffer(BATCH_PACKETS * SLOT_BYTES)
+            self.names = ctypes.create_string_buffer(BATCH_PACKETS * _NAME_BYTES)
         self.vectors = (_IoVec * BATCH_PACKETS)()
         self.headers = (_MMsgHdr * BATCH_PACKETS)()
         payload, names = ctypes.addressof(self.payload), ctypes.addressof(self.names)
@@ -106,7 +115,7 @@ class _Batch:
 class RawSocket:
     """A non-blocking UDP socket that moves whole batches; addresses stay kernel bytes.
 
-    Counters of packets: `received`, `sent`, `dropped`, and `truncated` (longer than SLOT_BYTES, not delivered).
+    Counters of packets: `received`, `sent`, `dropped`, `truncated` (longer than SLOT_BYTES, not delivered).
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -117,6 +126,7 @@ class RawSocket:
         self._name_length = _INET_BYTES if sock.family == socket.AF_INET else _INET6_BYTES
         self._in = _Batch(self._name_length)
         self._out = _Batch(self._name_length)
+        self._replies = _Batch(self._name_length, slots_of=self._in)
 
     @classmethod
     def open(cls, address: SockAddr, *, reuse_port: bool = False) -> RawSocket:
@@ -163,6 +173,64 @@ class RawSocket:
         for start in range(0, len(packets), BATCH_PACKETS):
             self._send_batch(packets[start : start + BATCH_PACKETS])
 
+    def reply(
+        self,
+        ready: Mapping[bytes, bytes],
+        known: Mapping[bytes, bool],
+        otherwise: Callable[[bytes, RawAddress], bytes | None],
+    ) -> int:
+        """Answer what one recvmmsg(2) has, each packet from the slot it came in; never waits.
+
+        The answer to a packet from an IPv4 host that is true in `known` (by its 4 bytes) is the packet's first
+        two bytes, a DNS message's id, and what `ready` has for the rest. For every other packet `otherwise` is
+        asked with the packet and its source: the whole answer, or None for silence. Returns how many came.
+        """
+        batch, replies = self._in, self._replies
+        count = int(_recvmmsg(self._fd, batch.address, BATCH_PACKETS, socket.MSG_DONTWAIT, None))
+        payload: Any = batch.payload
+        names: Any = batch.names
+        words, slots, lengths = batch.header_words, batch.payload_view, replies.vector_longs
+        first, word, slot, name, vector = 0, _LENGTH_WORD, 0, 0, 1
+        for place in range(count):
+            end = slot + words[word]
+            answer = ready.get(payload[slot + 2 : end]) if known.get(names[name + 4 : name + 8]) else None
+            if answer is not None:
+                length = len(answer) + 2
+                slots[slot + 2 : slot + length] = answer
+            else:
+                length = self._reply_otherwise(place, payload[slot:end], otherwise)
+                if not length:
+                    self._flush(replies, first, place)
+                    first = place + 1
+            lengths[vector] = length
+            word += _HEADER_WORDS
+            slot += SLOT_BYTES
+            name += _NAME_BYTES
+            vector += _VECTOR_LONGS
+        self.received += max(0, count)
+        self._flush(replies, first, count)
+        return count
+
+    def _reply_otherwise(
+        self, place: int, data: bytes, otherwise: Callable[[bytes, RawAddress], bytes | None]
+    ) -> int:
+        """Put what `otherwise` says into the packet's slot; return its length, 0 when nothing goes out of it."""
+        batch = self._in
+        if batch.header_words[place * _HEADER_WORDS + _FLAGS_WORD] & socket.MSG_TRUNC:
+            self.truncated += 1
+            return 0
+        names: Any = batch.names
+        source: RawAddress = names[place * _NAME_BYTES : place * _NAME_BYTES + self._name_length]
+        answer = otherwise(data, source)
+        if answer is None:
+            return 0
+        if len(answer) > SLOT_BYTES:
+            self._send_odd(answer, source)
+            return 0
+        start = place * SLOT_BYTES
+        batch.payload_view[start : start + len(answer)] = answer
+        return len(answer)
+
     def close(self) -> None:
         """Close the socket; further calls do nothing."""
         self._fd = -1
@@ -189,24 +257,23 @@ class RawSocket:
             slot += SLOT_BYTES
             name += _NAME_BYTES
             vector += _VECTOR_LONGS
-        if count:
-            self._flush(count)
+        self._flush(batch, 0, count)
 
-    def _flush(self, count: int) -> None:
-        done = 0
+    def _flush(self, batch: _Batch, first: int, end: int) -> None:
+        """Send the packets from `first` up to `end` of a batch."""
         size = ctypes.sizeof(_MMsgHdr)
-        while done < count:
-            taken = _sendmmsg(self._fd, self._out.address + done * size, count - done, socket.MSG_DONTWAIT)
+        while first < end:
+            taken = _sendmmsg(self._fd, batch.address + first * size, end - first, socket.MSG_DONTWAIT)
             if taken > 0:
                 self.sent += taken
-                done += taken
+                first += taken
                 continue
             if ctypes.get_errno() in _FULL or self._fd < 0:
-                self.dropped += count - done
+                self.dropped += end - first
                 return
             # This one packet cannot go (unreachable, too big, a pending ICMP error): lose it, keep the rest.
             self.dropped += 1
-            done += 1
+            first += 1
 
     def _send_odd(self, data: bytes, address: RawAddress) -> None:
         """Send a packet that fits no slot (rare: a UDP payload above SLOT_BYTES) on its own."""

@@ -111,3 +111,46 @@ def test_raw_sockets_answer_a_batch_without_reading_addresses() -> None:
     assert server.receive() == []
     plain.close()
     server.close()
+
+
+def test_replies_go_out_of_the_slots_their_packets_came_in() -> None:
+    server = udp.RawSocket.open(("127.0.0.1", 0))
+    plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    plain.bind(("127.0.0.1", 0))
+    plain.settimeout(DEADLINE_S)
+    asked: list[tuple[bytes, udp.SockAddr]] = []
+
+    def otherwise(data: bytes, source: udp.RawAddress) -> bytes | None:
+        asked.append((data, udp.decode_address(source)))
+        return {b"3-quiet": None, b"4-long": b"4" * 3000, b"5-odd": b"5" * (udp.SLOT_BYTES + 1)}.get(
+            data, data[:1]
+        )
+
+    packets = [b"1-known", b"2-other", b"3-quiet", b"4-long", b"5-odd", b"6-known", b"", b"7" * 5000]
+    for packet in packets:
+        plain.sendto(packet, server.address)
+    ready = {b"known": b"-yes"}
+    received = [server.reply(ready, {b"\x7f\0\0\1": True}, otherwise)]
+    while sum(received) < len(packets):
+        received.append(server.reply(ready, {b"\x7f\0\0\1": True}, otherwise))
+    long, odd = b"4" * 3000, b"5" * (udp.SLOT_BYTES + 1)
+    answers = sorted(plain.recv(9000) for _ in range(5))
+    assert answers == sorted([b"1--yes", b"2", long, odd, b"6--yes"])
+    assert [data for data, _ in asked] == [b"2-other", b"3-quiet", b"4-long", b"5-odd", b""]
+    assert {source for _, source in asked} == {plain.getsockname()}
+    assert (server.received, server.sent, server.truncated, server.dropped) == (8, 5, 1, 0)
+    plain.close()
+    server.close()
+
+
+def test_a_reply_knows_no_host_but_those_that_are_true() -> None:
+    server = udp.RawSocket.open(("127.0.0.1", 0))
+    plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    plain.settimeout(DEADLINE_S)
+    for known in ({}, {b"\x7f\0\0\1": False}):
+        plain.sendto(b"12known", server.address)
+        while not server.reply({b"known": b"told"}, known, lambda data, source: b"no"):
+            pass
+        assert plain.recv(100) == b"no"
+    plain.close()
+    server.close()
