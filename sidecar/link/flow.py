@@ -80,6 +80,7 @@ class TcpFlow:
         self._share = share
         self._held = bytearray()
         self._in_flight: memoryview | None = None
+        self._early_ack: int | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._is_reading = False
         self._is_writing = False
@@ -125,12 +126,7 @@ class TcpFlow:
         if self._is_over:
             return
         if isinstance(frame, Ack):
-            self._recycle(self.state.acknowledged(frame.position))
-            self._share.keep(self.state.kept_bytes)
-            if self.state.is_complete:
-                self._end(reusable=True)
-            else:
-                self._look_at_reading()
+            self._acknowledged(frame.position)
         elif isinstance(frame, Fin):
             self.state.fin_received()
             self._finish_local()
@@ -144,6 +140,9 @@ class TcpFlow:
         piece, self._in_flight = self._in_flight, None
         if piece is not None and not self._is_over:
             self._keep(piece)
+            early, self._early_ack = self._early_ack, None
+            if early is not None:
+                self._acknowledged(early)
 
     def carrier_writable(self) -> None:
         """Nothing waits in the carrier any more."""
@@ -155,6 +154,20 @@ class TcpFlow:
         """The carrier broke: the local program sees a RST, never a clean end of half its bytes."""
         if not self._is_over:
             self._end(reusable=False)
+
+    def _acknowledged(self, position: int) -> None:
+        in_flight = len(self._in_flight) - HEADER_BYTES if self._in_flight is not None else 0
+        if 0 < position - self.state.sent_position <= in_flight:
+            # DATA is handed on as it comes, so the other end may acknowledge the beginning of a frame whose end
+            # is not written yet. It counts once the frame is: until then its bytes cannot be let go.
+            self._early_ack = max(position, self._early_ack or 0)
+            return
+        self._recycle(self.state.acknowledged(position))
+        self._share.keep(self.state.kept_bytes)
+        if self.state.is_complete:
+            self._end(reusable=True)
+        else:
+            self._look_at_reading()
 
     # Local socket -> carrier
 
