@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import TypeVar
 
 from sidecar.connector.health import Verdict
@@ -182,13 +183,15 @@ async def test_survives_a_consul_that_stops(own_consul: ConsulUnderTest, unique:
 
 
 async def test_one_service_that_consul_refuses_keeps_no_other_out(
-    acl_consul: ConsulUnderTest, unique: str
+    acl_consul: ConsulUnderTest, unique: str, tmp_path: Path
 ) -> None:
     web, db = f"web-{unique}", f"db-{unique}"
-    token = acl_consul.token_for(
-        f'service "{web}" {{ policy = "write" }} service_prefix "" {{ policy = "read" }} '
-        'node_prefix "" { policy = "read" }'
+    policy = tmp_path / "web-only.hcl"
+    policy.write_text(
+        f'service "{web}" {{ policy = "write" }}\n'
+        'service_prefix "" { policy = "read" }\nnode_prefix "" { policy = "read" }\n'
     )
+    token = acl_consul.token_for(policy)
     async with ConsulClient(acl_consul.config(token)) as client:
         connector = Connector(client, "c5", db, web)
         connector.verdicts[web] = "passing"
