@@ -23,6 +23,7 @@ from ztna.wire.datagram import SERVICE_BYTES_MAX, service_packet, split_service_
 
 ALPN = "ztna-link"
 UDP_PAYLOAD_BYTES = 1200
+UDP_PAYLOAD_PROBED_BYTES = 1350
 PING_INTERVAL_SECONDS = 10.0
 DIAL_SECONDS = 5.0
 # A link that waits for its agent, or for it to come back, and for nothing else.
@@ -54,7 +55,9 @@ class PacketLink:
         self._unanswered_since: float | None = None
         self._endpoint: Client | Server | None = None
         self._wait_timer: asyncio.TimerHandle | None = None
-        self._switch = PathSwitch(bind, probe_key, self._packets_received, allow_private=allow_private)
+        self._switch = PathSwitch(
+            bind, probe_key, self._packets_received, self._path_changed, allow_private=allow_private
+        )
 
     @classmethod
     async def dial(
@@ -137,8 +140,10 @@ class PacketLink:
     @property
     def unanswered_s(self) -> float:
         """For how many seconds packets were sent and nothing came back, not even QUIC's ACK of one."""
-        since = self._unanswered_since
-        return 0.0 if since is None else time.monotonic() - since
+        connection, since = self._connection, self._unanswered_since
+        if connection is None or since is None or connection.heard_at >= since:
+            return 0.0
+        return time.monotonic() - since
 
     def send(self, service: ServiceName, packet: bytes) -> bool:
         """Send one IP packet of a service; False when it was lost here (counted): closed, or queues full."""
@@ -146,7 +151,8 @@ class PacketLink:
         if connection is None:
             dropped(_WHERE, "not_connected")
             return False
-        if self._unanswered_since is None:
+        # Only what decrypted counts as an answer: anybody can send to this socket.
+        if self._unanswered_since is None or connection.heard_at >= self._unanswered_since:
             self._unanswered_since = time.monotonic()
         message = service_packet(service.encode(), packet)
         if len(message) <= connection.datagram_limit:
@@ -188,9 +194,13 @@ class PacketLink:
         return _LinkHandler(self, connection)
 
     def _packets_received(self, packets: Iterable[tuple[bytes, tuple[str, int]]]) -> None:
-        self._unanswered_since = None
         if self._endpoint is not None:
             self._endpoint.packets_received(list(packets))
+
+    def _path_changed(self) -> None:
+        # The new way may carry less than the old one: what fits is found out again.
+        if self._connection is not None:
+            self._connection.restart_path()
 
     def _message_received(self, message: bytes) -> None:
         try:
@@ -269,6 +279,7 @@ def _settings() -> Settings:
     return Settings(
         alpn=(ALPN,),
         udp_payload=UDP_PAYLOAD_BYTES,
+        udp_payload_probe=UDP_PAYLOAD_PROBED_BYTES,
         ping_interval_s=PING_INTERVAL_SECONDS,
         half_open_max=HALF_OPEN_MAX,
         where=_WHERE,

@@ -47,13 +47,17 @@ _IFREQ = struct.Struct("256s")
 
 
 class PathSwitch:
-    """Carries the packets of one link; `received` gets (packet, the forwarder's address) in batches."""
+    """Carries the packets of one link; `received` gets (packet, the forwarder's address) in batches.
+
+    `path_changed` is called when another path carries from now on.
+    """
 
     def __init__(
         self,
         bind: ForwarderBind,
         probe_key: Secret,
         received: Callable[[Sequence[tuple[bytes, SockAddr]]], None],
+        path_changed: Callable[[], None],
         *,
         allow_private: bool,
     ) -> None:
@@ -64,6 +68,8 @@ class PathSwitch:
         self._bind = bind
         self._probe_key = bytes(probe_key)
         self._received = received
+        self._path_changed = path_changed
+        self._carrying = self.forwarder
         self._allow_private = allow_private
         self._loop = asyncio.get_running_loop()
         self._nonce: bytes | None = None
@@ -117,10 +123,16 @@ class PathSwitch:
             self._send_bind()
         probes = self.paths.due(now, _transaction)
         self._socket.send([(probe(self._probe_key, each.transaction), each.address) for each in probes])
+        self._look_at_path()
         due_at = min(self._bind_at, self.paths.next_timer() or now + KEEPALIVE_INTERVAL_SECONDS)
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(max(due_at - now, TIMER_FLOOR_SECONDS), self._tick)
+
+    def _look_at_path(self) -> None:
+        if self.paths.current != self._carrying:
+            self._carrying = self.paths.current
+            self._path_changed()
 
     def _send_bind(self) -> None:
         mac = NO_MAC if self._nonce is None else bind_mac(self._bind.bind_secret, self._nonce)
@@ -163,6 +175,7 @@ class PathSwitch:
             dropped(_WHERE, "forged_probe")
         elif isinstance(packet, ProbeAnswer):
             self.paths.answered(packet.transaction, source, time.monotonic())
+            self._look_at_path()
         else:
             self._socket.send([(probe_answer(self._probe_key, packet.transaction), source)])
             # Where a genuine probe comes from is a candidate too (peer-reflexive, RFC 8445 7.3.1.3).

@@ -281,8 +281,24 @@ async def test_a_validated_candidate_carries_and_the_forwarder_rests(tmp_path: P
         assert await ground.far.wait(1) == [(ECHO, b"direct")]
         far.send(ECHO, b"direct too")
         assert await ground.near.wait(1) == [(ECHO, b"direct too")]
+        assert near.unanswered_s == 0
     finally:
         ground.close()
+
+
+async def test_packets_that_nothing_answers_are_noticed(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial()
+    near.send(ECHO, b"x")
+    await ground.far.wait(1)
+    ground.forwarder.close()
+    stranger = udp.UdpSocket.open(("127.0.0.1", 0), lambda _: None)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while near.unanswered_s < 0.1:
+            near.send(ECHO, b"y")
+            stranger.send([(b"\x40" + bytes(40), ("127.0.0.1", near._switch._socket.address[1]))])
+            await asyncio.sleep(0.01)  # the time that passes is what is seen
+    stranger.close()
 
 
 async def test_loopback_is_never_a_candidate(ground: Ground) -> None:
