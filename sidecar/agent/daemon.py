@@ -173,7 +173,8 @@ class Agent:
         self._broker.handle(RelayUp(self._labels[client]))
 
     def _lost(self, client: RelayClient, reason: str) -> None:
-        _log.warning("relay_lost", relay=self._labels[client], detail=reason)
+        log = _log.info if self._daemon.stopping.is_set() else _log.warning
+        log("relay_lost", relay=self._labels[client], detail=reason)
         self._broker.handle(RelayDown(self._labels[client]))
         if not any(each.connected for each in self._relays.values()):
             self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
