@@ -931,3 +931,35 @@ async def test_a_blocked_carrier_waits_and_then_goes_on(ground: Ground) -> None:
     assert got == content
     assert await flow.finished
     assert blocked > 10
+
+
+async def test_an_ack_for_the_beginning_of_a_frame_that_is_still_being_written_is_taken(
+    ground: Ground,
+) -> None:
+    ground.far_budget._peer_bytes = 1 << 20  # a small window: ACKs come inside of frames
+    await ground.serve(echo)
+    program, carrier, flow = await ground.flow()
+    stream = carrier._frames._tls
+    original = stream.write
+    early = 0
+
+    def in_parts(data: bytes | memoryview) -> int:
+        nonlocal early
+        early += flow._early_ack is not None
+        written = original(data[:20_000])
+        if written < len(data):
+            # Give the other end time to answer before the rest.
+            asyncio.get_running_loop().call_later(0.005, stream._await_writable)
+        return written
+
+    stream.write = in_parts  # type: ignore[method-assign]
+    content = os.urandom(2_000_000)
+
+    async def send() -> None:
+        await program.send(content)
+        program.end()
+
+    _, got = await asyncio.gather(send(), program.read_all())
+    assert got == content
+    assert await flow.finished
+    assert early > 0
