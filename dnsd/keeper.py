@@ -136,7 +136,7 @@ class Problem(msgspec.Struct, frozen=True, order=True):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The changes, what stands in the way of others, and what to remember for the next plan.
 
-    `wants_catalog_read`: releases are due and need a CatalogRead. `due_at` is when the next one may be.
+    `wants_catalog_read`: releases are due and need a CatalogRead. `due_at` is when time alone may change the plan.
     """
 
     changes: tuple[Change, ...]
@@ -255,7 +255,7 @@ class _Planner:
         self._gone_since[name] = since
         due_at = since + self._rules.grace_s
         if self._now < due_at:
-            self._due_at = due_at if self._due_at is None else min(due_at, self._due_at)
+            self._look_again_at(due_at)
             lease = stored.record
             is_owner = self._owners[lease.ip] == name
             if is_owner and (holding is None or not _agree(name, lease, holding.record)):
@@ -318,10 +318,19 @@ class _Planner:
             else:
                 free = next(rested, None)
                 if free is None:
+                    self._look_again_when_one_has_rested()
                     self._problems.append(Problem(name, "pool_exhausted", self._exhausted()))
                     continue
                 address = free
             self._grant("moved" if name in self._leases else "granted", name, service.ports, address)
+
+    def _look_again_when_one_has_rested(self) -> None:
+        for address, stored in self._holdings.items():
+            if address not in self._taken and address in self._rules.pool:
+                self._look_again_at(_rests_since(stored.record) + self._rules.quarantine_s)
+
+    def _look_again_at(self, due_at: float) -> None:
+        self._due_at = due_at if self._due_at is None else min(due_at, self._due_at)
 
     def _rested(self) -> Iterator[IPv4Address]:
         """Yield the addresses past their quarantine, the longest rested first."""

@@ -190,31 +190,30 @@ class _TableKeeper:
 
     async def run(self) -> None:
         """Plan and carry out, each time the catalog changes or something is due, until something fails."""
-        snapshot = await self._catalog.changed()
-        await self._read_table()
-        read_at = time.monotonic()
         while True:
-            if time.monotonic() - read_at >= REREAD_SECONDS:
-                await self._read_table()
-                read_at = time.monotonic()
-            self._services = describe_all(snapshot.services, self._services)
-            decided = self._plan()
-            if decided.wants_catalog_read:
-                self._catalog_read = await self._read_catalog()
+            await self._read_table()
+            reread_at = time.monotonic() + REREAD_SECONDS
+            while time.monotonic() < reread_at:
+                snapshot = await self._catalog.changed()
+                self._services = describe_all(snapshot.services, self._services)
                 decided = self._plan()
-            await self._carry_out(decided.changes)
-            self._report(decided.problems)
-            await self._pause(snapshot, decided, read_at + REREAD_SECONDS)
-            snapshot = self._catalog.latest or snapshot
+                if decided.wants_catalog_read:
+                    self._catalog_read = await self._read_catalog()
+                    decided = self._plan()
+                await self._carry_out(decided.changes)
+                self._report(decided.problems)
+                await self._pause(snapshot, decided, reread_at)
 
     async def _pause(self, snapshot: CatalogSnapshot, decided: Plan, reread_at: float) -> None:
-        """Wait for another snapshot, but not past what is due next."""
+        """Wait until the catalog shows other services, but not past what is due next."""
         wait_s = reread_at - time.monotonic()
         if decided.due_at is not None:
             wait_s = min(wait_s, decided.due_at - time.time())
+        services = snapshot.services
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, wait_s)):
-                await self._catalog.changed(snapshot)
+                while snapshot.services is services:
+                    snapshot = await self._catalog.changed(snapshot)
 
     def _plan(self) -> Plan:
         view = View(

@@ -213,6 +213,7 @@ def test_nobody_else_gets_an_address_during_its_quarantine_and_then_the_longest_
     (problem,) = starved.problems
     assert problem.service == "e"
     assert "pool 10.0.0.0/29 has 4, 2 leased, 2 in quarantine" in problem.what
+    assert starved.due_at == NOW + 103
     assert kinds(here.keep(services("c", "d", "e"), NOW + 103)) == [f"granted e {first}"]
     assert kinds(here.keep(services("c", "d", "e", "f"), NOW + 107)) == [f"granted f {second}"]
     assert audit(here.kv.table) == ()
@@ -388,7 +389,10 @@ def test_an_unreadable_address_is_not_given_out_nor_touched() -> None:
     here.kv.put("ztna/vip/ip/nonsense", b"?")
     here.keep(services("web"), NOW)
     assert here.address("web") == "10.0.0.1"
-    assert here.keep(services("web", "db"), NOW).problems
+    resting = Holding(service="old", epoch=1, state="quarantined", released_at=NOW)
+    here.kv.put("ztna/vip/ip/192.0.2.1", to_json(resting))
+    starved = here.keep(services("web", "db"), NOW)
+    assert (len(starved.problems), starved.due_at) == (1, None)
     here.kv.put("ztna/vip/ip/10.0.0.1", b"?")
     assert here.keep(services("web"), NOW).changes == ()
     here.keep({}, NOW + 1)
