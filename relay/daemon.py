@@ -47,6 +47,7 @@ from ztna.resolver import Resolver
 from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import dropped, logger, refused
 from ztna.udp import SockAddr
+from ztna.udp_bulk import BulkSocket
 from ztna.wire import control, datagram
 from ztna.wire.control import Address
 
@@ -161,13 +162,12 @@ class Relay:
             reset_key=reset_key(config.reset_key_file),
             where=WHERE,
         )
-        raw_control = udp.RawSocket.open((config.listen.host, config.listen.port))
+        self._socket = udp.UdpSocket.open((config.listen.host, config.listen.port), self._packets_received)
         try:
             listener, raw = _forwarder_sockets(config.forwarder)
         except ZtnaError:
-            raw_control.close()
+            self._socket.close()
             raise
-        self._socket = udp.UdpSocket(raw_control, self._packets_received)
         self.forwarder = Forwarder(raw)
         self.splicer = Splicer(listener, self._agent_waiting)
         self.server = quic.Server(
@@ -450,12 +450,12 @@ def _reached_from(peer: str, port: int) -> Address:
         return Address(probe.getsockname()[0], port)
 
 
-def _forwarder_sockets(endpoint: Endpoint) -> tuple[socket.socket, udp.RawSocket]:
+def _forwarder_sockets(endpoint: Endpoint) -> tuple[socket.socket, BulkSocket]:
     """Return the TCP and UDP socket of one port. Raises ZtnaError."""
     for attempt in range(PORT_ATTEMPTS):
         listener = splicer.listen((endpoint.host, endpoint.port))
         try:
-            return listener, udp.RawSocket.open((endpoint.host, listener.getsockname()[1]))
+            return listener, BulkSocket.open((endpoint.host, listener.getsockname()[1]))
         except ZtnaError:
             listener.close()
             # With port 0 the port that TCP got may be somebody's on UDP: another one then.

@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from relay.links import LinkTable
 from ztna import udp
 from ztna.jsontypes import Secret
+from ztna.udp_bulk import BulkSocket
 
 SWEEP_SECONDS = 5.0
 NONCE_KEY_BYTES = 32
@@ -20,7 +21,7 @@ NONCE_KEY_BYTES = 32
 class Forwarder:
     """The forwarder's UDP socket on the running loop."""
 
-    def __init__(self, raw: udp.RawSocket) -> None:
+    def __init__(self, raw: BulkSocket) -> None:
         """Begin to forward on a bound socket."""
         self._raw = raw
         self._table = LinkTable(Secret(os.urandom(NONCE_KEY_BYTES)))
@@ -50,7 +51,6 @@ class Forwarder:
             "received": raw.received,
             "sent": raw.sent,
             "dropped_by_kernel": raw.dropped,
-            "truncated": raw.truncated,
             "drops": dict(self._table.drops),
             "links": [
                 {

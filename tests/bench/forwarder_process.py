@@ -12,12 +12,12 @@ import uvloop
 
 from relay.forwarder import Forwarder
 from ztna.jsontypes import Secret
-from ztna.udp import RawSocket
+from ztna.udp_bulk import BulkSocket
 
 
 async def main() -> None:
     """Forward until killed."""
-    forwarder = Forwarder(RawSocket.open(("127.0.0.1", int(sys.argv[1]))))
+    forwarder = Forwarder(BulkSocket.open(("127.0.0.1", int(sys.argv[1]))))
     forwarder.add_link("bench", (b"a" * 16, Secret(b"a" * 32)), (b"c" * 16, Secret(b"c" * 32)))
     await asyncio.Event().wait()
 

@@ -9,6 +9,7 @@ import pytest
 
 from ztna import udp
 from ztna.errors import ZtnaError
+from ztna.udp_bulk import PAYLOAD_BYTES_MAX
 
 DEADLINE_S = 5
 
@@ -57,21 +58,21 @@ async def test_an_unreachable_destination_does_not_stop_the_rest() -> None:
     sender.close()
 
 
-async def test_a_payload_above_a_slot_is_sent_alone_and_truncated_ones_are_counted() -> None:
+async def test_large_payloads_pass_whole() -> None:
     inbox = Inbox()
-    receiver = udp.UdpSocket.open(("127.0.0.1", 0), inbox)
-    plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    plain.bind(("127.0.0.1", 0))
-    plain.settimeout(DEADLINE_S)
-    receiver.send([(bytes(9000), plain.getsockname())])
-    assert len(plain.recv(65536)) == 9000
-    plain.sendto(bytes(9000), receiver.address)
-    plain.sendto(b"end", receiver.address)
-    await inbox.has(1)
-    assert inbox.packets == [(b"end", plain.getsockname())]
-    assert receiver.counters == {"received": 1, "sent": 1, "dropped": 0, "truncated": 1}
-    plain.close()
+    receiver, sender = (
+        udp.UdpSocket.open(("127.0.0.1", 0), inbox),
+        udp.UdpSocket.open(("127.0.0.1", 0), Inbox()),
+    )
+    largest = bytes(PAYLOAD_BYTES_MAX)
+    sender.send(
+        [(largest, receiver.address)] * 10 + [(largest + b"x", receiver.address), (b"", receiver.address)]
+    )
+    await inbox.has(11)
+    assert [data for data, _ in inbox.packets] == [largest] * 10 + [b""]
+    assert sender.counters == {"received": 0, "sent": 11, "dropped": 1}
     receiver.close()
+    sender.close()
 
 
 async def test_the_other_family_is_dropped_and_counted() -> None:
