@@ -136,6 +136,7 @@ class TlsStream:
         self._on_readable: Callable[[], None] | None = None
         self._on_writable: Callable[[], None] | None = None
         self._awaits_writable = False
+        self._has_writer = False
         self._read_awaits_writable = False
         self._write_awaits_readable = False
         self._is_closed = False
@@ -237,12 +238,14 @@ class TlsStream:
 
     def _stop_watching(self) -> None:
         self._on_readable = self._on_writable = None
+        self._has_writer = False
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
 
     def _await_writable(self) -> None:
-        if not self._awaits_writable:
-            self._awaits_writable = True
+        self._awaits_writable = True
+        if not self._has_writer:
+            self._has_writer = True
             self._loop.add_writer(self._fd, self._writable)
 
     def _readable(self) -> None:
@@ -255,14 +258,15 @@ class TlsStream:
         self._call(self._on_readable)
 
     def _writable(self) -> None:
-        if self._is_closed:
-            return
         self._awaits_writable = False
-        self._loop.remove_writer(self._fd)
         if self._read_awaits_writable:
             self._read_awaits_writable = False
             self._call(self._on_readable)
         self._call(self._on_writable)
+        # A connection that carries all it can is full again by now; coming and going costs an epoll_ctl(2) each.
+        if not self._awaits_writable and not self._is_closed and self._has_writer:
+            self._has_writer = False
+            self._loop.remove_writer(self._fd)
 
     @staticmethod
     def _call(callback: Callable[[], None] | None) -> None:

@@ -148,7 +148,9 @@ class TcpFlow:
         """Nothing waits in the carrier any more."""
         if not self._is_over:
             self._acknowledge()
-            self._look_at_reading()
+        if not self._is_over and not self._is_reading:
+            # Most likely there is something: trying costs less than asking the selector first.
+            self._local_readable()
 
     def carrier_lost(self) -> None:
         """The carrier broke: the local program sees a RST, never a clean end of half its bytes."""
