@@ -264,8 +264,10 @@ class Relay:
         """Hear that a connection is over."""
         del self._peers[peer.key]
         self._doorkeeper.left(peer.connection.identity)
+        served = bool(self._sessions.peers[peer.key].services)
         self.carry_out(self._sessions.disconnected(peer.key, reason, time.monotonic()))
-        self.puller.watch(self._sessions.services)
+        if served:
+            self.puller.watch(self._sessions.services)
 
     def _agent_waiting(self, session: SessionId, waiter: int) -> None:
         self.carry_out(self._sessions.agent_waiting(session, waiter))

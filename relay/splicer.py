@@ -17,6 +17,7 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ztna.errors import ProtocolError, ZtnaError
 from ztna.names import SessionId
@@ -48,6 +49,8 @@ _SPLICE_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _ABORT = struct.pack("ii", 1, 0)
 _WOULD_BLOCK = -1
 _PIPE_SIZE_SET = 1031
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -159,9 +162,11 @@ class Splicer:
         self._listener = listener
         self._on_agent_waiting = on_agent_waiting
         self._tokens: dict[bytes, _Token] = {}
-        self._tokens_of: dict[SessionId, set[bytes]] = defaultdict(set)
+        self._tokens_of: defaultdict[SessionId, set[bytes]] = defaultdict(set)
         self._dialled: dict[int, _Dialled] = {}
         self._pairs: dict[int, _Pair] = {}
+        self._waiting_of: defaultdict[SessionId, set[_Dialled]] = defaultdict(set)
+        self._pairs_of: defaultdict[SessionId, set[_Pair]] = defaultdict(set)
         self._again: set[_Pair] = set()
         self.refusals: Counter[str] = Counter()
         """Connections closed unserved, by why: bad_token, late, limit, no_connector, malformed, session_ended."""
@@ -198,9 +203,9 @@ class Splicer:
         """Void the session's tokens and close its connections."""
         for token in self._tokens_of.pop(session, ()):
             del self._tokens[token]
-        for dialled in [each for each in self._dialled.values() if each.session == session]:
+        for dialled in list(self._waiting_of.get(session, ())):
             self._drop(dialled, "session_ended")
-        for pair in {each for each in self._pairs.values() if each.session == session}:
+        for pair in list(self._pairs_of.get(session, ())):
             self._end(pair, abort=True)
 
     def status(self) -> dict[str, object]:
@@ -303,16 +308,14 @@ class Splicer:
             self._join(entry.session, entry.waiting, dialled)
         else:
             dialled.session = entry.session
+            self._waiting_of[entry.session].add(dialled)
             dialled.deadline = self._loop.time() + BIND_SECONDS
             self._on_agent_waiting(entry.session, dialled.sock.fileno())
 
     def _take(self, token: bytes) -> _Token | None:
         entry = self._tokens.pop(token, None)
         if entry is not None:
-            tokens = self._tokens_of[entry.session]
-            tokens.discard(token)
-            if not tokens:
-                del self._tokens_of[entry.session]
+            _discard(self._tokens_of, entry.session, token)
         return entry
 
     def _join(self, session: SessionId, agent: _Dialled, connector: _Dialled) -> None:
@@ -328,8 +331,9 @@ class Splicer:
             self._drop(connector, "late")
             return
         for each in (agent, connector):
-            del self._dialled[each.sock.fileno()]
+            self._forget(each)
             self._pairs[each.sock.fileno()] = pair
+        self._pairs_of[session].add(pair)
         self.joined += 1
         # What came before the join made its edge already.
         self._pump(pair)
@@ -362,13 +366,19 @@ class Splicer:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
             sock.close()
         self._again.discard(pair)
+        _discard(self._pairs_of, pair.session, pair)
         self.bytes += pair.up.bytes + pair.down.bytes
         pair.close()
 
     def _drop(self, dialled: _Dialled, why: str) -> None:
         self.refusals[why] += 1
-        del self._dialled[dialled.sock.fileno()]
+        self._forget(dialled)
         dialled.sock.close()
+
+    def _forget(self, dialled: _Dialled) -> None:
+        del self._dialled[dialled.sock.fileno()]
+        if dialled.session is not None:
+            _discard(self._waiting_of, dialled.session, dialled)
 
     def _sweep(self) -> None:
         now = self._loop.time()
@@ -411,6 +421,13 @@ def peer_of(sock: socket.socket) -> Address:
     """Return whom the socket is connected to. Raises OSError when it is no longer."""
     host, port = sock.getpeername()[:2]
     return Address(host, port)
+
+
+def _discard(sets: dict[SessionId, set[T]], session: SessionId, member: T) -> None:
+    members = sets[session]
+    members.discard(member)
+    if not members:
+        del sets[session]
 
 
 def _splice(source: int, target: int, count: int) -> int:
