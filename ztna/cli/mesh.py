@@ -46,6 +46,7 @@ from ztna.wire.control import Address
 START_SECONDS = 30.0
 POLL_SECONDS = 0.05
 STOP_EACH_SECONDS = 0.8
+CONSUL_SECONDS = 3.0
 CERTIFICATE_DAYS = 2
 RELAY_NAME = "demo"
 CONNECTOR_ID = "demo"
@@ -103,6 +104,8 @@ class Mesh:
         Raises ZtnaError naming the daemon that ended or what is still awaited after START_SECONDS.
         """
         self.options.directory.mkdir(parents=True, exist_ok=True)
+        if self.options.consul_address:
+            await _require_leader(self.options.consul_address)
         consul = self._consul_child()
         paths = self._write_files()
         samples = Child(
@@ -312,6 +315,12 @@ class Mesh:
         order = (("agent", "connector"), ("relay", "dnsd"), ("sample backends", "consul"))
         groups = [[by_name[name] for name in names if name in by_name] for names in order]
         await stop_in_order(groups, STOP_EACH_SECONDS)
+
+
+async def _require_leader(address: str) -> None:
+    """Raise ConsulError at once for a Consul that does not answer or has no leader."""
+    async with ConsulClient(ConsulConfig(address=address, timeout_s=CONSUL_SECONDS)) as client:
+        await client.leader()
 
 
 async def _is_ready(http: aiohttp.ClientSession, port: int) -> tuple[bool, str]:

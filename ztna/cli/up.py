@@ -255,6 +255,13 @@ def commands(mesh: Mesh, rows: list[dict[str, object]]) -> list[str]:
         f"  echo select | timeout 1 nc {address[DATABASE]} 5432",
         f"  curl http://127.0.0.1:{mesh.admin['relay']}/status                 # also "
         + ", ".join(f"{name} {port}" for name, port in mesh.admin.items() if name != "relay"),
+        *_missing_tools(),
         f"Certificates, configurations and logs: {mesh.options.directory}",
         "",
     ]
+
+
+def _missing_tools() -> list[str]:
+    packages = {"dig": "bind9-dnsutils", "curl": "curl", "nc": "netcat-openbsd"}
+    missing = [package for tool, package in packages.items() if shutil.which(tool) is None]
+    return [f"  (first, as root: apt-get install {' '.join(missing)})"] if missing else []
