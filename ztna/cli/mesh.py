@@ -37,7 +37,7 @@ from ztna.config import (
     TlsConfig,
 )
 from ztna.consul.client import ConsulClient
-from ztna.errors import ZtnaError
+from ztna.errors import ConsulUnavailable, ZtnaError
 from ztna.jsontypes import from_json
 from ztna.leases import SERVICE_PREFIX, Lease
 from ztna.names import ConnectorId, ServiceName
@@ -320,7 +320,8 @@ class Mesh:
 async def _require_leader(address: str) -> None:
     """Raise ConsulError at once for a Consul that does not answer or has no leader."""
     async with ConsulClient(ConsulConfig(address=address, timeout_s=CONSUL_SECONDS)) as client:
-        await client.leader()
+        if await client.leader() is None:
+            raise ConsulUnavailable(f"Consul at {address} has no leader; wait for one, or name another")
 
 
 async def _is_ready(http: aiohttp.ClientSession, port: int) -> tuple[bool, str]:

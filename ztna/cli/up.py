@@ -123,7 +123,7 @@ async def _stop(mesh: Mesh, console: Console) -> None:
     started = time.perf_counter()
     await mesh.stop()
     console.print(f"stopped everything in {time.perf_counter() - started:.1f} s", highlight=False)
-    if mesh.options.consul_address:
+    if mesh.options.consul_address and mesh.children:
         console.print(
             "the leases stay in that Consul's KV, so that the names keep their addresses; "
             "`consul kv delete -recurse ztna/` removes them",
