@@ -40,7 +40,7 @@ def bench_mesh(directory: Path, routes: Sequence[RouteConfig], *, direct: bool) 
         lab.consul = ConsulConfig(address=f"http://127.0.0.1:{consul}")
         lab.spawn("consul", lab.host("core"), *_embedded(consul))
         wait_until("the embedded Consul", lambda: accepts(consul))
-        dnsd = lab.dnsd(listen=Endpoint("127.0.0.1", dns), admin=Endpoint("127.0.0.1", free_port()))
+        dnsd = lab.dnsd(listen=Endpoint("127.0.0.1", dns))
         relay = lab.relay(
             listen=Endpoint("127.0.0.1", control),
             forwarder=Endpoint("127.0.0.1", forwarder),

@@ -24,7 +24,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from tests.support.consul import require_binary, server_argv
+from tests.support.consul import free_ports, require_binary, server_argv
 from tests.support.namespaces import Host, LocalNetwork, Network
 from ztna import config as configuration
 from ztna.ca import Authority, write_private
@@ -253,7 +253,9 @@ class Lab:
         return self.network.hosts.get(name) or self.network.host(name)
 
     def port(self) -> int:
-        """Return a port nobody in this lab has: its namespaces are its own."""
+        """Return a port nobody in this lab has: its namespaces are its own, this machine's ports are not."""
+        if isinstance(self.network, LocalNetwork):
+            return free_ports(1)[0]
         self._next_port += 1
         return self._next_port
 
