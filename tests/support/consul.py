@@ -226,9 +226,14 @@ class ConsulUnderTest:
         name = f"{file.stem}-{uuid.uuid4().hex[:8]}"
         made = self.request("PUT", "/v1/acl/policy", {"Name": name, "Rules": file.read_text()})
         assert made[0] == 200, made
-        status, token, _ = self.request("PUT", "/v1/acl/token", {"Policies": [{"Name": name}]})
-        assert status == 200, token
-        return str(token["SecretID"])
+        end = time.monotonic() + START_SECONDS
+        while True:
+            status, token, _ = self.request("PUT", "/v1/acl/token", {"Policies": [{"Name": name}]})
+            if status == 200:
+                return str(token["SecretID"])
+            # A server that has just started under load refuses tokens for a moment after it takes policies.
+            assert time.monotonic() < end, token
+            time.sleep(0.1)  # a process of its own clock
 
 
 def _encoded(body: object) -> bytes:
