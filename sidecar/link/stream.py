@@ -361,6 +361,7 @@ class _Accepted:
         self._listener = listener
         self._session = session
         self._opening: asyncio.Task[None] | None = None
+        self._opening_session: SessionId | None = None
         self._loop = asyncio.get_running_loop()
         self._idle_timer = self._loop.call_later(max(first_open_s, 0), self._idled)
         self.frames.start()
@@ -369,7 +370,8 @@ class _Accepted:
         flow = self.frames.flow
         if flow is not None and flow.opened.session == session:
             flow.reset(reason)
-        elif self._session == session:
+        elif session in (self._session, self._opening_session):
+            # Also one whose backend is being dialled: what was allowed when that began is not any more.
             self.frames.finish(reason)
 
     def shut(self, reason: Reason) -> None:
@@ -389,6 +391,7 @@ class _Accepted:
             self.frames.finish(Reason.CLOSED_BY_PEER)
         elif isinstance(frame, OpenFrame):
             self._idle_timer.cancel()
+            self._opening_session = frame.session
             self._opening = self._listener._tasks.create_task(self._open(frame), name="open flow")
         elif isinstance(frame, ResumeFrame):
             # A flow ends here with its carrier, so none is known that could be resumed.
@@ -410,7 +413,7 @@ class _Accepted:
             else:
                 flow.finished.add_done_callback(lambda _: known.finish(agent, frame.flow, time.monotonic()))
                 flow.finished.add_done_callback(self._flow_finished)
-        self._opening = None
+        self._opening = self._opening_session = None
 
     async def _start(self, frame: OpenFrame) -> TcpFlow | None:
         # The memory is had before the backend is dialled: a flow that cannot be carried disturbs nobody.

@@ -463,6 +463,17 @@ async def test_ending_a_session_resets_its_flows_only(ground: Ground) -> None:
     assert not other.finished.done()
 
 
+async def test_ending_a_session_stops_a_dial_that_it_had_begun(ground: Ground) -> None:
+    ground.hang = True
+    carrier, program = await ground.dial(), await ground.program()
+    opening = asyncio.ensure_future(carrier.open(open_frame(), program.near))
+    await ground.opening.wait()
+    ground.listener.end_session(SESSION, ground.agent.identity.name, Reason.STALE_EPOCH)
+    with pytest.raises(LinkError, match="before OPENED"):
+        await opening
+    assert ground.far_budget.used == ground.near_budget.used == 0
+
+
 async def test_closing_the_listener_ends_all(ground: Ground) -> None:
     await ground.serve(echo)
     _, carrier, flow = await ground.flow()
