@@ -11,7 +11,7 @@ from ipaddress import IPv4Address
 import aiohttp
 
 from ztna import quic
-from ztna.cli.mesh import DATABASE, ECHO, RELAY_NAME, SERVICES, WEB, Mesh
+from ztna.cli.mesh import DATABASE, ECHO, RELAY_NAME, SERVICES, VIRTUAL_PORTS, WEB, Mesh
 from ztna.config import Endpoint, TlsConfig
 from ztna.credentials import Credentials
 from ztna.errors import ZtnaError
@@ -24,6 +24,7 @@ from ztna.wire import control
 
 STEP_SECONDS = 10.0
 RETRY_SECONDS = 0.1
+ECHO_ATTEMPTS = 9
 ECHO_ATTEMPT_SECONDS = 1.0
 ZONE = "ztna.local"
 
@@ -99,18 +100,22 @@ def _outside(mesh: Mesh, address: str) -> bool:
 class _Answers(asyncio.DatagramProtocol):
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue(16)
+        self.problem = "no answer"
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         if not self.queue.full():
             self.queue.put_nowait(data)
 
+    def error_received(self, exc: Exception) -> None:
+        self.problem = str(exc)
+
 
 async def _udp_echo(mesh: Mesh) -> str:
-    address = await _address(mesh, ECHO)
+    address, port = await _address(mesh, ECHO), VIRTUAL_PORTS[ECHO]
     loop = asyncio.get_running_loop()
-    transport, answers = await loop.create_datagram_endpoint(_Answers, remote_addr=(address, 7))
+    transport, answers = await loop.create_datagram_endpoint(_Answers, remote_addr=(address, port))
     try:
-        for attempt in range(1, int(STEP_SECONDS) + 1):
+        for attempt in range(1, ECHO_ATTEMPTS + 1):
             payload = f"hello {attempt}".encode()
             transport.sendto(payload)
             try:
@@ -118,16 +123,16 @@ async def _udp_echo(mesh: Mesh) -> str:
             except TimeoutError:
                 continue
             if not answer.startswith(b"hello "):
-                raise CheckFailed(f"{address}:7/udp answered {answer[:40]!r} instead of an echo")
-            return f"{len(answer)} bytes came back from {address}:7/udp, datagram {attempt}"
+                raise CheckFailed(f"{address}:{port}/udp answered {answer[:40]!r} instead of an echo")
+            return f"{len(answer)} bytes came back from {address}:{port}/udp, datagram {attempt}"
     finally:
         transport.close()
-    raise CheckFailed(f"no echo from {address}:7/udp")
+    raise CheckFailed(f"no echo from {address}:{port}/udp: {answers.problem}")
 
 
 async def _http_get(mesh: Mesh) -> str:
     address = await _address(mesh, WEB)
-    url = f"http://{address}:8080/"
+    url = f"http://{address}:{VIRTUAL_PORTS[WEB]}/"
     last = ""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=STEP_SECONDS)) as http:
         for _ in range(int(STEP_SECONDS / RETRY_SECONDS)):

@@ -53,6 +53,9 @@ CONNECTOR_ID = "demo"
 
 ECHO, WEB, DATABASE = ServiceName("echo-service"), ServiceName("web-app"), ServiceName("db")
 SERVICES = (ECHO, WEB, DATABASE)
+VIRTUAL_PORTS = {ECHO: 7007, WEB: 8080, DATABASE: 5432}
+"""None below 1024: the agent of an ordinary user could not listen there."""
+
 DEMO_POOL = IPv4Network("127.100.0.0/16")
 
 
@@ -88,8 +91,6 @@ class Mesh:
         for name, preferred in (("relay", 9431), ("dnsd", 9432), ("connector", 9433), ("agent", 9434)):
             self.admin[name] = choose(f"{name} admin", preferred)
         self.backend_ports = {service: choose(f"sample backend {service}", 0) for service in SERVICES}
-        for purpose, wanted, given in self.ports.taken:
-            self.say(f"port {wanted} ({purpose}) is taken; using {given}")
 
     @property
     def consul_address(self) -> str:
@@ -107,6 +108,8 @@ class Mesh:
         if self.options.consul_address:
             await _require_leader(self.options.consul_address)
         consul = self._consul_child()
+        for purpose, wanted, given in self.ports.taken:
+            self.say(f"port {wanted} ({purpose}) is taken; using {given}")
         paths = self._write_files()
         samples = Child(
             "sample backends",
@@ -250,20 +253,20 @@ class Mesh:
             RouteConfig(
                 service=ECHO,
                 backend=Endpoint("127.0.0.1", self.backend_ports[ECHO]),
-                port=7,
+                port=VIRTUAL_PORTS[ECHO],
                 protocol="udp",
                 check=CheckConfig(kind="none"),
             ),
             RouteConfig(
                 service=WEB,
                 backend=Endpoint("127.0.0.1", self.backend_ports[WEB]),
-                port=8080,
+                port=VIRTUAL_PORTS[WEB],
                 check=CheckConfig(kind="http", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),
             ),
             RouteConfig(
                 service=DATABASE,
                 backend=Endpoint("127.0.0.1", self.backend_ports[DATABASE]),
-                port=5432,
+                port=VIRTUAL_PORTS[DATABASE],
                 check=CheckConfig(kind="tcp", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),
             ),
         )

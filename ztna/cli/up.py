@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -21,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ztna.cli.check import ZONE, Step, as_objects, check
-from ztna.cli.mesh import DATABASE, ECHO, WEB, Mesh, MeshOptions
+from ztna.cli.mesh import DATABASE, ECHO, VIRTUAL_PORTS, WEB, Mesh, MeshOptions
 from ztna.config import ConsulConfig
 from ztna.consul.client import ConsulClient
 from ztna.errors import ConsulError, ZtnaError
@@ -68,11 +69,20 @@ def up(
         raise click.BadParameter(
             f"{error}; expected a network such as 127.100.0.0/16", param_hint="--pool"
         ) from None
-    quiet = Console(stderr=True) if as_json else Console()
+    console = _Console(stderr=as_json)
     with _directory(keep) as directory:
         options = MeshOptions(directory, network, "anyip" if mode == "anyip" else "listen", consul_address)
-        status = asyncio.run(_run(options, quiet, check_only, as_json))
+        status = asyncio.run(_run(options, console, check_only, as_json))
     sys.exit(status)
+
+
+class _Console(Console):
+    """A console whose reader may go: `ztna up --check | head -1` still ends everything in order."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 @contextlib.contextmanager
@@ -249,10 +259,10 @@ def commands(mesh: Mesh, rows: list[dict[str, object]]) -> list[str]:
         f"  {dig} {WEB}.{ZONE}",
         f"  {dig} {WEB}.{ZONE} SRV",
         f"  {dig} -x {address[WEB]}",
-        f"  curl http://{address[WEB]}:8080/",
-        f"  echo hello | timeout 1 nc -u {address[ECHO]} 7",
+        f"  curl http://{address[WEB]}:{VIRTUAL_PORTS[WEB]}/",
+        f"  echo hello | timeout 1 nc -u {address[ECHO]} {VIRTUAL_PORTS[ECHO]}",
         f"  curl -X POST http://127.0.0.1:{mesh.backend_ports[WEB]}/db/up      # the database comes up",
-        f"  echo select | timeout 1 nc {address[DATABASE]} 5432",
+        f"  echo select | timeout 1 nc {address[DATABASE]} {VIRTUAL_PORTS[DATABASE]}",
         f"  curl http://127.0.0.1:{mesh.admin['relay']}/status                 # also "
         + ", ".join(f"{name} {port}" for name, port in mesh.admin.items() if name != "relay"),
         *_missing_tools(),
