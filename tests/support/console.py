@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 
 from ztna.cli.processes import console_script
 
@@ -14,10 +15,12 @@ def command(name: str) -> str:
     return console_script(name)
 
 
-def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a console script to its end."""
+def run(
+    name: str, *arguments: str, prefix: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a console script to its end; `prefix` is a command that runs it."""
     return subprocess.run(
-        [command(name), *arguments],
+        [*prefix, command(name), *arguments],
         capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS,
