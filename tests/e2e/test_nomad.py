@@ -35,7 +35,7 @@ def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing() -> None:
     nomad = str(require_binary("nomad"))
     with lab("core") as made:
         core = made.host("core")
-        made.start_consul("newest")
+        made.start_consul("newest", acl=False)
         made.dnsd().wait_ready()
         made.relay().wait_ready()
         made.agent("laptop", ["web-app"])

@@ -55,7 +55,7 @@ def holdings(made: Lab) -> dict[str, dict[str, object]]:
 def audit(made: Lab) -> None:
     """Prove the table twice: by `ztna leases audit` and by reading it here."""
     argv = [str(Path(sys.executable).parent / "ztna"), "leases", "audit", "--json"]
-    done = made.host("core").try_run(*argv, "--consul", made.consul.address)
+    done = made.host("core").try_run(*argv, "--config", str(made.operator_config()))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["ok"] is True
     by_service, by_address = leases(made), holdings(made)

@@ -10,6 +10,8 @@ import base64
 import contextlib
 import json
 import os
+import re
+import secrets
 import shutil
 import signal
 import socket
@@ -24,7 +26,9 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from tests.support.consul import free_ports, require_binary, server_argv
+import msgspec
+
+from tests.support.consul import MANAGEMENT_TOKEN, POLICIES, free_ports, require_binary, server_argv
 from tests.support.namespaces import Host, LocalNetwork, Network
 from ztna import config as configuration
 from ztna.ca import Authority, write_private
@@ -50,6 +54,7 @@ CONSUL_PORT = 8500
 READY_SECONDS = 30.0
 POLL_SECONDS = 0.05
 STOP_SECONDS = 10.0
+_SERVICE_RULE = re.compile(r'^service "[^"]+" \{\n.*?^\}\n', re.MULTILINE | re.DOTALL)
 
 
 def until(what: str, condition: Callable[[], Any], seconds: float = 20.0, every: float = POLL_SECONDS) -> Any:
@@ -241,6 +246,7 @@ class Lab:
     pool: IPv4Network = IPv4Network("127.100.0.0/16")  # noqa: RUF009 - immutable
     running: list[Running] = field(default_factory=list)
     consul: ConsulConfig = field(default_factory=ConsulConfig)
+    _acl: bool = False
     _next_port: int = 20_000
 
     def __post_init__(self) -> None:
@@ -273,9 +279,13 @@ class Lab:
 
     # -- Consul --------------------------------------------------------------------------------------
 
-    def start_consul(self, kind: str, host: str = "core") -> Running:
-        """Start a Consul (a kind of tests.support.consul) that keeps its data over a restart; waits for its leader."""
+    def start_consul(self, kind: str, host: str = "core", *, acl: bool = True) -> Running:
+        """Start a Consul (a kind of tests.support.consul) that keeps its data over a restart; waits for its leader.
+
+        A real one denies by default, and each daemon gets a token with its policy of docs/policies.
+        """
         at = self.host(host)
+        self._acl = acl and kind != "embedded"
         self.consul = ConsulConfig(address=f"http://{at.address}:{CONSUL_PORT}")
         self._consul_host = at
         data = self.directory / "consul"
@@ -283,22 +293,45 @@ class Lab:
             where = ("--listen", f"0.0.0.0:{CONSUL_PORT}", "--data", str(data))
             running = self.python("consul", at, "-m", "ztna.consul.embedded", *where)
         else:
-            argv = server_argv(require_binary(kind), kind, data, bind=at.address, http=CONSUL_PORT)
+            binary = require_binary(kind)
+            argv = server_argv(binary, kind, data, bind=at.address, http=CONSUL_PORT, acl=self._acl)
             running = self.spawn("consul", at, *argv)
         until("Consul has a leader", lambda: self.consul_get("/v1/status/leader"), READY_SECONDS)
         return running
 
     def consul_get(self, path: str) -> Any:
         """Return what Consul's HTTP API answers; OSError when it does not with 200."""
-        code, text = http_get(self._consul_host, self.consul.address + path)
+        token = f"{'&' if '?' in path else '?'}token={MANAGEMENT_TOKEN}" if self._acl else ""
+        code, text = http_get(self._consul_host, self.consul.address + path + token)
         if code != 200:
             raise OSError(f"Consul {path}: {code} {text[:200]}")
         return json.loads(text)
 
-    def consul_put(self, path: str, body: object = None) -> None:
-        """PUT to Consul's HTTP API."""
+    def consul_put(self, path: str, body: object = None) -> Any:
+        """PUT to Consul's HTTP API and return what it answers; OSError when it does not with 200."""
         data = json.dumps(body) if body is not None else ""
-        self._consul_host.run("curl", "-sS", "--fail", "-X", "PUT", "-d", data, self.consul.address + path)
+        header = f"X-Consul-Token: {MANAGEMENT_TOKEN if self._acl else ''}"
+        argv = ("curl", "-sS", "--fail", "-X", "PUT", "-H", header, "-d", data, self.consul.address + path)
+        done = self._consul_host.try_run(*argv)
+        if done.returncode != 0:
+            raise OSError(f"Consul PUT {path}: {done.stderr}")
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def consul_for(self, daemon: str, services: Iterable[str] = ()) -> ConsulConfig:
+        """Return how a daemon reaches Consul: where ACLs are on with a token of exactly its policy.
+
+        The file's services are samples: as it says, one like them stands for each service of the routes.
+        """
+        if not self._acl:
+            return self.consul
+        rules = (POLICIES / f"{daemon}.hcl").read_text()
+        if services:
+            rules = _SERVICE_RULE.sub("", rules)
+            rules += "".join(f'service "{service}" {{\n  policy = "write"\n}}\n' for service in services)
+        name = f"{daemon}-{secrets.token_hex(4)}"
+        until("policy", lambda: self.consul_put("/v1/acl/policy", {"Name": name, "Rules": rules}))
+        made = until("token", lambda: self.consul_put("/v1/acl/token", {"Policies": [{"Name": name}]}))
+        return msgspec.structs.replace(self.consul, token=made["SecretID"])
 
     def check_states(self, service: str) -> list[str]:
         """Return the states of a service's checks in Consul."""
@@ -315,6 +348,12 @@ class Lab:
             for pair in pairs
             if pair["Value"] is not None
         }
+
+    def operator_config(self) -> Path:
+        """Return a file with which `ztna leases` reaches Consul."""
+        file = self.directory / "operator.yaml"
+        file.write_text(configuration.dump(Config(consul=self.consul_for("operator")), secrets=True))
+        return file
 
     @contextlib.contextmanager
     def registered(self, name: str) -> Iterator[str]:
@@ -361,7 +400,7 @@ class Lab:
     def daemon(self, name: str, host: Host, script: Sequence[str], config: Config, admin: Endpoint) -> Daemon:
         """Write a configuration and start a daemon with it; waits for nothing."""
         file = self.directory / f"{name}.yaml"
-        file.write_text(configuration.dump(config))
+        file.write_text(configuration.dump(config, secrets=True))
         file.chmod(0o600)
         argv = [console_script(script[0]), *script[1:], "--config", str(file)]
         log = self.directory / f"{name}.log"
@@ -376,7 +415,7 @@ class Lab:
         """Start a dnsd on 127.0.0.1:5533 of its host (`listen` overrides)."""
         admin = Endpoint("127.0.0.1", self.port())
         section = DnsdConfig(admin=admin, **({"pool": PoolConfig(cidr=self.pool)} | keys))
-        config = Config(consul=consul or self.consul, dnsd=section)
+        config = Config(consul=consul or self.consul_for("dnsd"), dnsd=section)
         return self.daemon(name, self.host(host), ["ztna-dnsd"], config, admin)
 
     def relay(self, name: str = "relay", host: str = "core", **keys: Any) -> Daemon:
@@ -412,7 +451,8 @@ class Lab:
         routes = tuple(routes)
         admin = Endpoint("127.0.0.1", self.port())
         link = keys.pop("link", Endpoint(at.address, 4435))
-        services = [str(route.service) for route in routes] if grants is None else grants
+        served = sorted({str(route.service) for route in routes})
+        services = served if grants is None else grants
         defaults = {"relays": (self.target(),), "link": link, "link_advertise": Address(link.host, link.port)}
         section = ConnectorConfig(
             id=ConnectorId(name),
@@ -421,7 +461,7 @@ class Lab:
             admin=admin,
             **({"drain_s": 1.0} | defaults | keys),
         )
-        config = Config(consul=consul or self.consul, connector=section)
+        config = Config(consul=consul or self.consul_for("connector", served), connector=section)
         return self.daemon(name, at, ["ztna-sidecar", "connector"], config, admin)
 
     def agent(
@@ -437,7 +477,7 @@ class Lab:
         admin = Endpoint("127.0.0.1", self.port())
         defaults = {"relays": (self.target(),), "pool": self.pool, "drain_s": 1.0}
         section = AgentConfig(tls=self.certificate(name, agent=services), admin=admin, **(defaults | keys))
-        config = Config(consul=consul or self.consul, agent=section)
+        config = Config(consul=consul or self.consul_for("agent"), agent=section)
         return self.daemon(name, self.host(host), ["ztna-sidecar", "agent"], config, admin)
 
     def dig(self, host: str, *question: str, port: int = 5533, server: str = "127.0.0.1") -> list[str]:
