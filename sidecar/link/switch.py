@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from sidecar.link.paths import KEEPALIVE_INTERVAL_SECONDS, Paths, is_usable
@@ -38,6 +39,8 @@ from ztna.wire.forwarder import (
 
 BIND_RETRY_SECONDS = 0.2
 BIND_REFRESH_SECONDS = 15.0
+SOURCES_MAX = 64
+"""How many addresses that proved the probe key are remembered: more than a peer can have candidates."""
 TIMER_FLOOR_SECONDS = 0.001
 
 _WHERE = "packet_carrier"
@@ -73,6 +76,8 @@ class PathSwitch:
         self._allow_private = allow_private
         self._loop = asyncio.get_running_loop()
         self._nonce: bytes | None = None
+        # QUIC is taken from these alone: anybody can send to this port, and half-open handshakes are few.
+        self._sources: OrderedDict[SockAddr, None] = OrderedDict()
         self._bind_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -142,10 +147,12 @@ class PathSwitch:
         forwarder = self.forwarder
         quic: list[tuple[bytes, SockAddr]] = []
         for data, source in packets:
-            if data and data[0] & 0x40:
+            if not data or not data[0] & 0x40:
+                self._other(data, source)
+            elif source == forwarder or source in self._sources:
                 quic.append((data, forwarder))
             else:
-                self._other(data, source)
+                dropped(_WHERE, "unknown_source")
         if quic and not self._is_closed:
             self._received(quic)
 
@@ -173,7 +180,13 @@ class PathSwitch:
     def _probed(self, packet: Probe | ProbeAnswer, source: SockAddr) -> None:
         if not is_genuine(self._probe_key, packet):
             dropped(_WHERE, "forged_probe")
-        elif isinstance(packet, ProbeAnswer):
+            return
+        # The peer sends on a path only after its own probe of it came through here.
+        self._sources[source] = None
+        self._sources.move_to_end(source)
+        if len(self._sources) > SOURCES_MAX:
+            self._sources.popitem(last=False)
+        if isinstance(packet, ProbeAnswer):
             self.paths.answered(packet.transaction, source, time.monotonic())
             self._look_at_path()
         else:

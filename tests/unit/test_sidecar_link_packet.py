@@ -2,15 +2,17 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from relay.forwarder import Forwarder
-from sidecar.link.packet import PacketLink
+from sidecar.link.packet import HALF_OPEN_MAX, PacketLink
 from sidecar.link.switch import _interface_addresses
 from tests.support.certificates import Pki
+from tests.support.hostile import client_connection
 from ztna import udp
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError, ZtnaError
@@ -238,6 +240,23 @@ async def test_a_cut_binding_closes_nothing_of_others_and_garbage_is_dropped(gro
     assert far._switch.reflexive != Address("192.0.2.1", 1)
     assert DROPS.labels("packet_carrier", "malformed")._value.get() >= before + 1
     assert DROPS.labels("packet_carrier", "forged_probe")._value.get() == forged + 1
+    stranger.close()
+
+
+async def test_strangers_take_no_part_of_the_handshakes(ground: Ground) -> None:
+    """Only a few may be half open: who is neither the forwarder nor proved the probe key gets none of them."""
+    far = ground.serve()
+    stranger = udp.UdpSocket.open(("127.0.0.1", 0), lambda _: None)
+    target = ("127.0.0.1", far._switch._socket.address[1])
+    before = DROPS.labels("packet_carrier", "unknown_source")._value.get()
+    for _ in range(2 * HALF_OPEN_MAX):
+        client = client_connection("ztna-link", None)
+        client.connect(target, time.monotonic())
+        stranger.send([(data, target) for data, _ in client.datagrams_to_send(time.monotonic())])
+    near = await ground.dial()
+    near.send(ECHO, b"all the same")
+    assert await ground.far.wait(1) == [(ECHO, b"all the same")]
+    assert DROPS.labels("packet_carrier", "unknown_source")._value.get() >= before + 2 * HALF_OPEN_MAX
     stranger.close()
 
 
