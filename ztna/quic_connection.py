@@ -204,6 +204,10 @@ class Connection:
         self._paused.discard(stream_id)
         self._endpoint.touch(self)
 
+    def use_udp_payload(self, size: int) -> None:
+        """Send packets of at most this size from now on, on a way that is known to carry them."""
+        self._engine.use_udp_payload(size)
+
     def restart_path(self) -> None:
         """Go back to the size every path carries, and probe again: the packets take another way now."""
         self._engine.use_udp_payload(self._endpoint.settings.udp_payload)

@@ -124,7 +124,9 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
             config = configuration.load(file, os.environ, dict(_pairs(settings, log_level)), section)
             own = getattr(config, section)
             if own is None:
-                raise ConfigError(f"{section}: the configuration has no such section")
+                raise ConfigError(
+                    f"{section}: the configuration has no such section; name a file that has one with --config"
+                )
         except ConfigError as error:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(EXIT_USAGE)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.console import command, run
+from tests.support.consul import ConsulUnderTest, require_binary
 from tests.support.lab import until
 
 pytestmark = pytest.mark.slow
@@ -123,3 +124,31 @@ def test_a_consul_that_does_not_answer_is_named() -> None:
     assert done.returncode == 1
     assert "127.0.0.1:1" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_running_consul_is_used_when_named_and_the_rest_can_be_kept(
+    own_consul: ConsulUnderTest, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    arguments = ("up", "--check", "--json", "--consul", own_consul.address, "--keep", str(kept))
+    done = run("ztna", *arguments, **os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["consul"] == f"the running one at {own_consul.address}"
+    names = {path.name for path in kept.iterdir()}
+    for daemon in ("dnsd", "relay", "connector", "agent"):
+        assert {f"{daemon}.yaml", f"{daemon}.log"} <= names
+    assert {path.name for path in kept.glob("*.key") if path.stat().st_mode & 0o077} == set()
+    # Whoever named it keeps it: it runs on, our services are gone, the names keep their addresses.
+    assert own_consul.request("GET", "/v1/health/service/web-app")[1] == []
+    assert len(own_consul.request("GET", "/v1/kv/ztna/vip/service/?keys")[1]) == 3
+    again = run("ztna", "up", "--check", "--keep", str(kept), **os.environ)
+    assert again.returncode == 2
+    assert "is not empty" in again.stderr
+
+
+def test_consul_on_path_is_used_in_dev_mode(tmp_path: Path) -> None:
+    (tmp_path / "consul").symlink_to(require_binary("newest"))
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = run("ztna", "up", "--check", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Consul: {tmp_path}/consul 1.19.2 in dev mode" in done.stdout

@@ -288,7 +288,8 @@ def test_a_missing_section_is_told(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment()
     )
-    assert (done.returncode, done.stderr) == (2, "ztna-relay: relay: the configuration has no such section\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ztna-relay: relay: the configuration has no such section; name a file")
 
 
 def test_the_log_level_is_a_flag_and_the_version_is_told(start: Start) -> None:

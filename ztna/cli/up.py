@@ -108,7 +108,7 @@ async def _run(options: MeshOptions, console: Console, check_only: bool, as_json
     mesh: Mesh | None = None
     body: asyncio.Task[int] | None = None
     try:
-        mesh = Mesh(options, lambda text: console.print(f"[yellow]note:[/] {text}"))
+        mesh = Mesh(options, lambda text: console.print(f"[yellow]note:[/] {text}", soft_wrap=True))
         body = asyncio.create_task(_body(mesh, console, check_only, as_json), name="ztna up")
         stopped = asyncio.create_task(stopping.wait(), name="signals")
         await asyncio.wait((body, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -122,7 +122,7 @@ async def _run(options: MeshOptions, console: Console, check_only: bool, as_json
     except ZtnaError as error:
         if as_json:
             click.echo(json.dumps({"ok": False, "error": str(error)}))
-        console.print(f"[red]failed:[/] {error}", highlight=False)
+        console.print(f"[red]failed:[/] {error}", highlight=False, soft_wrap=True)
         return 1
     finally:
         if mesh is not None:
@@ -138,6 +138,7 @@ async def _stop(mesh: Mesh, console: Console) -> None:
             "the leases stay in that Consul's KV, so that the names keep their addresses; "
             "`consul kv delete -recurse ztna/` removes them",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -145,7 +146,7 @@ async def _body(mesh: Mesh, console: Console, check_only: bool, as_json: bool) -
     started = time.perf_counter()
     with console.status("starting: certificates, Consul, dnsd, relay, connector, agent"):
         await mesh.start()
-    console.print(f"Consul: {mesh.consul_kind}", highlight=False)
+    console.print(f"Consul: {mesh.consul_kind}", highlight=False, soft_wrap=True)
     console.print(f"all daemons ready after {time.perf_counter() - started:.1f} s", highlight=False)
     async with ConsulClient(ConsulConfig(address=mesh.consul_address)) as client:
         if check_only:
@@ -177,7 +178,8 @@ async def _check(mesh: Mesh, client: ConsulClient, console: Console, as_json: bo
 
 async def _view(mesh: Mesh, client: ConsulClient, console: Console) -> None:
     rows = await _first_rows(mesh, client)
-    console.print(_table(rows))
+    if not console.is_terminal:
+        console.print(_table(rows))
     for line in commands(mesh, rows):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not console.is_terminal:
