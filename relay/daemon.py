@@ -54,6 +54,8 @@ from ztna.wire.control import Address
 ALPN = "ztna-v2"
 WHERE = "relay"
 UDP_PAYLOAD_BYTES = 1200
+UDP_PAYLOAD_PROBED_BYTES = 1350
+CONNECTOR_UDP_PAYLOAD_BYTES = 1360
 PING_SECONDS = 10.0
 RESOLVER_SECONDS = 3.0
 TICK_SECONDS = 1.0
@@ -156,6 +158,7 @@ class Relay:
         settings = quic.Settings(
             alpn=(ALPN,),
             udp_payload=UDP_PAYLOAD_BYTES,
+            udp_payload_probe=UDP_PAYLOAD_PROBED_BYTES,
             ping_interval_s=PING_SECONDS,
             retry=config.retry,
             half_open_max=config.half_open_max,
@@ -246,6 +249,8 @@ class Relay:
         peer = self._peers[self._next_key] = _Peer(self, self._next_key, connection)
         identity = connection.identity
         self._doorkeeper.entered(identity)
+        if identity.connector:
+            connection.use_udp_payload(CONNECTOR_UDP_PAYLOAD_BYTES)
         forwarder = self._advertised or _reached_from(connection.peer_address[0], self.forwarder.address[1])
         expires_at = time.monotonic() + identity.not_after.timestamp() - time.time()
         self.carry_out(self._sessions.connected(peer.key, identity, forwarder, expires_at))
@@ -424,6 +429,8 @@ class _Peer:
     def peer_address_changed(self, address: SockAddr) -> None:
         """Tell the peer its new address; authority is the connection's, so nothing else changes."""
         self.tell_address()
+        if not self.connection.identity.connector:
+            self.connection.restart_path()
 
     def connection_closed(self, code: int, reason: str) -> None:
         """End what hung on the connection."""

@@ -33,7 +33,9 @@ from ztna.wire.control import (
 )
 
 ALPN = "ztna-v2"
-UDP_PAYLOAD_BYTES = 1360
+UDP_PAYLOAD_BYTES = 1200
+UDP_PAYLOAD_PROBED_BYTES = 1350
+CONNECTOR_UDP_PAYLOAD_BYTES = 1360
 PING_SECONDS = 3.0
 CONNECT_SECONDS = 5.0
 HELLO_SECONDS = 5.0
@@ -132,7 +134,7 @@ class RelayClient:
                 address,
                 f"relay.{self.target.name}.ztna",
                 self.credentials,
-                Settings((ALPN,), UDP_PAYLOAD_BYTES, PING_SECONDS, where=_WHERE),
+                _settings(self.credentials.identity),
                 check=self._check,
                 factory=make,
             )
@@ -251,6 +253,17 @@ class _Control:
         self._types = message.features & FEATURES
         self.greeted.set_result(None)
         self._client.greeted(self)
+
+
+def _settings(identity: Identity) -> Settings:
+    """Return how to speak to a relay. Source: protocol.md: 1360 bytes between relay and connector, less elsewhere."""
+    return Settings(
+        alpn=(ALPN,),
+        udp_payload=CONNECTOR_UDP_PAYLOAD_BYTES if identity.connector else UDP_PAYLOAD_BYTES,
+        udp_payload_probe=UDP_PAYLOAD_PROBED_BYTES,
+        ping_interval_s=PING_SECONDS,
+        where=_WHERE,
+    )
 
 
 async def _until_over(connection: Connection) -> None:

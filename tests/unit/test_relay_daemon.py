@@ -38,6 +38,17 @@ async def test_a_peer_is_told_its_address(mesh: RunningRelay) -> None:
     assert seen == datagram.Qad(*agent._dialling.socket.address)
 
 
+async def test_packets_are_as_large_as_each_way_is_known_to_carry(mesh: RunningRelay) -> None:
+    """protocol.md: 1360 between relay and connector, elsewhere 1200 until a probe of 1350 was acknowledged."""
+    await mesh.connector("con-x")
+    await mesh.agent("agent-a")
+    to_connector, to_agent = (each.connection._engine for each in mesh.relay._peers.values())
+    assert to_connector.udp_payload == 1360
+    async with asyncio.timeout(10):
+        while to_agent.udp_payload != 1350:
+            await asyncio.sleep(0.01)
+
+
 async def test_an_agent_is_bound_to_the_connector_that_dns_names(mesh: RunningRelay) -> None:
     connector, agent = await mesh.connector(), await mesh.agent()
     opened, offered, _ = await agent.open_with(connector, request=7)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.link.control import RelayClient
+from sidecar.link.control import RelayClient, _settings
 from tests.support.certificates import Pki
 from tests.support.fake_relay import FakeRelay, fake_relay
 from ztna.config import Endpoint, RelayTarget
+from ztna.credentials import Credentials
 from ztna.names import ServiceName, SessionId
 from ztna.reasons import Reason
 from ztna.wire.control import Accepted, Closed, Health, Hello
@@ -30,11 +31,11 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 class Owner:
     """Writes down what a RelayClient tells."""
 
-    def __init__(self, pki: Pki, target: RelayTarget) -> None:
+    def __init__(self, pki: Pki, target: RelayTarget, credentials: Credentials | None = None) -> None:
         self.events: asyncio.Queue[tuple[str, object]] = asyncio.Queue()
         self.client = RelayClient(
             target,
-            pki.credentials(pki.connector()),
+            credentials or pki.credentials(pki.connector()),
             on_message=lambda client, message: self.events.put_nowait(("message", message)),
             on_connected=lambda client: self.events.put_nowait(("connected", client.connection)),
             on_lost=lambda client, reason: self.events.put_nowait(("lost", reason)),
@@ -46,8 +47,10 @@ class Owner:
 
 
 @asynccontextmanager
-async def running(pki: Pki, target: RelayTarget) -> AsyncIterator[Owner]:
-    owner = Owner(pki, target)
+async def running(
+    pki: Pki, target: RelayTarget, credentials: Credentials | None = None
+) -> AsyncIterator[Owner]:
+    owner = Owner(pki, target, credentials)
     task = asyncio.create_task(owner.client.run())
     try:
         yield owner
@@ -73,6 +76,21 @@ async def test_messages_go_both_ways(pki: Pki) -> None:
         closed = Closed(SESSION, Reason.PEER_GONE)
         peer.say(closed)
         assert await owner.next() == ("message", closed)
+
+
+@pytest.mark.parametrize("role, size", [("connector", 1360), ("agent", 1350)])
+async def test_packets_are_as_large_as_the_way_is_known_to_carry(pki: Pki, role: str, size: int) -> None:
+    """protocol.md: 1360 between relay and connector, elsewhere 1200 until a probe of 1350 was acknowledged."""
+    owner_pki = pki.credentials(pki.connector() if role == "connector" else pki.agent())
+    assert _settings(owner_pki.identity).udp_payload == (1360 if role == "connector" else 1200)
+    async with fake_relay(pki) as relay, running(pki, relay.target, owner_pki) as owner:
+        await relay.peer()
+        assert (await owner.next())[0] == "connected"
+        assert owner.client._control is not None
+        engine = owner.client._control._connection._engine
+        async with asyncio.timeout(WAIT_SECONDS):
+            while engine.udp_payload != size:
+                await asyncio.sleep(0.01)
 
 
 async def test_comes_back_as_another_connection(pki: Pki) -> None:

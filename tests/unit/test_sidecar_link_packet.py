@@ -21,6 +21,7 @@ from ztna.jsontypes import Binary, Secret
 from ztna.names import ServiceName
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS
+from ztna.udp_bulk import BulkSocket
 from ztna.wire.control import Address, ForwarderBind
 from ztna.wire.forwarder import Bound, encode, probe
 
@@ -57,7 +58,7 @@ class Ground:
 
     def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
         self.pki = Pki(directory)
-        self.forwarder = Forwarder(udp.RawSocket.open((host, 0)))
+        self.forwarder = Forwarder(BulkSocket.open((host, 0)))
         self.agent = Credentials.load(self.pki.agent())
         self.connector = Credentials.load(self.pki.connector())
         self.near, self.far = Inbox(), Inbox()
