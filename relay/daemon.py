@@ -62,8 +62,17 @@ TICK_SECONDS = 1.0
 GONE_SECONDS = 5.0
 """A connector pings each 3 s: so much silence ends its sessions as `peer_gone`, long before the idle timeout."""
 CONTROL_STREAM = 0
+SIGNALING_UNSENT_BYTES_MAX = 256 * 1024
+"""Beyond it a peer is passed no more of what others say about paths: they must not be able to fill its stream."""
 PORT_ATTEMPTS = 20
 STATUS_SESSIONS_MAX = 1_000
+
+SIGNALING = (
+    control.CandidateOffer,
+    control.CandidateAnswer,
+    control.StartPunching,
+    control.PunchingResult,
+)
 
 _log = logger(__name__)
 
@@ -393,7 +402,11 @@ class _Peer:
         self._ending: Reason | None = None
 
     def send(self, message: control.AnyMessage) -> None:
-        """Send a message; a peer that does not read its stream is disconnected."""
+        """Send a message; a peer that does not read its stream is disconnected, but never for the words of others."""
+        others_word = isinstance(message, SIGNALING)
+        if others_word and self.connection.unsent_bytes(CONTROL_STREAM) >= SIGNALING_UNSENT_BYTES_MAX:
+            dropped(WHERE, "signaling_queue_full")
+            return
         sent = self.connection.send_stream(CONTROL_STREAM, control.encode(message))
         if not sent and self.connection.is_open:
             self.disconnect(Reason.LIMIT_REACHED)

@@ -195,6 +195,10 @@ class Connection:
         self._endpoint.touch(self)
         return True
 
+    def unsent_bytes(self, stream_id: int) -> int:
+        """Return how many queued bytes of a stream the peer has not acknowledged."""
+        return self._engine.unsent_bytes(stream_id)
+
     def pause_stream(self, stream_id: int) -> None:
         """Hold what arrives on a stream and give the peer no more credit for it: at most a window is held."""
         self._paused.add(stream_id)

@@ -12,12 +12,13 @@ import pytest
 from relay import daemon as relay_daemon
 from tests.support.quic import Dialling, settings
 from tests.support.relay import SERVICE, Peer, RunningRelay, forged_session, refusals, running_relay
+from ztna import quic
 from ztna.config import Endpoint, RelayConfig
 from ztna.errors import ConfigError, LinkError
 from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
 from ztna.runtime import Readiness
-from ztna.telemetry import UNEXPECTED
+from ztna.telemetry import DROPS, UNEXPECTED
 from ztna.wire import control, datagram, forwarder
 
 ALICE = control.Address("192.0.2.1", 1111)
@@ -147,6 +148,27 @@ async def test_nobody_but_the_owners_speaks_about_a_session(mesh: RunningRelay) 
     assert len((await a.expect(control.DialToken, session=session)).token) == 32
     a.say(control.Closed(session, Reason.CLOSED_BY_PEER))
     await chosen.expect(control.Closed, session=session)
+
+
+async def test_signaling_of_one_peer_never_cuts_another_off(mesh: RunningRelay) -> None:
+    """An agent that floods a connector which is slow to read loses its own messages, not the connector."""
+    connector, agent = await mesh.connector(), await mesh.agent()
+    opened, _, _ = await agent.open_with(connector)
+    flood = control.encode(control.CandidateOffer(opened.session, (ALICE,) * control.CANDIDATES_MAX))
+    before = drops("signaling_queue_full")
+    connector.vanish()
+    async with asyncio.timeout(10):
+        for _ in range(2 * quic.STREAM_UNSENT_BYTES_MAX // len(flood)):
+            while not agent.connection.send_stream(0, flood):
+                await asyncio.sleep(0.01)
+        while drops("signaling_queue_full") == before:
+            await asyncio.sleep(0.01)
+    assert {each.identity.name for each in mesh.relay.sessions.peers.values()} == {agent.name, connector.name}
+    await agent.nothing_of(control.Closed)
+
+
+def drops(why: str) -> float:
+    return float(DROPS.labels("relay", why)._value.get())
 
 
 async def test_a_session_that_is_only_offered_belongs_to_the_connector_it_was_offered_to(
