@@ -493,20 +493,55 @@ class Lab:
         )
         return str(lines[0])
 
-    def close(self) -> None:
-        """End every process by its pid, newest first."""
-        for running in reversed(self.running):
-            if running.alive:
-                with contextlib.suppress(ProcessLookupError):
-                    running.signal(signal.SIGCONT)
-                    running.signal(signal.SIGTERM)
-        for running in reversed(self.running):
-            if running.process is not None:
-                try:
-                    running.process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    running.process.kill()
-                    running.process.wait()
+    @property
+    def daemons(self) -> list[Daemon]:
+        """Return those of ours that were started, in their order."""
+        return [running for running in self.running if isinstance(running, Daemon)]
+
+    def check_nothing_unexpected(self) -> None:
+        """AssertionError when one of ours met an error that nobody foresaw, by its metric or by its log.
+
+        The log tells for those that ended meanwhile. `lab` asks this at the end of every test.
+        """
+        found = [
+            f"{daemon.name}: ztna_unexpected_errors_total is {count:g}"
+            for daemon in self.daemons
+            if daemon.alive and (count := daemon.metric("ztna_unexpected_errors_total"))
+        ]
+        for daemon in self.daemons:
+            found += [f"{daemon.name}: {record}" for record in daemon.events("unexpected")]
+            found += [f"{daemon.name}: a traceback"] if "\nTraceback (most" in daemon.output() else []
+        assert not found, "\n".join(found)
+
+    def close(self) -> list[str]:
+        """End every process by its pid, ours first, so that Consul still hears them leave.
+
+        Returns what was wrong with how ours ended: a status other than 0, or none in STOP_SECONDS.
+        """
+        ending = [daemon for daemon in reversed(self.daemons) if daemon.alive]
+        _end(ending)
+        _end([running for running in reversed(self.running) if running.alive])
+        return [
+            f"{daemon.name} ended with status {daemon.process.returncode} at SIGTERM:\n{daemon.tail()}"
+            for daemon in ending
+            if daemon.process is not None and daemon.process.returncode != 0
+        ]
+
+
+def _end(ending: Sequence[Running]) -> None:
+    """Send SIGTERM to all at once; who is still there after STOP_SECONDS gets -9."""
+    for running in ending:
+        with contextlib.suppress(ProcessLookupError):
+            running.signal(signal.SIGCONT)
+            running.signal(signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for running in ending:
+        assert running.process is not None
+        try:
+            running.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            running.process.kill()
+            running.process.wait()
 
 
 def tcp_route(service: str, backend: Endpoint, port: int = 8080, **check: Any) -> RouteConfig:
@@ -525,7 +560,7 @@ def udp_route(service: str, backend: Endpoint, port: int = 7) -> RouteConfig:
 
 @contextlib.contextmanager
 def lab(*hosts: str, pool: str = "127.100.0.0/16") -> Iterator[Lab]:
-    """A lab with these hosts; on a failure the tails of all logs are printed."""
+    """A lab with these hosts, where nothing unexpected may happen; on a failure the tails of all logs are printed."""
     directory = Path(tempfile.mkdtemp(prefix="ztna-lab-"))
     net = Network()
     made: Lab | None = None
@@ -535,6 +570,10 @@ def lab(*hosts: str, pool: str = "127.100.0.0/16") -> Iterator[Lab]:
             net.host(name)
         made = Lab(net, directory, IPv4Network(pool))
         yield made
+        made.check_nothing_unexpected()
+        wrong = made.close()
+        assert not wrong, "\n".join(wrong)
+        made.check_nothing_unexpected()
     except BaseException:
         for running in made.running if made else ():
             print(f"---- {running.name} ({'alive' if running.alive else 'ended'})\n{running.tail()}")
