@@ -33,6 +33,7 @@ TOKENS_PER_SESSION_MAX = 256
 TOKENS_MAX = 100_000
 LISTEN_BACKLOG = 1024
 ACCEPTS_PER_WAKEUP = 64
+ACCEPT_PAUSE_SECONDS = 0.1
 EVENTS_PER_WAKEUP = 256
 PIPE_BYTES = 1024 * 1024
 SPLICES_PER_EVENT = 8
@@ -178,8 +179,9 @@ class Splicer:
         # never changes, so a busy pair costs no epoll_ctl(2).
         self._epoll = select.epoll()
         self._loop.add_reader(self._epoll.fileno(), self._events)
-        self._loop.add_reader(listener.fileno(), self._accept)
+        self._resume_accepting()
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._pause: asyncio.TimerHandle | None = None
         self._closed = False
 
     @property
@@ -227,6 +229,8 @@ class Splicer:
             return
         self._closed = True
         self._sweeper.cancel()
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._listener.fileno())
         self._loop.remove_reader(self._epoll.fileno())
         for dialled in list(self._dialled.values()):
@@ -249,11 +253,13 @@ class Splicer:
         for _ in range(ACCEPTS_PER_WAKEUP):
             try:
                 sock, _ = self._listener.accept()
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError:
-                # EMFILE and the like, or a peer that went before we looked: the next wakeup tries again.
+                # EMFILE and the like. Who waits is still there, so an immediate retry would only burn the CPU.
                 self.refusals["limit"] += 1
+                self._loop.remove_reader(self._listener.fileno())
+                self._pause = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume_accepting)
                 return
             open_now = len(self._dialled) + len(self._pairs)
             if len(self._dialled) >= UNBOUND_CONNECTIONS_MAX or open_now >= CONNECTIONS_MAX:
@@ -263,6 +269,9 @@ class Splicer:
             tune(sock)
             self._dialled[sock.fileno()] = _Dialled(sock, self._loop.time() + BIND_SECONDS)
             self._epoll.register(sock.fileno(), _EDGES)
+
+    def _resume_accepting(self) -> None:
+        self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _events(self) -> None:
         for fd, event in self._epoll.poll(0, EVENTS_PER_WAKEUP):

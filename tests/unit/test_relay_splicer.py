@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -217,6 +219,37 @@ async def test_numbers_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) ->
     await (await rig.dial(b"")).refused()
     assert rig.splicer.refusals == {"limit": 2}
     first.writer.close()
+
+
+async def test_out_of_descriptors_it_pauses_and_then_accepts_who_waited(rig: Rig) -> None:
+    rig.splicer.admit_agent(SESSION, AGENT_TOKEN)
+    real = rig.splicer._listener
+    exhausted = OutOfDescriptors(real)
+    rig.splicer._listener = exhausted  # type: ignore[assignment]
+    agent = await rig.dial(wire.dial_in(AGENT_TOKEN))
+    assert await asyncio.wait_for(rig.waiting.get(), DEADLINE_S)
+    assert rig.splicer.refusals == {"limit": 3}
+    assert exhausted.seconds() >= 3 * module.ACCEPT_PAUSE_SECONDS * 0.9, "it span"
+    agent.writer.close()
+
+
+class OutOfDescriptors:
+    """A listening socket whose first three accepts find no descriptor."""
+
+    def __init__(self, real: socket.socket) -> None:
+        self.real, self.times = real, list[float]()
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.times.append(time.monotonic())
+        if len(self.times) <= 3:
+            raise OSError(errno.EMFILE, "too many open files")
+        return self.real.accept()
+
+    def seconds(self) -> float:
+        return self.times[3] - self.times[0]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.real, name)
 
 
 async def test_open_pairs_and_waiters_end_with_the_splicer() -> None:
