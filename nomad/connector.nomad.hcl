@@ -108,9 +108,7 @@ job "web-app" {
                   interval_s: 1
                   timeout_s: 1
             link: {{ env "NOMAD_ADDR_link" }}
-            link_advertise:
-              ip: {{ env "NOMAD_IP_link" }}
-              port: {{ env "NOMAD_PORT_link" }}
+            link_advertise: {{ env "NOMAD_ADDR_link" }}
             admin: 127.0.0.1:{{ env "NOMAD_PORT_admin" }}
         YAML
       }

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.console import command
 from tests.support.consul import require_binary
-from tests.support.lab import http_get, lab, until
+from tests.support.lab import Lab, http_get, lab, until
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.nomad, pytest.mark.real_consul, pytest.mark.slow]
 
@@ -64,7 +64,7 @@ def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
         try:
-            until("healthy in Consul", lambda: made.check_states("web-app") == ["passing"], 60)
+            _wait_healthy(made, nomad)
             address = made.address("web-app")
             answer = until("served by name", lambda: http_get(core, f"http://{address}:8080/"), 30)
             assert answer[0] == 200
@@ -73,3 +73,12 @@ def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing() -> None:
             done = core.try_run(nomad, "job", "stop", "-purge", "web-app")
         assert done.returncode == 0, done.stdout + done.stderr
         until("no service is left", lambda: made.consul_get("/v1/health/service/web-app") == [], 60)
+
+
+def _wait_healthy(made: Lab, nomad: str) -> None:
+    try:
+        until("healthy in Consul", lambda: made.check_states("web-app") == ["passing"], 60)
+    except AssertionError as error:
+        logs = ("alloc", "logs", "-job", "-task", "connector", "-stderr", "web-app")
+        said = made.host("core").try_run(nomad, *logs).stdout
+        raise AssertionError(f"{error}; the connector said:\n{said[-3000:]}") from None
