@@ -167,6 +167,7 @@ class WholeMesh:
         self.pool = IPv4Network((f"127.{random.randrange(110, 250)}.{random.randrange(256)}.0", 24))
         self._address = consul.address
         self._tasks = tasks
+        self.connectors: dict[str, Running] = {}
         self._running: list[Running] = []
         self._closing: list[Callable[[], object]] = []
         self.resolver: Resolver
@@ -207,7 +208,8 @@ class WholeMesh:
             link=FREE,
             drain_s=0.1,
         )
-        return await self._body(name, connector.body, connector=own).ready()
+        running = self.connectors[name] = self._body(name, connector.body, connector=own)
+        return await running.ready()
 
     async def agent(self, *services: str, direct: bool = True) -> Running:
         """Start the one real agent."""
@@ -324,6 +326,16 @@ class Scripted:
         address = (opened.link_address.ip, opened.link_address.port)
         return await Carrier.dial_direct(
             address, self.credentials, lambda identity: None, budget=Budget(), timeout_s=5.0
+        )
+
+    async def forwarded(self, opened: control.Opened) -> Carrier:
+        """Dial in at the forwarder, as the relay allows."""
+        assert opened.forwarder is not None
+        self.peer.say(control.Dial(opened.session))
+        token = (await self.peer.expect(control.DialToken, session=opened.session)).token
+        address = (opened.forwarder.address.ip, opened.forwarder.address.port)
+        return await Carrier.dial_forwarder(
+            address, token, self.credentials, lambda identity: None, budget=Budget()
         )
 
     async def say(self, carrier: Carrier, session: SessionId, line: bytes, **changes: Any) -> bytes:
