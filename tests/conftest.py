@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Generator
 
 import pytest
 
@@ -20,6 +22,18 @@ from tests.support.consul import (
 )
 
 __all__ = ["_shared_consuls", "acl_consul", "consul", "own_consul", "unique"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the processes of an open lab said when the test failed that uses it."""
+    report = yield
+    used = sys.modules.get("tests.support.lab")
+    if report.failed and used is not None:
+        report.sections += used.open_tails()
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -54,6 +54,8 @@ CONSUL_PORT = 8500
 READY_SECONDS = 30.0
 POLL_SECONDS = 0.05
 STOP_SECONDS = 10.0
+_open: list[Lab] = []
+"""Those a test is in: what their processes said belongs to the report when it fails."""
 _SERVICE_RULE = re.compile(r'^service "[^"]+" \{\n.*?^\}\n', re.MULTILINE | re.DOTALL)
 
 
@@ -498,6 +500,10 @@ class Lab:
         """Return those of ours that were started, in their order."""
         return [running for running in self.running if isinstance(running, Daemon)]
 
+    def tails(self) -> list[tuple[str, str]]:
+        """Return a title and the last lines for each process."""
+        return [(f"{each.name} ({'alive' if each.alive else 'ended'})", each.tail()) for each in self.running]
+
     def check_nothing_unexpected(self) -> None:
         """AssertionError when one of ours met an error that nobody foresaw, by its metric or by its log.
 
@@ -558,6 +564,11 @@ def udp_route(service: str, backend: Endpoint, port: int = 7) -> RouteConfig:
     )
 
 
+def open_tails() -> list[tuple[str, str]]:
+    """Return a title and the last lines for each process of each lab that is open now."""
+    return [tail for each in _open for tail in each.tails()]
+
+
 @contextlib.contextmanager
 def lab(*hosts: str, pool: str = "127.100.0.0/16") -> Iterator[Lab]:
     """A lab with these hosts, where nothing unexpected may happen; on a failure the tails of all logs are printed."""
@@ -569,17 +580,19 @@ def lab(*hosts: str, pool: str = "127.100.0.0/16") -> Iterator[Lab]:
         for name in hosts or ("core",):
             net.host(name)
         made = Lab(net, directory, IPv4Network(pool))
+        _open.append(made)
         yield made
         made.check_nothing_unexpected()
         wrong = made.close()
         assert not wrong, "\n".join(wrong)
         made.check_nothing_unexpected()
     except BaseException:
-        for running in made.running if made else ():
-            print(f"---- {running.name} ({'alive' if running.alive else 'ended'})\n{running.tail()}")
+        if made is not None:
+            print("\n".join(f"---- {title}\n{tail}" for title, tail in made.tails()))
         raise
     finally:
         if made is not None:
+            _open.remove(made)
             made.close()
         net.close()
         shutil.rmtree(directory, ignore_errors=True)
