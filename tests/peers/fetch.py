@@ -1,10 +1,11 @@
 """Get the real parts that tests and benches run against into a cached folder, pinned and verified.
 
-    python tests/peers/fetch.py [consul] [consul-oldest] [nomad] [coredns]
+    python tests/peers/fetch.py [consul] [consul-oldest] [nomad] [coredns] [base-image]
 
 What is there is skipped. Go modules are built from the go.mod and go.sum beside this file, so that the checksums
-are those that were committed; the Debian package is verified by apt against the archive's signature. Exits 1
-with the reason when a part cannot be had; the others are still got.
+are those that were committed; Debian packages, also those of the containers' base image, are verified by apt or
+debootstrap against the archive's signature. Exits 1 with the reason when a part cannot be had; the others are
+still got.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ GO_VERSION_MIN = (1, 25)
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 OLDEST_SUITE = "bullseye"
 OLDEST_PACKAGE_VERSION = "1.8.7"
+IMAGE_SUITE = "bookworm"
+IMAGE_PACKAGES = "python3,python3-venv,ca-certificates,bind9-dnsutils"
+IMAGE_LEAVES_OUT = (
+    "var/cache/apt",
+    "var/lib/apt/lists",
+    "usr/share/doc",
+    "usr/share/man",
+    "usr/share/locale",
+)
 
 
 class Unavailable(Exception):
@@ -116,6 +126,31 @@ def fetch_oldest_consul() -> None:
     say(f"{place}: {run(place, 'version').splitlines()[0]}")
 
 
+def make_base_image() -> None:
+    """Make the root file system that containers of the tests start from; tests/support/docker.py imports it."""
+    place = folder() / f"base-{IMAGE_SUITE}.tar.gz"
+    if place.exists():
+        say(f"{place} is there")
+        return
+    if os.geteuid() != 0 or shutil.which("debootstrap") is None:
+        raise Unavailable("root and debootstrap (`apt-get install debootstrap`) are needed")
+    say(f"making a Debian {IMAGE_SUITE} base image by debootstrap (about a minute) ...")
+    with tempfile.TemporaryDirectory(dir=folder()) as scratch:
+        root, archive = Path(scratch) / "root", Path(scratch) / "base.tar.gz"
+        run(
+            "debootstrap",
+            "--variant=minbase",
+            f"--include={IMAGE_PACKAGES}",
+            IMAGE_SUITE,
+            root,
+            debian_mirror(),
+        )
+        excluded = [f"--exclude=./{path}/*" for path in IMAGE_LEAVES_OUT]
+        run("tar", "-C", root, "--gzip", *excluded, "-cf", archive, ".")
+        archive.replace(place)
+    say(f"{place}: {place.stat().st_size >> 20} MiB")
+
+
 def apt_options(work: Path) -> list[str]:
     """Return the options that keep apt away from this machine's own configuration of sources and caches."""
     settings = {
@@ -149,6 +184,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "consul-oldest": fetch_oldest_consul,
     "nomad": build_go("nomad", "github.com/hashicorp/nomad", 5),
     "coredns": build_go("coredns", "github.com/coredns/coredns", 2),
+    "base-image": make_base_image,
 }
 
 

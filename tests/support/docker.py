@@ -1,8 +1,10 @@
-"""A Docker engine for tests: the running one, else one of our own, and a base image made without a registry."""
+"""A Docker engine for tests: the running one, else one of our own, and a base image that no registry is asked for."""
 
 from __future__ import annotations
 
+import configparser
 import contextlib
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,17 +19,18 @@ from tests.support.consul import peers_folder
 ENGINE_SECONDS = 40
 BUILD_SECONDS = 600
 BASE_IMAGE = "ztna-mesh-test-base:bookworm"
-_PACKAGES = "python3,python3-venv,ca-certificates,bind9-dnsutils"
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def why_not() -> str | None:
-    """Say why no engine can be had here; None when one can."""
+    """Say why no engine with an image can be had here; None when one can."""
+    if not _base_archive().exists():
+        return "the containers' base image is not here: `make peers` makes it"
     if _answers(None):
         return None
     if os.geteuid() != 0:
         return "no Docker engine answers, and starting one needs root"
-    missing = [tool for tool in ("dockerd", "docker", "debootstrap") if shutil.which(tool) is None]
+    missing = [tool for tool in ("dockerd", "docker") if shutil.which(tool) is None]
     return f"no Docker engine answers, and not installed: {', '.join(missing)}" if missing else None
 
 
@@ -83,30 +86,47 @@ def docker(host: str | None, *argv: str) -> str:
 
 
 def base_image(host: str | None) -> str:
-    """Return a Debian with Python and dig, made by debootstrap once and kept beside the other real parts."""
-    archive = peers_folder() / "base-bookworm.tar"
-    if not archive.exists():
-        rootfs = Path(tempfile.mkdtemp(prefix="ztna-rootfs-"))
-        try:
-            argv = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", str(rootfs)]
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_SECONDS)
-            assert done.returncode == 0, f"debootstrap: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-            partial = archive.with_suffix(".partial")
-            subprocess.run(
-                ["tar", "-C", str(rootfs), "-cf", str(partial), "."], check=True, timeout=BUILD_SECONDS
-            )
-            partial.rename(archive)
-        finally:
-            shutil.rmtree(rootfs, ignore_errors=True)
-    docker(host, "import", str(archive), BASE_IMAGE)
+    """Return a Debian with Python and dig, from the archive that `make peers` made; no registry is asked."""
+    docker(host, "import", str(_base_archive()), BASE_IMAGE)
     return BASE_IMAGE
+
+
+def _base_archive() -> Path:
+    return peers_folder() / "base-bookworm.tar.gz"
 
 
 def build_folder(directory: Path) -> Path:
     """Make the folder that an image of ours is built in: the Dockerfile and all wheels."""
-    wheels = directory / "wheels"
-    argv = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(wheels), str(_ROOT)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    assert done.returncode == 0, f"pip wheel: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    wheels = shutil.copytree(_dependency_wheels(), directory / "wheels")
+    # From a copy: setuptools leaves a build folder beside what it builds.
+    source = directory / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(_ROOT / name, source)
+    for package in ("ztna", "sidecar", "dnsd", "relay"):
+        shutil.copytree(_ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    _pip_wheel(wheels, "--no-deps", str(source))
+    shutil.rmtree(source)
     shutil.copy(_ROOT / "tests/e2e/image/Dockerfile", directory / "Dockerfile")
     return directory
+
+
+def _dependency_wheels() -> Path:
+    """Return a folder with the wheels of what we depend on, kept beside the other real parts."""
+    settings = configparser.ConfigParser()
+    settings.read(_ROOT / "setup.cfg")
+    wanted = [line.replace(" ", "") for line in settings["options"]["install_requires"].split("\n") if line]
+    key = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()[:12]
+    place = peers_folder() / f"wheels-{key}"
+    if not place.exists():
+        with tempfile.TemporaryDirectory(dir=peers_folder()) as scratch:
+            partial = Path(scratch) / "wheels"
+            _pip_wheel(partial, *wanted)
+            partial.rename(place)
+    return place
+
+
+def _pip_wheel(directory: Path, *what: str) -> None:
+    argv = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(directory), *what]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    assert done.returncode == 0, f"pip wheel: {done.stdout[-2000:]}{done.stderr[-2000:]}"
