@@ -45,6 +45,8 @@ from ztna.wire.stream import OpenFrame, OpenStatus
 LINK_RETRY_SECONDS = 1.0
 STATUS_ENTRIES_MAX = 1000
 OFFERS_WAITING_MAX = 1000
+CARRYING_MAX = 1000
+"""Dials at forwarders under way, each until its TLS handshake is over: no relay can ask for more."""
 
 _WHERE = "connector"
 
@@ -81,6 +83,7 @@ class Serving:
         self._links: dict[BindKey, PacketLink] = {}
         self._relays: dict[RelayConnection, RelayClient] = {}
         self._offers_waiting = 0
+        self._carrying = 0
         self._loop = asyncio.get_running_loop()
 
     def use_credentials(self, credentials: Credentials) -> None:
@@ -118,14 +121,18 @@ class Serving:
             self._end(ended, message.reason)
 
     def carry(self, client: RelayClient, message: Carry) -> None:
-        """Dial in where the agent of the session waits."""
+        """Dial in where the agent of the session waits. Raises Refused."""
         session = self.sessions.owned(client.connection, message.session)
         if session.forwarder is None:
             raise Refused(Reason.MALFORMED, f"carry for session {message.session}, which has no forwarder")
+        if self._carrying >= CARRYING_MAX:
+            raise Refused(Reason.LIMIT_REACHED, f"{CARRYING_MAX} dials at forwarders")
+        self._carrying += 1
         address = session.forwarder.address
-        self._tasks.create_task(
+        task = self._tasks.create_task(
             self._carry(session, (address.ip, address.port), message.token), name="dial in at the forwarder"
         )
+        task.add_done_callback(self._carried)
 
     def candidate_offer(self, client: RelayClient, message: CandidateOffer) -> None:
         """Answer with our own candidates. The agent's are probed when the relay says so."""
@@ -154,6 +161,7 @@ class Serving:
         for session in expired:
             self._end_datagrams(session, Reason.PEER_GONE)
         self._reset_orphans(expired, Reason.PEER_GONE)
+        self.streams.close_unowned(self.sessions.has_agent, self._loop.time())
 
     async def drained(self) -> None:
         """Return when no TCP flow runs any more."""
@@ -382,6 +390,9 @@ class Serving:
             await self.streams.carry(address, token, session.key[1])
         except (LinkError, Refused) as error:
             _log.info("carry_failed", session=session.key[1], agent=session.agent.name, error=error)
+
+    def _carried(self, _task: asyncio.Task[None]) -> None:
+        self._carrying -= 1
 
     async def _authorise(self, identity: Identity, frame: OpenFrame) -> socket.socket:
         """Return a socket connected to the backend of this flow. Raises FlowRefused."""

@@ -67,6 +67,7 @@ class Sessions:
         self._by_bind: dict[BindKey, dict[ServiceName, Session]] = {}
         self._by_id: dict[SessionId, dict[SessionKey, Session]] = {}
         self._services: Counter[tuple[str, ServiceName]] = Counter()
+        self._agents: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._live) + len(self._detached)
@@ -95,6 +96,7 @@ class Sessions:
         self._live[key] = session
         self._by_id.setdefault(offer.session, {})[key] = session
         self._services[session.agent.name, session.service] += 1
+        self._agents[session.agent.name] += 1
         if session.bind is not None:
             self._by_bind.setdefault(session.bind, {})[session.service] = session
         return session
@@ -121,6 +123,10 @@ class Sessions:
     def has_service(self, agent: str, service: ServiceName) -> bool:
         """Say whether the agent of that name has a live session for the service."""
         return (agent, service) in self._services
+
+    def has_agent(self, agent: str) -> bool:
+        """Say whether the agent of that name has any live session."""
+        return agent in self._agents
 
     def carried(self, bind: BindKey, service: ServiceName) -> Session | None:
         """Return the session, live or detached, under which this link may carry the service."""
@@ -197,3 +203,6 @@ class Sessions:
         self._services[same] -= 1
         if not self._services[same]:
             del self._services[same]
+        self._agents[session.agent.name] -= 1
+        if not self._agents[session.agent.name]:
+            del self._agents[session.agent.name]

@@ -43,6 +43,8 @@ FORWARDER_BOUND_SECONDS = 5.0
 FIRST_OPEN_SECONDS = 5.0
 OPENED_SECONDS = 15.0
 CONNECTOR_IDLE_SECONDS = 90.0
+UNOWNED_SECONDS = 3.0
+"""How long an idle carrier outlives its agent's last session; protocol.md allows 5 s."""
 HANDSHAKES_MAX = 256
 CARRIERS_MAX = 8192
 ACCEPTS_PER_TURN = 32
@@ -280,6 +282,11 @@ class StreamListener:
             if carrier.frames.peer.name == agent:
                 carrier.end_session(session, reason)
 
+    def close_unowned(self, has_session: Callable[[str], bool], now: float) -> None:
+        """Close carriers that idle while their agent (by name) has no live session: call it about once a second."""
+        for carrier in tuple(self._carriers):
+            carrier.close_if_unowned(has_session, now)
+
     def stop_accepting(self) -> None:
         """Take no new connection (drain); those that stand go on."""
         if self._listening is not None:
@@ -362,6 +369,7 @@ class _Accepted:
         self._session = session
         self._opening: asyncio.Task[None] | None = None
         self._opening_session: SessionId | None = None
+        self._unowned_since: float | None = None
         self._loop = asyncio.get_running_loop()
         self._idle_timer = self._loop.call_later(max(first_open_s, 0), self._idled)
         self.frames.start()
@@ -373,6 +381,14 @@ class _Accepted:
         elif session in (self._session, self._opening_session):
             # Also one whose backend is being dialled: what was allowed when that began is not any more.
             self.frames.finish(reason)
+
+    def close_if_unowned(self, has_session: Callable[[str], bool], now: float) -> None:
+        if self.frames.flow is not None or self._opening is not None or has_session(self.frames.peer.name):
+            self._unowned_since = None
+        elif self._unowned_since is None:
+            self._unowned_since = now
+        elif now - self._unowned_since >= UNOWNED_SECONDS:
+            self.frames.finish(Reason.NOT_YOUR_SESSION)
 
     def shut(self, reason: Reason) -> None:
         flow = self.frames.flow

@@ -17,6 +17,7 @@ import pytest
 from relay.forwarder import Forwarder
 from relay.splicer import Splicer
 from relay.splicer import listen as listen_tcp
+from sidecar.connector import serving
 from sidecar.connector.daemon import body
 from sidecar.link.budget import Budget
 from sidecar.link.packet import PacketLink
@@ -416,6 +417,23 @@ async def test_dials_in_at_the_forwarder(pki: Pki) -> None:
             assert await ended(program)
         finally:
             splicer.close()
+
+
+async def test_a_relay_makes_it_dial_no_more_than_so_often_at_once(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "CARRYING_MAX", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with connector(pki) as ground:
+            await ground.leased()
+            bind = ForwarderBind(
+                Address(*silent.getsockname()), Binary(os.urandom(16)), Secret(os.urandom(32))
+            )
+            await ground.accepted(forwarder=bind)
+            before = refusals(Reason.LIMIT_REACHED)
+            for number in range(5):
+                ground.peer.say(Carry(FIRST, Secret(bytes([number]) * 32)))
+            await until("refused", lambda: refusals(Reason.LIMIT_REACHED) == before + 3)
 
 
 async def test_a_peer_that_is_gone_leaves_its_flows_alone(pki: Pki) -> None:

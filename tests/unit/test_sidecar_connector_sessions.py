@@ -149,10 +149,10 @@ def test_a_lost_relay_connection_detaches_its_own_sessions_alone() -> None:
     other = sessions.admit(OTHER_RELAY, offer())
     sessions.connection_lost(RELAY, 0.0)
     assert sessions.detached() == [mine] and sessions.live() == [other]
-    assert sessions.has_service("ann", WEB)
+    assert sessions.has_service("ann", WEB) and sessions.has_agent("ann")
     assert sessions.authorised(FIRST, WEB, "ann", "a" * 64) is other
     sessions.connection_lost(OTHER_RELAY, 0.0)
-    assert not sessions.has_service("ann", WEB)
+    assert not sessions.has_service("ann", WEB) and not sessions.has_agent("ann")
 
 
 def test_a_changed_lease_ends_the_sessions_under_the_old_one() -> None:

@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from relay.splicer import listen as listen_tcp
 from sidecar.link.budget import Budget
 from sidecar.link.carrier import FrameStream
 from sidecar.link.flow import PIECE_BYTES, TcpFlow, abort, reset_code
-from sidecar.link.stream import ALPN, Carrier, FlowRefused, StreamListener
+from sidecar.link.stream import ALPN, UNOWNED_SECONDS, Carrier, FlowRefused, StreamListener
 from tests.support.certificates import Pki
 from ztna.config import TlsConfig
 from ztna.credentials import Credentials
@@ -860,6 +861,44 @@ async def test_an_idle_carrier_is_closed_in_the_end(ground: Ground) -> None:
     program.end()
     assert await flow.finished
     await carrier.closed
+
+
+async def test_an_idle_carrier_is_closed_soon_after_its_agents_last_session(ground: Ground) -> None:
+    await ground.serve(echo)
+    program, carrier, flow = await ground.flow()
+    listener, now = ground.listener, 100.0
+    listener.close_unowned(lambda agent: False, now)
+    listener.close_unowned(lambda agent: False, now + UNOWNED_SECONDS)
+    assert not carrier.closed.done(), "a flow runs"
+    program.end()
+    assert await flow.finished
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while next(iter(listener._carriers)).frames.flow is not None:
+            await asyncio.sleep(0.01)
+    for later, is_owned in ((0.0, False), (1.0, True), (2.0, False), (2.0 + UNOWNED_SECONDS / 2, False)):
+        listener.close_unowned(lambda agent, is_owned=is_owned: is_owned, now + later)  # type: ignore[misc]
+        assert listener._carriers
+    listener.close_unowned(lambda agent: False, now + 2.0 + UNOWNED_SECONDS)
+    await carrier.closed
+
+
+@pytest.mark.parametrize("whose", ["agent", "connector"])
+async def test_a_carrier_ends_with_a_certificate_whatever_runs_on_it(ground: Ground, whose: str) -> None:
+    """An expired certificate ends what lives under it, with that reason (design.md 5)."""
+    soon = datetime.now(UTC) + timedelta(seconds=3)
+    role = ["agent.echo-service.ztna"] if whose == "agent" else ["connector.echo-service.ztna", "id.c-1.ztna"]
+    short = ground.pki.signed(dns=role, not_after=soon)
+    setattr(ground, whose, Credentials.load(ground.pki.write(short.chain_pem, short.key_pem)))
+    ground.make_listener()
+    await ground.serve(hold)
+    before = refusals(Reason.EXPIRED)
+    program, carrier, flow = await ground.flow()
+    assert await program.read(1) == b"!"
+    assert not await flow.finished
+    with pytest.raises(ConnectionResetError):
+        await program.read(1)
+    assert await carrier.closed in (Reason.EXPIRED, Reason.CLOSED_BY_PEER, Reason.PEER_GONE)
+    assert refusals(Reason.EXPIRED) >= before + 1
 
 
 async def test_an_ack_comes_within_a_tenth_of_a_second_and_at_once_for_a_fin(ground: Ground) -> None:
