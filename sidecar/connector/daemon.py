@@ -52,8 +52,17 @@ async def body(daemon: Daemon) -> None:
         consul = await stack.enter_async_context(ConsulClient(daemon.config.consul))
         prober = Prober()
         stack.push_async_callback(prober.close)
-        running = _Connector(daemon, config, routes, credentials, consul, prober)
-        await running.run()
+        try:
+            # All that uses them has ended before the Consul client and the prober are closed.
+            async with asyncio.TaskGroup() as tasks:
+                await _Connector(daemon, config, routes, credentials, consul, prober, tasks).run()
+                raise _Stopped
+        except* _Stopped:
+            pass
+
+
+class _Stopped(Exception):
+    """The connector has drained: what still runs is cancelled."""
 
 
 class _Connector:
@@ -65,8 +74,10 @@ class _Connector:
         credentials: Credentials,
         consul: ConsulClient,
         prober: Prober,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self._daemon = daemon
+        self._tasks = tasks
         self._config = config
         self._routes = routes
         self._consul = consul
@@ -87,7 +98,7 @@ class _Connector:
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
             private_candidates=config.private_candidates,
-            tasks=daemon.tasks,
+            tasks=tasks,
         )
         self._relays = [
             RelayClient(
@@ -118,7 +129,7 @@ class _Connector:
         )
         self._daemon.on_reload.append(self._reload)
         self._daemon.status_sources["connector"] = self._status
-        tasks = self._daemon.tasks
+        tasks = self._tasks
         registering = tasks.create_task(registrar.run(), name="registration")
         tasks.create_task(self._registered(registrar), name="first registration")
         tasks.create_task(self._leases.watch.run(), name="leases")
