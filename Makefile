@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TOOLS  := $(VENV)/.installed-tools
 
 # What Debian calls the things the targets need; installed as root, named otherwise.
 BASE_PACKAGES := python3-venv
@@ -11,7 +12,10 @@ TEST_PACKAGES := bind9-dnsutils ca-certificates conntrack curl debootstrap docke
                  iputils-ping netcat-openbsd nftables procps
 BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
 
-.PHONY: help demo install test lint types contracts unit test-tools peers peers-bench bench fmt clean
+# One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench fmt clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,32 +23,32 @@ help: ## Say what there is
 demo: install ## Run a whole mesh on this machine until Ctrl-C
 	@$(BIN)/ztna up $(ARGS)
 
-test: install test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
-	@$(BIN)/python -m pytest $(ARGS)
+test: install-tools test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: install ## Ruff: rules and format
+lint: install-tools ## Ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
-types: install ## mypy --strict
+types: install-tools ## mypy --strict
 	@$(BIN)/mypy
 
-contracts: install ## Who may import whom (setup.cfg)
+contracts: install-tools ## Who may import whom (setup.cfg)
 	@$(BIN)/lint-imports
 
-unit: install ## The quick tests only
+unit: install-tools ## The quick tests only
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
-peers: install ## Get the real Consul and Nomad that the tests run against
-	@$(BIN)/python tests/peers/fetch.py consul consul-oldest nomad || [ -z "$$CI" ]
+peers: install-tools ## Get the real Consuls, Nomad and the base image that the tests run against
+	@$(BIN)/python tests/peers/fetch.py consul consul-oldest nomad base-image || [ -z "$$CI" ]
 
 peers-bench: peers ## Get what `make bench` is measured against
 	@$(BIN)/python tests/peers/fetch.py coredns
 	@$(call debian_packages,$(BENCH_PACKAGES))
 
-bench: install peers-bench ## Ours and the peers in turn, medians and ratios
+bench: install-tools peers-bench ## Ours and the peers in turn, medians and ratios
 	@$(BIN)/python -m tests.bench $(ARGS)
 
-fmt: install ## Format the code
+fmt: install-tools ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 clean: ## Remove the environment and what tools cached here
@@ -56,13 +60,22 @@ $(STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call debian_packages_required,$(BASE_PACKAGES)); }
-	@echo "making the environment in $(VENV)"
+	@echo "making the environment in $(VENV) (less than a minute)"
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+install-tools: $(TOOLS)
+
+$(TOOLS): $(STAMP)
+	@echo "installing what tests and checks need in $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
 	@touch $@
 
 test-tools:
 	@$(call debian_packages,$(TEST_PACKAGES))
+
+APT_QUIET := DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes
 
 # Install the packages as root; without root go on, and let the tests that need them say so.
 define debian_packages
@@ -70,7 +83,7 @@ missing=$$(for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | gre
 if [ -n "$$missing" ]; then \
   if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
     echo "installing" $$missing; \
-    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing; } >/dev/null \
+    { apt-get -qq update && $(APT_QUIET) apt-get -qq -y --no-install-recommends install $$missing; } >/dev/null \
       || { echo "apt-get could not install:" $$missing >&2; exit 2; }; \
   else \
     echo "not installed, so what needs them is left out:" $$missing; \
@@ -82,7 +95,8 @@ endef
 define debian_packages_required
 if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   echo "installing" $(1); \
-  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $(1); } >/dev/null; \
+  { apt-get -qq update && $(APT_QUIET) apt-get -qq -y --no-install-recommends install $(1); } >/dev/null \
+    || { echo "apt-get could not install: $(1)" >&2; exit 2; }; \
 else \
   echo "needed first, as root: apt-get install $(1)" >&2; exit 2; \
 fi

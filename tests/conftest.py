@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Generator
@@ -21,7 +22,21 @@ from tests.support.consul import (
     unique,
 )
 
+# What takes longest, so that with several workers none is left alone with it at the end.
+LONG_FIRST = (
+    "tests/property/test_mutations_",
+    "tests/e2e/",
+    "tests/faults/",
+    "tests/unit/test_deciding_modules",
+)
+
 __all__ = ["_shared_consuls", "acl_consul", "consul", "own_consul", "unique"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the long files first when several workers share the run, which is where their order matters."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: (not item.nodeid.startswith(LONG_FIRST), item.path.parent.name == "unit"))
 
 
 @pytest.hookimpl(wrapper=True)

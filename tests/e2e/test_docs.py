@@ -52,7 +52,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     """A folder with the configurations that the operations page starts daemons with, on ports of this run."""
     dns, relay, forwarder, link, consul, *admin = free_ports(9)
     configs = {
-        "dnsd": f"dnsd: {{listen: 127.0.0.1:{dns}, admin: 127.0.0.1:{admin[0]}, pool: {{cidr: 127.100.0.0/16}}}}",
+        "dnsd": f"dnsd: {{listen: 127.0.0.1:{dns}, admin: 127.0.0.1:{admin[0]}, pool: {{cidr: 127.101.0.0/16}}}}",
         "relay": (
             "relay: {name: edge, tls: {certificate: relay.pem, key: relay.key, ca: ztna-ca/ca.pem}, "
             f"listen: 127.0.0.1:{relay}, forwarder: 127.0.0.1:{forwarder}, admin: 127.0.0.1:{admin[1]}, "
@@ -65,7 +65,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
             "routes: [{service: web-app, backend: 127.0.0.1:9, port: 8080, protocol: tcp, check: {kind: none}}]}"
         ),
         "agent": (
-            "agent: {tls: {certificate: laptop.pem, key: laptop.key, ca: ztna-ca/ca.pem}, pool: 127.100.0.0/16, "
+            "agent: {tls: {certificate: laptop.pem, key: laptop.key, ca: ztna-ca/ca.pem}, pool: 127.101.0.0/16, "
             f"relays: [{{address: 127.0.0.1:{relay}, name: edge}}], admin: 127.0.0.1:{admin[3]}}}"
         ),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -19,7 +20,9 @@ from ztna.errors import ZtnaError
 
 STOP_SECONDS = 1.2
 LOG_TAIL_LINES = 8
-PORT_ATTEMPTS = 20
+PORT_ATTEMPTS = 100
+OTHER_PORTS = range(20_000, 32_768)
+"""Below what Linux gives to clients by default, so that none takes one before the child listens there."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,9 +69,7 @@ class Ports:
             self._given.add(preferred)
             return preferred
         for _ in range(PORT_ATTEMPTS):
-            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-                probe.bind(("127.0.0.1", 0))
-                port: int = probe.getsockname()[1]
+            port = secrets.choice(OTHER_PORTS)
             if port not in self._given and port_is_free(port):
                 self._given.add(port)
                 if preferred:
