@@ -5,9 +5,11 @@ Does not decide who a peer is (ztna.identity does) and does not watch the files:
 
 from __future__ import annotations
 
+import os
 import ssl
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ztna.config import TlsConfig
 from ztna.errors import ConfigError, IdentityError
@@ -34,6 +37,7 @@ class Credentials:
     certificate_file: Path
     key_file: Path
     ca_file: Path
+    ca_pem: bytes = field(repr=False)
 
     @classmethod
     def load(cls, config: TlsConfig, now: datetime | None = None) -> Credentials:
@@ -43,13 +47,14 @@ class Credentials:
         """
         certificate_file, key_file, ca_file = Path(config.certificate), Path(config.key), Path(config.ca)
         chain_pem = _read(certificate_file, "certificate")
-        trust = Trust.from_pem(_read(ca_file, "ca"))
+        ca_pem = _read(ca_file, "ca")
+        trust = Trust.from_pem(ca_pem)
         key = _private_key(key_file)
         chain = _chain(chain_pem, certificate_file)
         if chain[0].public_key() != key.public_key():
             raise ConfigError(f"tls.key: {key_file} is not the key of {certificate_file}")
         identity = _own_identity(trust, chain, certificate_file, now or datetime.now(UTC))
-        return cls(chain_pem, key, trust, identity, certificate_file, key_file, ca_file)
+        return cls(chain_pem, key, trust, identity, certificate_file, key_file, ca_file, ca_pem)
 
     @property
     def chain(self) -> list[x509.Certificate]:
@@ -71,10 +76,24 @@ class Credentials:
         context.check_hostname = False
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
-        context.load_cert_chain(self.certificate_file, self.key_file)
-        context.load_verify_locations(self.ca_file)
+        # From what was read and checked together: the files may be in the middle of a renewal by now.
+        key_pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        with _memory_file(self.chain_pem + key_pem) as path:
+            context.load_cert_chain(path)
+        context.load_verify_locations(cadata=self.ca_pem.decode("ascii", "ignore"))
         context.set_alpn_protocols([alpn])
         return context
+
+
+@contextmanager
+def _memory_file(content: bytes) -> Iterator[str]:
+    """Give a path to the content that is only in memory: OpenSSL takes certificates and keys by path alone."""
+    descriptor = os.memfd_create("credentials")
+    try:
+        os.write(descriptor, content)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: Path, key: str) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import ssl
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def test_good_files_load_and_the_key_is_not_printed(pki: Pki) -> None:
     for config in (pki.agent(), pki.connector(), pki.relay()):
         credentials = Credentials.load(config)
         assert len(credentials.chain) == 2
-        assert "PrivateKey" not in repr(credentials)
+        assert "PrivateKey" not in repr(credentials) and "PRIVATE" not in repr(credentials)
     assert credentials.identity.relay == "relay-1"
 
 
@@ -92,3 +94,23 @@ def test_contexts_are_tls_13_with_certificates_both_ways(pki: Pki) -> None:
         assert context.verify_mode is ssl.CERT_REQUIRED
         assert not context.check_hostname
     assert credentials.server_context("ztna-stream").num_tickets == 0
+
+
+def test_tls_contexts_are_of_what_was_read_together(pki: Pki) -> None:
+    """Files that are being renewed, or are gone, are not looked at again behind the owner's back."""
+    config = pki.connector()
+    credentials = Credentials.load(config)
+    other = pki.agent("somebody-else")
+    Path(config.certificate).write_bytes(Path(other.certificate).read_bytes())
+    Path(config.key).unlink()
+    Path(config.ca).unlink()
+    server, client = credentials.server_context("x"), credentials.client_context("x")
+    near, far = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (server.wrap_bio(near, far, server_side=True), client.wrap_bio(far, near, server_side=False))
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    shown = ends[1].getpeercert(binary_form=True)
+    assert shown is not None
+    assert hashlib.sha256(shown).hexdigest() == credentials.identity.fingerprint
