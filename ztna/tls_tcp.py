@@ -42,7 +42,10 @@ _VERIFY_WRONG_PURPOSE = 26  # X509_V_ERR_INVALID_PURPOSE: the extended key usage
 async def connect(address: SockAddr, timeout_s: float) -> socket.socket:
     """Return a connected, non-blocking TCP socket with carrier options. Raises LinkError."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:  # no descriptor left, or no such family here
+        raise LinkError(f"{address[0]}:{address[1]}: {error.strerror or error}") from None
     try:
         sock.setblocking(False)
         try:

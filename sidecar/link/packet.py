@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from sidecar.link.switch import PathSwitch
 from ztna.credentials import Credentials
-from ztna.errors import BadName, LinkError, ProtocolError
+from ztna.errors import BadName, LinkError, ProtocolError, ZtnaError
 from ztna.identity import Identity
 from ztna.names import ServiceName
 from ztna.quic import CLOSE_OK, Client, Connection, Server, Settings
@@ -75,7 +75,10 @@ class PacketLink:
 
         `check` raises Refused for a connector that is not the one meant. Raises LinkError, Refused.
         """
-        link = cls(bind, probe_key, receive, allow_private=allow_private)
+        try:
+            link = cls(bind, probe_key, receive, allow_private=allow_private)
+        except (ZtnaError, OSError) as error:
+            raise LinkError(f"no socket for a packet link through {bind.address}: {error}") from None
         client = link._endpoint = Client(
             link._switch,
             link._switch.forwarder,

@@ -32,10 +32,11 @@ labels = st.from_regex(r"[a-z0-9](?:[a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
 services = labels.filter(lambda text: text not in ("connector", "relay", "ns")).map(ServiceName)
 connectors = labels.map(ConnectorId)
 leases = st.builds(LeaseRef, st.integers(0, 2**32 - 1).map(IPv4Address), st.integers(0, 2**63 - 1))
-secrets = st.binary(max_size=40).map(Secret)
+secrets = st.binary(min_size=16, max_size=64).map(Secret)
+tokens = st.binary(min_size=32, max_size=32).map(Secret)
 fingerprints = st.binary(min_size=32, max_size=32).map(bytes.hex)
 reasons = st.sampled_from(Reason)
-binds = st.builds(ForwarderBind, addresses, st.binary(max_size=16).map(Binary), secrets)
+binds = st.builds(ForwarderBind, addresses, st.binary(min_size=16, max_size=16).map(Binary), secrets)
 candidates = st.lists(addresses, max_size=control.CANDIDATES_MAX).map(tuple)
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=50)
 counters = st.integers(0, 2**63 - 1)
@@ -78,8 +79,8 @@ control_messages: st.SearchStrategy[AnyMessage] = st.one_of(
     ),
     st.builds(control.Denied, counters, texts, reasons),
     st.builds(control.Dial, sessions),
-    st.builds(control.DialToken, sessions, secrets),
-    st.builds(control.Carry, sessions, secrets),
+    st.builds(control.DialToken, sessions, tokens),
+    st.builds(control.Carry, sessions, tokens),
     st.builds(control.Closed, sessions, reasons),
     st.builds(control.CandidateOffer, sessions, candidates),
     st.builds(control.CandidateAnswer, sessions, candidates),

@@ -76,7 +76,9 @@ CONTROL_FRAMES = tuple(
                 SESSION, WEB, PeerIdentity("alice", _FINGERPRINT), LEASE, _BIND, Secret(b"p" * 32)
             ),
             control.Accepted(SESSION),
-            control.Opened(1, SESSION, WEB, ConnectorId("rack-7"), _FINGERPRINT, _ADDRESSES[1], _BIND),
+            control.Opened(
+                1, SESSION, WEB, ConnectorId("rack-7"), _FINGERPRINT, _ADDRESSES[1], _BIND, Secret(b"p" * 32)
+            ),
             control.Denied(1, "web", Reason.NO_SUCH_SERVICE),
             control.DialToken(SESSION, Secret(b"t" * 32)),
             control.Carry(SESSION, Secret(b"t" * 32)),

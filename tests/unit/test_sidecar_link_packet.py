@@ -1,7 +1,9 @@
 """sidecar.link.packet and .switch: real QUIC through the real forwarder on loopback."""
 
 import asyncio
+import errno
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from ztna.jsontypes import Binary, Secret
 from ztna.names import ServiceName
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS
+from ztna.tls_tcp import connect
 from ztna.udp_bulk import BulkSocket
 from ztna.wire.control import Address, ForwarderBind
 from ztna.wire.forwarder import Bound, encode, probe
@@ -213,6 +216,22 @@ async def test_another_authority_s_certificate_is_refused(ground: Ground) -> Non
     ground.agent = Credentials.load(rogue.agent())
     with pytest.raises(ZtnaError):
         await ground.dial()
+
+
+async def test_without_a_socket_dialling_is_a_link_error(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of descriptors, or a forwarder of an address family that this host lacks: the link fails, not the agent."""
+
+    def nothing_left(*_: object) -> object:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(udp.UdpSocket, "open", nothing_left)
+    with pytest.raises(LinkError, match="too many open files"):
+        await ground.dial()
+    monkeypatch.setattr(socket, "socket", nothing_left)
+    with pytest.raises(LinkError, match="too many open files"):
+        await connect(("127.0.0.1", 1), 1.0)
 
 
 async def test_without_a_connector_dialling_ends_in_time(ground: Ground) -> None:

@@ -57,6 +57,7 @@ LEASE = LeaseRef(IPv4Address("10.100.0.2"), 1_700_000_000_000)
 BIND = ForwarderBind(Address("::1", 4434), Binary(bytes(16)), Secret(b"s" * 32))
 FINGERPRINT = "ab" * 32
 CONNECTOR = ConnectorId("rack-7--b")
+PROBE_KEY = Secret(b"p" * 32)
 
 MESSAGES: list[AnyMessage] = [
     Hello(),
@@ -108,6 +109,29 @@ def test_frames_may_come_in_any_pieces() -> None:
     reader = FrameReader()
     assert [message for byte in data for message in reader.feed(bytes((byte,)))] == MESSAGES
     assert FrameReader().feed(data) == MESSAGES
+
+
+@pytest.mark.parametrize("size", [0, 15, 65])
+def test_secrets_and_ids_have_their_sizes(size: int) -> None:
+    """Also those of a relay that is not what it was: nothing later has to cope with another size."""
+    wrong = "A" * (size * 4 // 3 + bool(size % 3))
+    identity = {"name": "ann", "fingerprint": FINGERPRINT}
+    offered: dict[str, Any] = json.loads(
+        encode(Offered(SESSION, WEB, PeerIdentity(**identity), LEASE, BIND, PROBE_KEY))[4:]
+    )
+    opened = json.loads(encode(Opened(1, SESSION, WEB, CONNECTOR, FINGERPRINT, None, BIND, PROBE_KEY))[4:])
+    for good in (offered, opened):
+        assert len(FrameReader().feed(frame(good))) == 1
+        for bad in (
+            {"probe_key": wrong},
+            {"forwarder": good["forwarder"] | {"bind_id": wrong}},
+            {"forwarder": good["forwarder"] | {"bind_secret": wrong}},
+        ):
+            with pytest.raises(ProtocolError, match="expected"):
+                FrameReader().feed(frame(good | bad))
+    for kind in ("dial_token", "carry"):
+        with pytest.raises(ProtocolError, match="token"):
+            FrameReader().feed(frame({"type": kind, "session": SESSION, "token": wrong}))
 
 
 def test_unknown_fields_are_ignored() -> None:

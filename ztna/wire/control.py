@@ -28,6 +28,9 @@ from ztna.reasons import Reason
 MESSAGE_BYTES_MAX = 64 * 1024
 CANDIDATES_MAX = 8
 PROTOCOL_VERSION = 2
+BIND_ID_BYTES = 16
+TOKEN_BYTES = 32
+SECRET_BYTES_MIN, SECRET_BYTES_MAX = 16, 64
 FEATURES = frozenset(
     {
         "register", "registered", "refused", "open", "offered", "accepted", "opened", "denied", "dial",
@@ -95,6 +98,10 @@ class ForwarderBind(msgspec.Struct, frozen=True):
     bind_id: Binary
     bind_secret: Secret
 
+    def __post_init__(self) -> None:
+        _expect_bytes("bind_id", self.bind_id, BIND_ID_BYTES)
+        _expect_secret("bind_secret", self.bind_secret)
+
 
 class Message(msgspec.Struct, frozen=True, tag_field="type"):
     """The root of all messages; the tag is the class name in snake case."""
@@ -152,6 +159,10 @@ class Offered(Message, frozen=True, tag=_snake):
     probe_key: Secret = Secret()
     v1: bool = False
 
+    def __post_init__(self) -> None:
+        if self.forwarder is not None:
+            _expect_secret("probe_key", self.probe_key)
+
 
 class Accepted(Message, frozen=True, tag=_snake):
     """Connector -> relay."""
@@ -170,6 +181,10 @@ class Opened(Message, frozen=True, tag=_snake):
     link_address: Address | None = None
     forwarder: ForwarderBind | None = None
     probe_key: Secret = Secret()
+
+    def __post_init__(self) -> None:
+        if self.forwarder is not None:
+            _expect_secret("probe_key", self.probe_key)
 
 
 class Denied(Message, frozen=True, tag=_snake):
@@ -192,12 +207,18 @@ class DialToken(Message, frozen=True, tag=_snake):
     session: SessionId
     token: Secret
 
+    def __post_init__(self) -> None:
+        _expect_bytes("token", self.token, TOKEN_BYTES)
+
 
 class Carry(Message, frozen=True, tag=_snake):
     """Relay -> connector: an agent waits at the forwarder's TCP port."""
 
     session: SessionId
     token: Secret
+
+    def __post_init__(self) -> None:
+        _expect_bytes("token", self.token, TOKEN_BYTES)
 
 
 class Closed(Message, frozen=True, tag=_snake):
@@ -264,6 +285,17 @@ AnyMessage = (
     | Carry | Closed | CandidateOffer | CandidateAnswer | StartPunching | PunchingResult | Health | Conflict
     | Drain
 )  # fmt: skip
+
+
+def _expect_bytes(name: str, value: bytes, length: int) -> None:
+    if len(value) != length:
+        raise ValueError(f"{name} of {len(value)} bytes: expected {length}")
+
+
+def _expect_secret(name: str, value: bytes) -> None:
+    # Whoever has an empty one can forge what it proves.
+    if not SECRET_BYTES_MIN <= len(value) <= SECRET_BYTES_MAX:
+        raise ValueError(f"{name} of {len(value)} bytes: expected {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX}")
 
 
 class UnknownMessage(msgspec.Struct, frozen=True):

@@ -23,14 +23,14 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 import msgspec
 
 from ztna.errors import ProtocolError
+from ztna.wire.control import BIND_ID_BYTES as BIND_ID_BYTES
+from ztna.wire.control import TOKEN_BYTES as TOKEN_BYTES
 from ztna.wire.control import Address
 
 QUIC_FIXED_BIT = 0x40
-BIND_ID_BYTES = 16
 MAC_BYTES = 16
 NONCE_BYTES = 8
 TRANSACTION_BYTES = 12
-TOKEN_BYTES = 32
 DIAL_IN_BYTES = 36
 HEAD_BYTES = 4
 BIND_BYTES = HEAD_BYTES + BIND_ID_BYTES + MAC_BYTES
