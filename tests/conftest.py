@@ -52,7 +52,10 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests passed on which Consul, and what was not proved for want of one."""
+    """Say how many tests passed on which Consul, and what was not proved for want of which part."""
+    skipped = Counter(_reason(report) for report in terminalreporter.getreports("skipped"))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"NOT proved by {count} tests that were left out: {reason}")
     passed = Counter(
         str(value)
         for report in terminalreporter.getreports("passed")
@@ -68,3 +71,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"Consul: NOT proved on {' and '.join(missing)}: not here; `make peers` gets it"
         )
+
+
+def _reason(report: pytest.TestReport) -> str:
+    place_and_words = report.longrepr
+    words = place_and_words[2] if isinstance(place_and_words, tuple | list) else place_and_words
+    return str(words).removeprefix("Skipped: ")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.console import require_tools
 from tests.support.consul import free_ports
 from tests.support.lab import until
 from ztna import config as configuration
@@ -76,6 +77,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_operations_page_works_from_top_to_bottom(place: Path) -> None:
+    require_tools("curl")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     consul = (place / "consul-port").read_text()
     started: list[subprocess.Popen[bytes]] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.console import command, run
+from tests.support.console import command, require_tools, run
 from tests.support.consul import ConsulUnderTest, require_binary
 from tests.support.lab import until
 
@@ -55,6 +55,7 @@ def test_a_taken_port_is_said_and_another_chosen() -> None:
 
 
 def test_ctrl_c_ends_everything_in_time_and_leaves_nothing(tmp_path: Path) -> None:
+    require_tools("curl")
     environment = os.environ | {"TMPDIR": str(tmp_path), "COLUMNS": "200"}
     output = tmp_path / "printed"
     with output.open("wb") as printed:
@@ -83,6 +84,7 @@ def test_ctrl_c_ends_everything_in_time_and_leaves_nothing(tmp_path: Path) -> No
 
 
 def test_the_commands_it_prints_work(tmp_path: Path) -> None:
+    require_tools("dig", "curl", "nc")
     output = tmp_path / "printed"
     with output.open("wb") as printed:
         process = subprocess.Popen([command("ztna"), "up"], stdout=printed, stderr=printed)
