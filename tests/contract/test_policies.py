@@ -62,6 +62,15 @@ async def test_a_connector_serves_its_services_and_everyone_sees_them(
             await connector.deregister_service(made.instance_id)
 
 
+async def test_what_was_reaped_is_told_apart_from_a_consul_that_fails(
+    acl_consul: ConsulUnderTest, unique: str
+) -> None:
+    """With ACLs on, 1.8 says it in other words than without."""
+    async with client(acl_consul, "connector") as connector:
+        assert not await connector.update_check(f"web-app@{unique}:ttl", "passing")
+        assert not await connector.deregister_service(f"web-app@{unique}")
+
+
 async def test_a_connector_can_register_no_other_name(acl_consul: ConsulUnderTest, unique: str) -> None:
     async with client(acl_consul, "connector") as connector:
         with pytest.raises(ConsulForbidden, match=rule("service", "billing")):

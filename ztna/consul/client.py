@@ -215,7 +215,7 @@ class ConsulClient:
     async def deregister_service(self, service_id: str) -> bool:
         """Remove an instance from the local Consul agent; False when it has none of that id.
 
-        1.8 answers 200 either way, so True proves nothing there.
+        Without ACLs 1.8 answers 200 either way, so True proves nothing there.
         """
         try:
             await self._put_json(

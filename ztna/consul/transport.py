@@ -40,8 +40,9 @@ Callback = Callable[[base.Response], T]
 # there means "unknown", and the caller must read before it decides.
 _REPEATABLE_PUT = re.compile(r"/v1/(?:agent/|session/renew/|session/destroy/)")
 
-# Faults of the request that Consul answers with 500: asking again is useless. Seen on 1.8.7 and 1.19.2.
-_NOT_THERE = re.compile(r"does not have associated TTL|Unknown (?:check|service) ID")
+# Faults of the request that Consul answers with 500: asking again is useless. Seen on 1.8.7 and 1.19.2; with ACLs on,
+# 1.8.7 says `Unknown check "..."` and `Unknown service {"..." {}}`, without "ID".
+_NOT_THERE = re.compile(r"does not have associated TTL|Unknown (?:check|service)\b")
 _OUR_FAULT = re.compile(r"invalid session|Invalid (?:Session TTL|Behavior)")
 
 
