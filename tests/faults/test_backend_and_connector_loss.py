@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Network
 
 import pytest
 
 from tests.support.consul import KINDS, note_version
-from tests.support.lab import Daemon, Lab, http_get, lab, tcp_route, until
+from tests.support.lab import Daemon, Lab, Running, http_get, lab, tcp_route, udp_ask, udp_route, until
 from ztna.config import Endpoint
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
-BACKEND_PORT = 18080
+BACKEND_PORT, UDP_PORT = 18080, 18007
 FAILOVER_SECONDS = 5.0
 
 
@@ -23,19 +24,23 @@ def made(request: pytest.FixtureRequest) -> Iterator[Lab]:
     note_version(request, request.param)
     with lab("core", "laptop", "first", "second") as made:
         made.start_consul(request.param)
-        made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),)).wait_ready()
-        made.relay().wait_ready()
+        made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),))
+        made.relay()
         yield made
 
 
-def backend(made: Lab, host: str, label: str) -> Daemon:
-    argv = ["-m", "tests.support.backends", "--http", str(BACKEND_PORT), "--label", label]
-    return made.python(f"backend-{label}", made.host(host), *argv)  # type: ignore[return-value]
+def backend(made: Lab, host: str, label: str) -> Running:
+    ports = ("--http", str(BACKEND_PORT), "--udp", str(UDP_PORT))
+    argv = ("-m", "tests.support.backends", *ports, "--label", label)
+    return made.python(f"backend-{label}", made.host(host), *argv)
 
 
 def connector(made: Lab, name: str, host: str) -> Daemon:
-    route = tcp_route("web-app", Endpoint("127.0.0.1", BACKEND_PORT))
-    return made.connector(name, [route], host=host).wait_ready()
+    routes = [
+        tcp_route("web-app", Endpoint("127.0.0.1", BACKEND_PORT)),
+        udp_route("echo-service", Endpoint("127.0.0.1", UDP_PORT)),
+    ]
+    return made.connector(name, routes, host=host).wait_ready()
 
 
 def ask(made: Lab, address: str) -> str | None:
@@ -44,6 +49,12 @@ def ask(made: Lab, address: str) -> str | None:
         return http_get(made.host("laptop"), f"http://{address}:8080/", seconds=3.0)[1]
     except OSError:
         return None
+
+
+def echoed(made: Lab, address: str) -> bytes | None:
+    """Return the label that a new UDP flow from the laptop is answered with; None when there is no answer."""
+    answer = udp_ask(made.host("laptop"), address, 7, b" asks", seconds=0.5)
+    return answer.removesuffix(b" asks") if answer else None
 
 
 def test_a_backend_dies_and_all_of_it_comes_back_by_itself(made: Lab) -> None:
@@ -80,18 +91,30 @@ def test_a_backend_dies_and_all_of_it_comes_back_by_itself(made: Lab) -> None:
 
 def test_one_of_two_connectors_is_killed_and_new_flows_use_the_other(made: Lab) -> None:
     core = made.host("core").address
-    serving: dict[str, Daemon] = {}
-    for label, host in (("one", "first"), ("two", "second")):
-        backend(made, host, label)
-        serving[f"hello from {label}\n"] = connector(made, f"c-{label}", host)
-    made.agent("laptop", ["web-app"], host="laptop").wait_ready()
-    address = made.address("web-app", "laptop", server=core)
-    until("both in SRV", lambda: len(made.dig("laptop", "web-app.ztna.local", "SRV", server=core)) == 2)
-    first = until("served", lambda: ask(made, address))
+    backend(made, "first", "one")
+    dying = connector(made, "alpha", "first")
+    made.agent("laptop", ["web-app", "echo-service"], host="laptop").wait_ready()
+    address, echo = (made.address(name, "laptop", server=core) for name in ("web-app", "echo-service"))
+    until("served", lambda: ask(made, address) == "hello from one\n" and echoed(made, echo) == b"one")
+    # Whatever the agent has by now is with the first; only then is there a second.
+    backend(made, "second", "two")
+    connector(made, "beta", "second")
+    for name in ("web-app", "echo-service"):
+        until(
+            "both in SRV", lambda n=name: len(made.dig("laptop", f"{n}.ztna.local", "SRV", server=core)) == 2
+        )
 
-    serving[first].kill()
+    dying.kill()
     killed = time.monotonic()
-    other = next(answer for answer in serving if answer != first)
-    until("the other serves", lambda: ask(made, address) == other, seconds=FAILOVER_SECONDS)
-    assert time.monotonic() - killed < FAILOVER_SECONDS
-    assert [ask(made, address) for _ in range(5)] == [other] * 5
+
+    def switched(asking: Callable[[], object], wanted: object) -> float:
+        until(f"{wanted!r} serves", lambda: asking() == wanted, every=0.01)
+        return time.monotonic() - killed
+
+    with ThreadPoolExecutor(2) as threads:
+        tcp = threads.submit(switched, lambda: ask(made, address), "hello from two\n")
+        udp = threads.submit(switched, lambda: echoed(made, echo), b"two")
+        assert tcp.result() < FAILOVER_SECONDS
+        assert udp.result() < FAILOVER_SECONDS
+    assert [ask(made, address) for _ in range(5)] == ["hello from two\n"] * 5
+    assert [echoed(made, echo) for _ in range(5)] == [b"two"] * 5

@@ -116,6 +116,7 @@ class Leavers:
             assert "db@beta" not in instances(self.lab)
             time.sleep(0.5)  # that something does not happen can only be seen by waiting
         assert len(self.beta.events("registered")) == self.registrations
+        assert self.beta.events("consul_failed") == [], "to have been reaped is no failure of Consul"
 
     def _leases_stay(self) -> None:
         assert {service: lease(self.lab, service) for service in self.leases} == self.leases

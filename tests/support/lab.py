@@ -54,6 +54,7 @@ CONSUL_PORT = 8500
 READY_SECONDS = 30.0
 POLL_SECONDS = 0.05
 STOP_SECONDS = 10.0
+UNEXPECTED = "ztna_unexpected_errors_total"
 _open: list[Lab] = []
 """Those a test is in: what their processes said belongs to the report when it fails."""
 _SERVICE_RULE = re.compile(r'^service "[^"]+" \{\n.*?^\}\n', re.MULTILINE | re.DOTALL)
@@ -509,11 +510,12 @@ class Lab:
 
         The log tells for those that ended meanwhile. `lab` asks this at the end of every test.
         """
-        found = [
-            f"{daemon.name}: ztna_unexpected_errors_total is {count:g}"
-            for daemon in self.daemons
-            if daemon.alive and (count := daemon.metric("ztna_unexpected_errors_total"))
-        ]
+        found: list[str] = []
+        for daemon in self.daemons:
+            if daemon.alive:
+                # In a list, as it is to be 0; and one that has only just started does not answer yet.
+                (count,) = until(f"{daemon.name} tells", lambda d=daemon: [d.metric(UNEXPECTED)])
+                found += [f"{daemon.name}: {UNEXPECTED} is {count:g}"] if count else []
         for daemon in self.daemons:
             found += [f"{daemon.name}: {record}" for record in daemon.events("unexpected")]
             found += [f"{daemon.name}: a traceback"] if "\nTraceback (most" in daemon.output() else []
