@@ -38,13 +38,24 @@ EVENTS_PER_WAKEUP = 256
 PIPE_BYTES = 1024 * 1024
 SPLICES_PER_EVENT = 8
 """After so many rounds a busy direction lets the others go first."""
+BULK_BYTES = 256 * 1024
+BULK_SECONDS = 0.016
+"""A direction that moves so much within so little is bulk: it moves in ticks, not at each arrival."""
+BULK_BYTES_MIN = 64 * 1024
+"""A bulk direction that moves less within BULK_SECONDS moves at each arrival again."""
+TICK_SECONDS = 0.002
+BATCH_BYTES = 32 * 1024
+"""After a tick that moved less a bulk direction lets one pass."""
+BIG_BATCH_BYTES = 128 * 1024
+"""After moving so much there is likely more: a full pipe must not bound the rate."""
 SWEEP_SECONDS = 1.0
 DEAD_PEER_MILLISECONDS = 10_000
 KEEPALIVE_IDLE_SECONDS = 5
 KEEPALIVE_INTERVAL_SECONDS = 2
 KEEPALIVE_PROBES = 3
 
-_EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_BULK_EDGES = select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_EDGES = select.EPOLLIN | _BULK_EDGES
 _GONE = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 _SPLICE_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _ABORT = struct.pack("ii", 1, 0)
@@ -76,7 +87,20 @@ class _Dialled:
 class _Direction:
     """One way of a pair: source socket -> pipe -> target socket."""
 
-    __slots__ = ("bytes", "finished", "in_pipe", "reader", "source", "source_ended", "target", "writer")
+    __slots__ = (
+        "_burst_at",
+        "_burst_from",
+        "_passes",
+        "bytes",
+        "finished",
+        "in_pipe",
+        "is_bulk",
+        "reader",
+        "source",
+        "source_ended",
+        "target",
+        "writer",
+    )
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
         self.source, self.target = source, target
@@ -85,7 +109,10 @@ class _Direction:
         with contextlib.suppress(OSError):
             fcntl.fcntl(self.writer, _PIPE_SIZE_SET, PIPE_BYTES)
         self.in_pipe = self.bytes = 0
-        self.source_ended = self.finished = False
+        self.source_ended = self.finished = self.is_bulk = False
+        self._burst_at = 0.0
+        self._burst_from = 0
+        self._passes = False
 
     def pump(self) -> bool:
         """Move what can be moved; True when there is more to do at once. Raises OSError when a side broke."""
@@ -96,14 +123,44 @@ class _Direction:
                 return False
             if self.in_pipe and not self._drain():
                 return False
-            if self.source_ended and not self.in_pipe:
-                self.finished = True
-                self.target.shutdown(socket.SHUT_WR)
+            self._look_at_end()
         return not self.finished
+
+    def tick(self, now: float) -> bool:
+        """Move what one look finds; return whether this is bulk still. Raises OSError when a side broke."""
+        if self._passes:
+            self._passes = False
+        else:
+            moved = self._move()
+            self._passes = moved < BATCH_BYTES
+            if moved >= BIG_BATCH_BYTES:
+                self.pump()
+        if now - self._burst_at <= BULK_SECONDS:
+            return True
+        moved, self._burst_at, self._burst_from = self.bytes - self._burst_from, now, self.bytes
+        return moved >= BULK_BYTES_MIN
+
+    def bursts(self, now: float) -> bool:
+        """Whether BULK_BYTES went through within BULK_SECONDS; to be asked after each pump."""
+        if now - self._burst_at > BULK_SECONDS:
+            self._burst_at, self._burst_from = now, self.bytes
+        return self.bytes - self._burst_from >= BULK_BYTES
 
     def close(self) -> None:
         os.close(self.reader)
         os.close(self.writer)
+
+    def _move(self) -> int:
+        before = self.bytes
+        if (self.in_pipe or self._fill()) and self.in_pipe:
+            self._drain()
+        self._look_at_end()
+        return self.bytes - before
+
+    def _look_at_end(self) -> None:
+        if self.source_ended and not self.in_pipe and not self.finished:
+            self.finished = True
+            self.target.shutdown(socket.SHUT_WR)
 
     def _fill(self) -> bool:
         if self.source_ended:
@@ -142,9 +199,15 @@ class _Pair:
     def finished(self) -> bool:
         return self.up.finished and self.down.finished
 
-    def pump(self) -> bool:
-        up = self.up.pump()
-        return self.down.pump() or up
+    def awaiting(self, fd: int, event: int) -> list[_Direction]:
+        """Return the directions that an event of one of the sockets may move on."""
+        onward, back = (self.up, self.down) if fd == self.agent.fileno() else (self.down, self.up)
+        if event & _GONE:
+            return [onward, back]
+        directions = [onward] if event & select.EPOLLIN else []
+        if back.in_pipe and event & select.EPOLLOUT:
+            directions.append(back)
+        return directions
 
     def close(self) -> None:
         self.up.close()
@@ -169,6 +232,8 @@ class Splicer:
         self._waiting_of: defaultdict[SessionId, set[_Dialled]] = defaultdict(set)
         self._pairs_of: defaultdict[SessionId, set[_Pair]] = defaultdict(set)
         self._again: set[_Pair] = set()
+        self._bulk: dict[_Direction, _Pair] = {}
+        self._ticker: asyncio.TimerHandle | None = None
         self.refusals: Counter[str] = Counter()
         """Connections closed unserved, by why: bad_token, late, limit, no_connector, malformed, session_ended."""
         self.bytes = 0
@@ -176,7 +241,7 @@ class Splicer:
         self.joined = 0
         self._loop = asyncio.get_running_loop()
         # Sockets are registered once, edge-triggered, in an epoll of our own that the loop watches: interest
-        # never changes, so a busy pair costs no epoll_ctl(2).
+        # changes only when a direction becomes bulk or is so no longer.
         self._epoll = select.epoll()
         self._loop.add_reader(self._epoll.fileno(), self._events)
         self._resume_accepting()
@@ -229,8 +294,9 @@ class Splicer:
             return
         self._closed = True
         self._sweeper.cancel()
-        if self._pause is not None:
-            self._pause.cancel()
+        for timer in (self._pause, self._ticker):
+            if timer is not None:
+                timer.cancel()
         self._loop.remove_reader(self._listener.fileno())
         self._loop.remove_reader(self._epoll.fileno())
         for dialled in list(self._dialled.values()):
@@ -277,7 +343,7 @@ class Splicer:
         for fd, event in self._epoll.poll(0, EVENTS_PER_WAKEUP):
             pair = self._pairs.get(fd)
             if pair is not None:
-                self._pump(pair)
+                self._pump(pair, *pair.awaiting(fd, event))
                 continue
             dialled = self._dialled.get(fd)
             if dialled is not None:
@@ -345,11 +411,13 @@ class Splicer:
         self._pairs_of[session].add(pair)
         self.joined += 1
         # What came before the join made its edge already.
-        self._pump(pair)
+        self._pump(pair, pair.up, pair.down)
 
-    def _pump(self, pair: _Pair) -> None:
+    def _pump(self, pair: _Pair, *directions: _Direction) -> None:
+        more = False
         try:
-            more = pair.pump()
+            for direction in directions:
+                more = direction.pump() or more
         except OSError:
             self._end(pair, abort=True)
             return
@@ -359,12 +427,49 @@ class Splicer:
             if not self._again:
                 self._loop.call_soon(self._pump_again)
             self._again.add(pair)
+        else:
+            now = self._loop.time()
+            for direction in directions:
+                if not direction.is_bulk and direction.bursts(now):
+                    self._start_ticks(pair, direction)
+
+    def _start_ticks(self, pair: _Pair, direction: _Direction) -> None:
+        """Let arrivals gather: each costs a wakeup, and a bulk transfer makes one with every TLS record."""
+        direction.is_bulk = True
+        self._bulk[direction] = pair
+        self._epoll.modify(direction.source.fileno(), _BULK_EDGES)
+        if self._ticker is None:
+            self._ticker = self._loop.call_later(TICK_SECONDS, self._tick)
+
+    def _stop_ticks(self, direction: _Direction) -> None:
+        """Go back to edges; what has arrived already makes one in epoll_ctl(2)."""
+        direction.is_bulk = False
+        del self._bulk[direction]
+        self._epoll.modify(direction.source.fileno(), _EDGES)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        for direction, pair in tuple(self._bulk.items()):
+            if direction not in self._bulk:
+                continue  # its pair ended with the other direction
+            try:
+                is_bulk = direction.tick(now)
+            except OSError:
+                self._end(pair, abort=True)
+                continue
+            if pair.finished:
+                self._end(pair, abort=False)
+            elif not is_bulk:
+                self._stop_ticks(direction)
+                # What is left in the pipe gets its edge only once the target said that it is full.
+                self._pump(pair, direction)
+        self._ticker = self._loop.call_later(TICK_SECONDS, self._tick) if self._bulk else None
 
     def _pump_again(self) -> None:
         pairs, self._again = self._again, set()
         for pair in pairs:
             if pair.agent.fileno() >= 0:
-                self._pump(pair)
+                self._pump(pair, pair.up, pair.down)
 
     def _end(self, pair: _Pair, *, abort: bool) -> None:
         for sock in (pair.agent, pair.connector):
@@ -375,6 +480,8 @@ class Splicer:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
             sock.close()
         self._again.discard(pair)
+        for direction in (pair.up, pair.down):
+            self._bulk.pop(direction, None)
         _discard(self._pairs_of, pair.session, pair)
         self.bytes += pair.up.bytes + pair.down.bytes
         pair.close()

@@ -7,7 +7,7 @@ import errno
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -106,6 +106,57 @@ async def test_a_reader_that_stops_stops_the_writer_and_nothing_is_lost(rig: Rig
             await asyncio.sleep(0.2)
     assert isinstance(now, int) and now < total, "the bytes wait in sockets and one pipe, not in us"
     assert len(await connector.read()) == total
+    agent.writer.close()
+    connector.writer.close()
+
+
+async def flood(end: End, until: Callable[[], bool]) -> int:
+    """Write without pause until something holds; return how much that was."""
+    written = 0
+    async with asyncio.timeout(DEADLINE_S):
+        while not until():
+            end.writer.write(bytes(64 * 1024))
+            await end.writer.drain()
+            written += 64 * 1024
+    return written
+
+
+async def test_bulk_moves_in_ticks_and_what_follows_at_each_arrival(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    reading = asyncio.create_task(connector.read())
+    written = await flood(agent, lambda: bool(rig.splicer._bulk))
+    connector.writer.write(b"in the middle")
+    assert await agent.read(13) == b"in the middle"
+    async with asyncio.timeout(DEADLINE_S):
+        while rig.splicer._bulk or rig.splicer._ticker is not None:
+            await asyncio.sleep(module.TICK_SECONDS)
+    agent.writer.write(b"small")
+    agent.writer.write_eof()
+    assert await reading == bytes(written) + b"small"
+    agent.writer.close()
+    connector.writer.close()
+
+
+async def test_a_reset_passes_through_bulk(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    reading = asyncio.create_task(connector.read())
+    await flood(agent, lambda: bool(rig.splicer._bulk))
+    agent.reset()
+    with pytest.raises(ConnectionResetError):
+        await reading
+    assert not rig.splicer._bulk
+    connector.writer.close()
+
+
+async def test_an_end_passes_through_bulk_at_once(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    reading = asyncio.create_task(connector.read())
+    written = await flood(agent, lambda: bool(rig.splicer._bulk))
+    agent.writer.write_eof()
+    assert len(await reading) == written
+    connector.writer.write_eof()
+    assert await agent.read() == b""
+    assert not rig.splicer._bulk
     agent.writer.close()
     connector.writer.close()
 
