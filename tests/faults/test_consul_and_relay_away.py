@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -25,8 +26,10 @@ HTTP_PORT, COUNTING_PORT, UDP_PORT = 18080, 18081, 18007
 
 
 class Mesh:
-    def __init__(self, made: Lab, kind: str) -> None:
+    def __init__(self, made: Lab, kind: str, *, hangs: bool = False) -> None:
+        """`hangs`: its Consul goes away by answering nothing any more, its connections still open."""
         self.lab = made
+        self.hangs = hangs
         self.laptop, self.core = made.host("laptop"), made.host("core")
         self.consul = made.start_consul(kind)
         ports = ("--http", HTTP_PORT, "--udp", UDP_PORT, "--counting", COUNTING_PORT)
@@ -70,10 +73,10 @@ class Mesh:
             held.settimeout(30)
             held.connect((self.vip["counting"], 8080))
             held.sendall(b"before")
-            self.consul.stop()
+            self._take_consul_away()
             time.sleep(AWAY_SECONDS)  # what is under test is a minute of real time without Consul
             held.sendall(b" after")
-            self.consul.start()
+            self._bring_consul_back()
             until("Consul is back", lambda: self.lab.consul_get("/v1/status/leader"), 30)
             for name in self.vip:
                 until(f"{name} passes again", lambda n=name: self.lab.check_states(n) == ["passing"], 60)
@@ -85,6 +88,18 @@ class Mesh:
             assert held.recv(4096).startswith(b"12 "), "the flow held through it all"
         assert [daemon.pid for daemon in self.daemons] == pids
         assert all(daemon.alive for daemon in self.daemons)
+
+    def _take_consul_away(self) -> None:
+        if self.hangs:
+            self.consul.signal(signal.SIGSTOP)
+        else:
+            self.consul.stop()
+
+    def _bring_consul_back(self) -> None:
+        if self.hangs:
+            self.consul.signal(signal.SIGCONT)
+        else:
+            self.consul.start()
 
     @contextlib.contextmanager
     def always_working(self) -> Iterator[None]:
@@ -111,11 +126,11 @@ class Mesh:
 
 @pytest.fixture
 def meshes(request: pytest.FixtureRequest) -> Iterator[list[Mesh]]:
-    """One mesh for each kind of Consul: the minute passes for all of them at the same time."""
+    """A mesh for each kind of Consul that stops, and one whose Consul hangs: the minute passes for all at once."""
     with contextlib.ExitStack() as labs:
         made = []
-        for kind in KINDS:
-            made.append(Mesh(labs.enter_context(lab("core", "laptop")), kind))
+        for kind, hangs in [*((kind, False) for kind in KINDS), ("newest", True)]:
+            made.append(Mesh(labs.enter_context(lab("core", "laptop")), kind, hangs=hangs))
             note_version(request, kind)
         yield made
 
