@@ -228,6 +228,8 @@ class Splicer:
         self._tokens: dict[bytes, _Token] = {}
         self._tokens_of: defaultdict[SessionId, set[bytes]] = defaultdict(set)
         self._dialled: dict[int, _Dialled] = {}
+        self._strangers: dict[int, _Dialled] = {}
+        """Of these, the ones that have shown no token yet, the oldest first."""
         self._pairs: dict[int, _Pair] = {}
         self._waiting_of: defaultdict[SessionId, set[_Dialled]] = defaultdict(set)
         self._pairs_of: defaultdict[SessionId, set[_Pair]] = defaultdict(set)
@@ -327,14 +329,28 @@ class Splicer:
                 self._loop.remove_reader(self._listener.fileno())
                 self._pause = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume_accepting)
                 return
-            open_now = len(self._dialled) + len(self._pairs)
-            if len(self._dialled) >= UNBOUND_CONNECTIONS_MAX or open_now >= CONNECTIONS_MAX:
+            if not self._make_room():
                 self.refusals["limit"] += 1
                 sock.close()
                 continue
             tune(sock)
-            self._dialled[sock.fileno()] = _Dialled(sock, self._loop.time() + BIND_SECONDS)
+            dialled = _Dialled(sock, self._loop.time() + BIND_SECONDS)
+            self._dialled[sock.fileno()] = self._strangers[sock.fileno()] = dialled
             self._epoll.register(sock.fileno(), _EDGES)
+
+    def _make_room(self) -> bool:
+        """Say whether one more connection may come in, at the cost of the stranger that waited longest if need be.
+
+        Anybody can connect and say nothing; who has a token says it at once, so a flood keeps few of them out.
+        """
+        if len(self._dialled) + len(self._pairs) >= CONNECTIONS_MAX:
+            return False
+        if len(self._dialled) < UNBOUND_CONNECTIONS_MAX:
+            return True
+        oldest = next(iter(self._strangers.values()), None)
+        if oldest is not None:
+            self._drop(oldest, "limit")
+        return oldest is not None
 
     def _resume_accepting(self) -> None:
         self._loop.add_reader(self._listener.fileno(), self._accept)
@@ -383,6 +399,7 @@ class Splicer:
             self._join(entry.session, entry.waiting, dialled)
         else:
             dialled.session = entry.session
+            del self._strangers[dialled.sock.fileno()]
             self._waiting_of[entry.session].add(dialled)
             dialled.deadline = self._loop.time() + BIND_SECONDS
             self._on_agent_waiting(entry.session, dialled.sock.fileno())
@@ -493,6 +510,7 @@ class Splicer:
 
     def _forget(self, dialled: _Dialled) -> None:
         del self._dialled[dialled.sock.fileno()]
+        self._strangers.pop(dialled.sock.fileno(), None)
         if dialled.session is not None:
             _discard(self._waiting_of, dialled.session, dialled)
 

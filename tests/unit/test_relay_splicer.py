@@ -267,9 +267,24 @@ async def test_numbers_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) ->
     async with asyncio.timeout(DEADLINE_S):
         while not rig.splicer.status()["unbound"]:
             await asyncio.sleep(0.01)
+    second = await rig.dial(wire.dial_in(b"1" * 32))
+    await first.refused()
+    await asyncio.wait_for(rig.waiting.get(), DEADLINE_S)
     await (await rig.dial(b"")).refused()
-    assert rig.splicer.refusals == {"limit": 2}
-    first.writer.close()
+    assert rig.splicer.refusals == {"limit": 3}
+    second.writer.close()
+
+
+async def test_a_flood_of_strangers_keeps_nobody_out_who_has_a_token(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNBOUND_CONNECTIONS_MAX", 20)
+    flood = [await rig.dial(b"") for _ in range(40)]
+    agent, connector = await rig.pair()
+    agent.writer.write(b"all the same")
+    assert await connector.read(12) == b"all the same"
+    for each in (*flood, agent, connector):
+        each.writer.close()
 
 
 async def test_out_of_descriptors_it_pauses_and_then_accepts_who_waited(rig: Rig) -> None:
