@@ -260,7 +260,14 @@ class Relay:
         self._doorkeeper.entered(identity)
         if identity.connector:
             connection.use_udp_payload(CONNECTOR_UDP_PAYLOAD_BYTES)
-        forwarder = self._advertised or _reached_from(connection.peer_address[0], self.forwarder.address[1])
+        try:
+            forwarder = self._advertised or _reached_from(
+                connection.peer_address[0], self.forwarder.address[1]
+            )
+        except OSError:
+            # No descriptor left, or no way back: this peer goes, and the others of the batch are served.
+            forwarder = Address(*self.forwarder.address)
+            peer.disconnect(Reason.LIMIT_REACHED)
         expires_at = time.monotonic() + identity.not_after.timestamp() - time.time()
         self.carry_out(self._sessions.connected(peer.key, identity, forwarder, expires_at))
         peer.tell_address()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -392,6 +393,22 @@ async def test_draining_says_so_refuses_the_new_and_closes_in_the_end(mesh: Runn
     await asyncio.wait_for(draining, 5)
     for peer in (agent, connector):
         assert await peer.expect_close() == (0, "server shutting down")
+
+
+async def test_out_of_descriptors_one_peer_is_refused_and_the_next_served(
+    mesh: RunningRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_left(peer: str, port: int) -> control.Address:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(relay_daemon, "_reached_from", nothing_left)
+        refused = Dialling(mesh.address, mesh.pki.credentials(mesh.pki.agent("agent-late")), settings())
+        with pytest.raises(LinkError, match="limit_reached"):
+            await refused.connect()
+        refused.close()
+    await mesh.agent("agent-next")
+    assert [each.identity.name for each in mesh.relay.sessions.peers.values()] == ["spiffe://ztna/agent-next"]
 
 
 async def test_an_expired_certificate_ends_its_connection(mesh: RunningRelay) -> None:
