@@ -64,6 +64,7 @@ class TcpPort:
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
         self._socket = socket.create_server(at.address, backlog=BACKLOG_CONNECTIONS)
+        _hear_only_this_host(self._socket)
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket, self._readable)
 
@@ -105,6 +106,7 @@ class UdpPort:
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._socket = bind_udp(at.address)
+        _hear_only_this_host(self._socket)
         self._loop.add_reader(self._socket, self._readable)
 
     def send(self, data: bytes, destination: SockAddr) -> None:
@@ -227,3 +229,13 @@ def _why(error: OSError | ZtnaError) -> str:
     if number == errno.EACCES:
         return "ports below 1024 need CAP_NET_BIND_SERVICE"
     return os.strerror(number) if number else str(error)
+
+
+def _hear_only_this_host(sock: socket.socket) -> None:
+    """Take nothing that came from another host: this agent's grants are for the programs here (socket(7)).
+
+    With a local route (`anyip`) the kernel takes packets to virtual addresses from every interface; those of local
+    programs come through the loopback. Kernels before 5.7 let only root say so, and who needs it, in `anyip`, is.
+    """
+    with contextlib.suppress(PermissionError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
