@@ -133,10 +133,14 @@ def load_credentials(config: RelayConfig) -> Credentials:
     return credentials
 
 
-def reset_key(path: str | None) -> bytes:
-    """Return the key of stateless resets, made and kept in the file when it is not there yet."""
+def reset_key(path: str | None, credentials: Credentials) -> bytes:
+    """Return the key of stateless resets, made and kept in the file when it is not there yet.
+
+    Without a file it comes from the relay's private key: it must outlive a crash, or the peers of a relay that
+    was restarted would notice only by its silence.
+    """
     if path is None:
-        return os.urandom(quic.RESET_KEY_BYTES)
+        return credentials.derived_key("stateless reset")
     file = Path(path)
     try:
         if not file.exists():
@@ -171,7 +175,7 @@ class Relay:
             ping_interval_s=PING_SECONDS,
             retry=config.retry,
             half_open_max=config.half_open_max,
-            reset_key=reset_key(config.reset_key_file),
+            reset_key=reset_key(config.reset_key_file, credentials),
             where=WHERE,
         )
         self._socket = udp.UdpSocket.open((config.listen.host, config.listen.port), self._packets_received)

@@ -150,7 +150,7 @@ class RelayConfig(Section, frozen=True, kw_only=True):
     reset_key_file: Annotated[
         str | None,
         about(
-            "File with the key of stateless resets, made when missing; unset: new at each start.",
+            "File with the key of stateless resets, made when missing; unset: made from the TLS key.",
             "/var/lib/ztna/reset.key",
         ),
     ] = None

@@ -5,6 +5,7 @@ Does not decide who a peer is (ztna.identity does) and does not watch the files:
 
 from __future__ import annotations
 
+import hmac
 import os
 import ssl
 import stat
@@ -55,6 +56,11 @@ class Credentials:
             raise ConfigError(f"tls.key: {key_file} is not the key of {certificate_file}")
         identity = _own_identity(trust, chain, certificate_file, now or datetime.now(UTC))
         return cls(chain_pem, key, trust, identity, certificate_file, key_file, ca_file, ca_pem)
+
+    def derived_key(self, purpose: str) -> bytes:
+        """Return 32 bytes that only who has the private key can make: the same at each start, others per purpose."""
+        secret = self.key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        return hmac.digest(secret, b"ztna-mesh " + purpose.encode(), "sha256")
 
     @property
     def chain(self) -> list[x509.Certificate]:

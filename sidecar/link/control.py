@@ -272,7 +272,7 @@ async def _until_over(connection: Connection) -> None:
         left = connection.heard_at + SILENCE_SECONDS - time.monotonic()
         if left <= 0:
             connection.close(CLOSE_OK, "peer_gone")
-            raise LinkError(f"{connection!r} was silent for {SILENCE_SECONDS:g} s")
+            raise LinkError(f"silent for {SILENCE_SECONDS:g} s")
         await asyncio.wait((connection.closed,), timeout=left)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from relay import daemon as relay_daemon
+from tests.support.certificates import Pki
 from tests.support.quic import Dialling, settings
 from tests.support.relay import SERVICE, Peer, RunningRelay, forged_session, refusals, running_relay
 from ztna import quic
@@ -611,8 +612,6 @@ class FakeDaemon:
 
 
 def config_of(tmp_path: Path, **changes: object) -> RelayConfig:
-    from tests.support.certificates import Pki
-
     pki = Pki(tmp_path)
     fields = {"name": "relay-1", "tls": pki.relay("relay-1")}
     return RelayConfig(**(fields | changes))  # type: ignore[arg-type]
@@ -636,13 +635,17 @@ def test_the_certificate_must_carry_the_relays_name(tmp_path: Path) -> None:
         relay_daemon.load_credentials(config_of(tmp_path, name="other"))
 
 
-def test_the_reset_key_is_kept_in_its_file(tmp_path: Path) -> None:
+def test_the_reset_key_outlives_a_restart_with_a_file_and_without(tmp_path: Path) -> None:
     path = str(tmp_path / "reset.key")
-    assert relay_daemon.reset_key(path) == relay_daemon.reset_key(path)
-    assert relay_daemon.reset_key(None) != relay_daemon.reset_key(None)
+    pki = Pki(tmp_path)
+    own, other = (pki.credentials(pki.relay(name)) for name in ("relay-1", "relay-2"))
+    kept = relay_daemon.reset_key(path, own)
+    assert relay_daemon.reset_key(path, own) == kept
+    assert relay_daemon.reset_key(None, own) == relay_daemon.reset_key(None, own)
+    assert len({kept, relay_daemon.reset_key(None, own), relay_daemon.reset_key(None, other)}) == 3
     (tmp_path / "short").write_bytes(b"x")
     with pytest.raises(ConfigError, match="32 bytes"):
-        relay_daemon.reset_key(str(tmp_path / "short"))
+        relay_daemon.reset_key(str(tmp_path / "short"), own)
 
 
 async def test_a_port_that_is_taken_is_named(mesh: RunningRelay, tmp_path: Path) -> None:
