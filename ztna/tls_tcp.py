@@ -136,6 +136,7 @@ class TlsStream:
         self._read = ssl_object.read
         self._write = ssl_object.write
         self._pending = ssl_object.pending
+        self._set_option = tls.setsockopt
         self._on_readable: Callable[[], None] | None = None
         self._on_writable: Callable[[], None] | None = None
         self._awaits_writable = False
@@ -186,7 +187,11 @@ class TlsStream:
 
         The bytes not taken must be given again unchanged. Raises OSError when the connection is broken.
         """
+        is_corked = len(data) > RECORD_BYTES
         try:
+            # OpenSSL writes record by record: corked, the kernel sends them together instead of each for itself.
+            if is_corked:
+                self._set_option(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
             written: int = self._write(data)
         except ssl.SSLWantWriteError:
             self._await_writable()
@@ -194,6 +199,9 @@ class TlsStream:
         except ssl.SSLWantReadError:
             self._write_awaits_readable = True
             return 0
+        finally:
+            if is_corked:
+                self._set_option(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
         if written < len(data):
             self._await_writable()
         return written

@@ -20,8 +20,9 @@ from ztna.identity import Identity
 from ztna.reasons import Reason
 from ztna.wire.stream import DATA, HEADER_BYTES, Ack, Fin, Frame, OpenFrame, ResetFrame, encode
 
-# With its header a full piece is exactly four TLS records.
-PIECE_BYTES = 64 * 1024 - HEADER_BYTES
+# With its header and what TLS adds to its four records (22 bytes each) a full piece is what the kernel sends in one go:
+# 45 segments of 1448 bytes are the most that fit in 64 KiB. A byte more would go alone.
+PIECE_BYTES = 45 * 1448 - 4 * 22 - HEADER_BYTES
 READS_PER_TURN = 4
 GATHERED_PIECES_MAX = 64
 LOCAL_WRITE_BYTES_MAX = 256 * 1024
@@ -140,6 +141,7 @@ class TcpFlow:
         piece, self._in_flight = self._in_flight, None
         if piece is not None and not self._is_over:
             self._keep(piece)
+            self._share.keep(self.state.kept_bytes)
             early, self._early_ack = self._early_ack, None
             if early is not None:
                 self._acknowledged(early)
@@ -190,14 +192,18 @@ class TcpFlow:
                 self._loop.remove_reader(self._local_fd)
 
     def _local_readable(self) -> None:
+        state, share = self.state, self._share
+        room = min(state.send_credit, share.room())
         for _ in range(READS_PER_TURN):
-            limit = min(self.state.send_credit, self._share.room(), PIECE_BYTES)
-            if limit <= 0 or not self._read_local(limit):
+            if room <= 0 or not self._read_local(min(room, PIECE_BYTES)):
                 break
+            room -= PIECE_BYTES
+        if not self._is_over:
+            share.keep(state.kept_bytes)
         self._look_at_reading()
 
     def _read_local(self, limit: int) -> bool:
-        """Carry one read of at most `limit` bytes; return whether there may be more and room for it."""
+        """Carry one read of at most `limit` bytes; return whether there may be more."""
         chunk = _CHUNKS.take()
         view = memoryview(chunk)
         try:
@@ -233,7 +239,6 @@ class TcpFlow:
             _CHUNKS.give(chunk)
         else:
             self.state.sent(piece)
-        self._share.keep(self.state.kept_bytes)
 
     # Carrier -> local socket
 
