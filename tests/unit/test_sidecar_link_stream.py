@@ -288,6 +288,9 @@ async def test_a_reader_that_stops_holds_no_more_than_the_window_and_then_gets_a
     assert 0 < flow.state.received_position - flow.state.delivered_position <= window
     assert far.state.kept_bytes <= window + PIECE_BYTES  # the first may be acknowledged in part
     assert ground.near_budget.used + ground.far_budget.used <= 4 * window
+    [writer] = ground.listener._carriers
+    # What a full socket took is on its way, not held back until more comes.
+    assert writer.frames._tls._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK) == 0
     got = 0
     while part := await asyncio.get_running_loop().sock_recv(program.sock, 1 << 18):
         got += len(part)
