@@ -17,6 +17,8 @@ import pytest
 
 from tests.support.relay import refusals
 from tests.support.whole_mesh import ECHO, WEB, WholeMesh, ask, route, until, whole_mesh
+from ztna.config import ConsulConfig
+from ztna.consul.embedded import EmbeddedConsul
 from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
 from ztna.wire import control
@@ -27,8 +29,12 @@ DATAGRAMS = 100
 
 @pytest.fixture
 async def mesh(tmp_path: Path) -> AsyncIterator[WholeMesh]:
-    async with whole_mesh(tmp_path) as mesh:
-        yield mesh
+    consul = await EmbeddedConsul.start()
+    try:
+        async with whole_mesh(tmp_path, ConsulConfig(address=consul.address)) as mesh:
+            yield mesh
+    finally:
+        await consul.stop()
 
 
 async def test_one_connector_had_one_backend(mesh: WholeMesh) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.link.stream import FlowRefused
+from tests.support.consul import ConsulUnderTest
 from tests.support.whole_mesh import ECHO, WEB, Scripted, WholeMesh, route, until, whole_mesh
 from ztna.errors import LinkError
 from ztna.packet import build_udp
@@ -22,9 +23,9 @@ from ztna.wire.stream import OpenStatus
 
 
 @pytest.fixture
-async def mesh(tmp_path: Path) -> AsyncIterator[WholeMesh]:
+async def mesh(tmp_path: Path, own_consul: ConsulUnderTest) -> AsyncIterator[WholeMesh]:
     """One connector with two services, TCP and UDP."""
-    async with whole_mesh(tmp_path) as mesh:
+    async with whole_mesh(tmp_path, own_consul.config()) as mesh:
         echo, web = await mesh.backend("echo"), await mesh.backend("web")
         await mesh.connector(
             "rack-1", [route(ECHO, echo), route(ECHO, echo, protocol="udp"), route(WEB, web)]

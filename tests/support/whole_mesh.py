@@ -1,4 +1,4 @@
-"""A whole mesh in the test's own process: every daemon's real body, on loopback, on an embedded Consul.
+"""A whole mesh in the test's own process: every daemon's real body, on loopback.
 
 Beside the real agent there is `Scripted`, an agent that speaks with real certificates and real carriers but does
 what the test says, lies included; two real agents cannot share the addresses of one host.
@@ -40,7 +40,6 @@ from ztna.config import (
     TlsConfig,
 )
 from ztna.consul.client import ConsulClient
-from ztna.consul.embedded import EmbeddedConsul
 from ztna.jsontypes import from_json
 from ztna.leases import Lease, service_key
 from ztna.names import ConnectorId, ServiceName, SessionId
@@ -160,12 +159,12 @@ class WholeMesh:
     """A Consul, a dnsd and a relay; connectors and agents as the test wants them."""
 
     def __init__(
-        self, directory: Path, tasks: asyncio.TaskGroup, consul: EmbeddedConsul, client: ConsulClient
+        self, directory: Path, tasks: asyncio.TaskGroup, consul: ConsulConfig, client: ConsulClient
     ) -> None:
         self.pki = Pki(directory)
         self.consul = client
         self.pool = IPv4Network((f"127.{random.randrange(110, 250)}.{random.randrange(256)}.0", 24))
-        self._address = consul.address
+        self._consul_config = consul
         self._tasks = tasks
         self.connectors: dict[str, Running] = {}
         self._running: list[Running] = []
@@ -277,7 +276,7 @@ class WholeMesh:
         return RelayTarget(address=Endpoint(*self.relay_address), name="relay-1")
 
     def _body(self, name: str, body: Callable[[Daemon], Awaitable[None]], **section: Any) -> Running:
-        config = Config(consul=ConsulConfig(address=self._address), **section)
+        config = Config(consul=self._consul_config, **section)
         running = Running(Daemon(name, config, self._tasks), body)
         self._running.append(running)
         return running
@@ -409,19 +408,15 @@ async def ask_on(program: socket.socket, line: bytes) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def whole_mesh(directory: Path) -> AsyncIterator[WholeMesh]:
-    """Run a mesh until the block ends; a clean end of every daemon is part of the test."""
-    consul = await EmbeddedConsul.start()
-    try:
-        async with ConsulClient(ConsulConfig(address=consul.address)) as client, asyncio.TaskGroup() as tasks:
-            mesh = WholeMesh(directory, tasks, consul, client)
-            try:
-                await mesh.start()
-                yield mesh
-            finally:
-                await mesh.close()
-    finally:
-        await consul.stop()
+async def whole_mesh(directory: Path, consul: ConsulConfig) -> AsyncIterator[WholeMesh]:
+    """Run a mesh on a Consul of its own until the block ends; a clean end of every daemon is part of the test."""
+    async with ConsulClient(consul) as client, asyncio.TaskGroup() as tasks:
+        mesh = WholeMesh(directory, tasks, consul, client)
+        try:
+            await mesh.start()
+            yield mesh
+        finally:
+            await mesh.close()
 
 
 def _free_port() -> Endpoint:
