@@ -134,6 +134,12 @@ def test_secrets_and_ids_have_their_sizes(size: int) -> None:
             FrameReader().feed(frame({"type": kind, "session": SESSION, "token": wrong}))
 
 
+def test_without_a_forwarder_no_probe_key_is_needed() -> None:
+    ann = PeerIdentity("ann", FINGERPRINT)
+    for message in (Offered(SESSION, WEB, ann), Opened(1, SESSION, WEB, CONNECTOR, FINGERPRINT)):
+        assert FrameReader().feed(encode(message)) == [message]
+
+
 def test_unknown_fields_are_ignored() -> None:
     assert FrameReader().feed(frame({"type": "dial", "session": SESSION, "new": [1]})) == [Dial(SESSION)]
 
