@@ -89,7 +89,7 @@ def test_five_hundred_at_once_with_the_keeper_killed_and_the_next_paused(made: L
     assert len(leases(made)) < SERVICES, "it was to be killed halfway"
     survivors = [daemon for daemon in dnsds if daemon is not first]
     second = until("the next keeper", lambda: keeper(survivors), KEEPER_CHANGE_SECONDS)
-    until("every service is leased", lambda: len(leases(made)) == SERVICES, 60)
+    until("every service is leased", lambda: len(leases(made)) == SERVICES, 120)
     audit(made)
 
     # Paused past its session, with work arriving meanwhile, then continued: it must change nothing.
