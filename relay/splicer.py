@@ -43,9 +43,9 @@ BULK_SECONDS = 0.016
 """A direction that moves so much within so little is bulk: it moves in ticks, not at each arrival."""
 BULK_BYTES_MIN = 64 * 1024
 """A bulk direction that moves less within BULK_SECONDS moves at each arrival again."""
-TICK_SECONDS = 0.002
-BATCH_BYTES = 32 * 1024
-"""After a tick that moved less a bulk direction lets one pass."""
+TICK_SECONDS = 0.001
+SLOW_TICK_SECONDS = 0.002
+"""Between ticks when no direction moved BIG_BATCH_BYTES in the last; the most that a bulk direction waits."""
 BIG_BATCH_BYTES = 128 * 1024
 """After moving so much there is likely more: a full pipe must not bound the rate."""
 SWEEP_SECONDS = 1.0
@@ -90,7 +90,6 @@ class _Direction:
     __slots__ = (
         "_burst_at",
         "_burst_from",
-        "_passes",
         "bytes",
         "finished",
         "in_pipe",
@@ -112,7 +111,6 @@ class _Direction:
         self.source_ended = self.finished = self.is_bulk = False
         self._burst_at = 0.0
         self._burst_from = 0
-        self._passes = False
 
     def pump(self) -> bool:
         """Move what can be moved; True when there is more to do at once. Raises OSError when a side broke."""
@@ -126,15 +124,18 @@ class _Direction:
             self._look_at_end()
         return not self.finished
 
-    def tick(self, now: float) -> bool:
-        """Move what one look finds; return whether this is bulk still. Raises OSError when a side broke."""
-        if self._passes:
-            self._passes = False
-        else:
-            moved = self._move()
-            self._passes = moved < BATCH_BYTES
-            if moved >= BIG_BATCH_BYTES:
-                self.pump()
+    def tick(self) -> int:
+        """Move what is there, and return how much that was. Raises OSError when a side broke."""
+        before = self.bytes
+        if (self.in_pipe or self._fill()) and self.in_pipe:
+            self._drain()
+        self._look_at_end()
+        if self.bytes - before >= BIG_BATCH_BYTES:
+            self.pump()
+        return self.bytes - before
+
+    def stays_bulk(self, now: float) -> bool:
+        """Whether BULK_BYTES_MIN went through within the last BULK_SECONDS; to be asked after each tick."""
         if now - self._burst_at <= BULK_SECONDS:
             return True
         moved, self._burst_at, self._burst_from = self.bytes - self._burst_from, now, self.bytes
@@ -149,13 +150,6 @@ class _Direction:
     def close(self) -> None:
         os.close(self.reader)
         os.close(self.writer)
-
-    def _move(self) -> int:
-        before = self.bytes
-        if (self.in_pipe or self._fill()) and self.in_pipe:
-            self._drain()
-        self._look_at_end()
-        return self.bytes - before
 
     def _look_at_end(self) -> None:
         if self.source_ended and not self.in_pipe and not self.finished:
@@ -465,22 +459,23 @@ class Splicer:
         self._epoll.modify(direction.source.fileno(), _EDGES)
 
     def _tick(self) -> None:
-        now = self._loop.time()
+        now, most = self._loop.time(), 0
         for direction, pair in tuple(self._bulk.items()):
             if direction not in self._bulk:
                 continue  # its pair ended with the other direction
             try:
-                is_bulk = direction.tick(now)
+                most = max(most, direction.tick())
             except OSError:
                 self._end(pair, abort=True)
                 continue
             if pair.finished:
                 self._end(pair, abort=False)
-            elif not is_bulk:
+            elif not direction.stays_bulk(now):
                 self._stop_ticks(direction)
                 # What is left in the pipe gets its edge only once the target said that it is full.
                 self._pump(pair, direction)
-        self._ticker = self._loop.call_later(TICK_SECONDS, self._tick) if self._bulk else None
+        pause = TICK_SECONDS if most >= BIG_BATCH_BYTES else SLOW_TICK_SECONDS
+        self._ticker = self._loop.call_later(pause, self._tick) if self._bulk else None
 
     def _pump_again(self) -> None:
         pairs, self._again = self._again, set()
