@@ -22,6 +22,8 @@ from ztna.reasons import Reason
 from ztna.wire.control import ForwarderBind, LeaseRef, Offered, PeerIdentity, Secret
 
 SESSIONS_MAX = 20_000
+LINKS_MAX = 4_096
+"""Each link has a UDP socket: a relay can make this connector open no more of them."""
 DETACHED_SECONDS = 30.0
 
 BindKey = tuple[RelayConnection, bytes]
@@ -83,7 +85,7 @@ class Sessions:
     def admit(self, connection: RelayConnection, offer: Offered) -> Session:
         """Add an offered session that was found good and return it.
 
-        Raises Refused for a session that is known already, one without a lease, and at SESSIONS_MAX.
+        Raises Refused for a session that is known already, one without a lease, and at SESSIONS_MAX or LINKS_MAX.
         """
         key = (connection, offer.session)
         if key in self._live or key in self._detached:
@@ -93,6 +95,8 @@ class Sessions:
         if len(self) >= SESSIONS_MAX:
             raise Refused(Reason.LIMIT_REACHED, f"{SESSIONS_MAX} sessions")
         session = Session(key, offer.service, offer.agent, offer.lease, offer.forwarder, offer.probe_key)
+        if session.bind is not None and session.bind not in self._by_bind and len(self._by_bind) >= LINKS_MAX:
+            raise Refused(Reason.LIMIT_REACHED, f"{LINKS_MAX} links")
         self._live[key] = session
         self._by_id.setdefault(offer.session, {})[key] = session
         self._services[session.agent.name, session.service] += 1

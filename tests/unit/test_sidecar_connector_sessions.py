@@ -79,6 +79,18 @@ def test_admits_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(sessions, RELAY, offer(SECOND)) is Reason.LIMIT_REACHED
 
 
+def test_admits_up_to_a_limit_of_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINKS_MAX", 1)
+    sessions = Sessions()
+    sessions.admit(RELAY, offer())
+    sessions.admit(RELAY, offer(SECOND, DB))  # on the same link
+    sessions.admit(RELAY, offer(SessionId("2" * 16), bind_id=None))
+    with pytest.raises(Refused) as refused:
+        sessions.admit(RELAY, offer(SessionId("3" * 16), bind_id=b"o" * 16))
+    assert refused.value.reason is Reason.LIMIT_REACHED
+    assert len(sessions) == 3
+
+
 def test_only_the_relay_connection_that_offered_it_owns_a_session() -> None:
     sessions = Sessions()
     session = sessions.admit(RELAY, offer())
