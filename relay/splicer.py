@@ -40,7 +40,7 @@ SPLICES_PER_EVENT = 8
 """After so many rounds a busy direction lets the others go first."""
 BULK_BYTES = 256 * 1024
 BULK_SECONDS = 0.016
-"""A direction that moves so much within so little is bulk: it moves in ticks, not at each arrival."""
+"""A direction that moves so much within so little and unanswered is bulk: it moves in ticks, not at each arrival."""
 BULK_BYTES_MIN = 64 * 1024
 """A bulk direction that moves less within BULK_SECONDS moves at each arrival again."""
 TICK_SECONDS = 0.001
@@ -88,6 +88,7 @@ class _Direction:
     """One way of a pair: source socket -> pipe -> target socket."""
 
     __slots__ = (
+        "_answered_from",
         "_burst_at",
         "_burst_from",
         "bytes",
@@ -110,7 +111,7 @@ class _Direction:
         self.in_pipe = self.bytes = 0
         self.source_ended = self.finished = self.is_bulk = False
         self._burst_at = 0.0
-        self._burst_from = 0
+        self._burst_from = self._answered_from = 0
 
     def pump(self) -> bool:
         """Move what can be moved; True when there is more to do at once. Raises OSError when a side broke."""
@@ -145,7 +146,15 @@ class _Direction:
         """Whether BULK_BYTES went through within BULK_SECONDS; to be asked after each pump."""
         if now - self._burst_at > BULK_SECONDS:
             self._burst_at, self._burst_from = now, self.bytes
-        return self.bytes - self._burst_from >= BULK_BYTES
+        return self.bytes - max(self._burst_from, self._answered_from) >= BULK_BYTES
+
+    def answered(self) -> bool:
+        """Note that something went the other way; return whether so much went this way before that it may be bulk.
+
+        Two that take turns would wait for a tick at every turn.
+        """
+        moved, self._answered_from = self.bytes - self._answered_from, self.bytes
+        return moved >= BULK_BYTES
 
     def close(self) -> None:
         os.close(self.reader)
@@ -192,6 +201,9 @@ class _Pair:
     @property
     def finished(self) -> bool:
         return self.up.finished and self.down.finished
+
+    def other(self, direction: _Direction) -> _Direction:
+        return self.down if direction is self.up else self.up
 
     def awaiting(self, fd: int, event: int) -> list[_Direction]:
         """Return the directions that an event of one of the sockets may move on."""
@@ -428,7 +440,12 @@ class Splicer:
         more = False
         try:
             for direction in directions:
+                before = direction.bytes
                 more = direction.pump() or more
+                other = pair.other(direction)
+                if direction.bytes > before and not other.answered() and other.is_bulk:
+                    self._stop_ticks(other)
+                    more = other.pump() or more
         except OSError:
             self._end(pair, abort=True)
             return

@@ -121,18 +121,53 @@ async def flood(end: End, until: Callable[[], bool]) -> int:
     return written
 
 
+async def rig_is_quiet(rig: Rig) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while rig.splicer._bulk or rig.splicer._ticker is not None:
+            await asyncio.sleep(module.TICK_SECONDS)
+
+
 async def test_bulk_moves_in_ticks_and_what_follows_at_each_arrival(rig: Rig) -> None:
     agent, connector = await rig.pair()
     reading = asyncio.create_task(connector.read())
     written = await flood(agent, lambda: bool(rig.splicer._bulk))
     connector.writer.write(b"in the middle")
     assert await agent.read(13) == b"in the middle"
-    async with asyncio.timeout(DEADLINE_S):
-        while rig.splicer._bulk or rig.splicer._ticker is not None:
-            await asyncio.sleep(module.TICK_SECONDS)
+    await rig_is_quiet(rig)
     agent.writer.write(b"small")
     agent.writer.write_eof()
     assert await reading == bytes(written) + b"small"
+    agent.writer.close()
+    connector.writer.close()
+
+
+async def test_two_that_take_turns_never_wait_for_a_tick(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    for _ in range(4 * module.BULK_BYTES // (64 * 1024)):
+        agent.writer.write(bytes(64 * 1024))
+        await connector.read(64 * 1024)
+        assert not rig.splicer._bulk
+        connector.writer.write(b"next")
+        await agent.read(4)
+    agent.writer.close()
+    connector.writer.close()
+
+
+async def test_an_early_answer_ends_bulk(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    reading = asyncio.create_task(connector.read())
+    written = await flood(agent, lambda: bool(rig.splicer._bulk))
+    await rig_is_quiet(rig)
+    for _ in range(2):
+        connector.writer.write(b"answer")
+        assert await agent.read(6) == b"answer"
+    [pair] = rig.splicer._pairs_of[SESSION]
+    rig.splicer._start_ticks(pair, pair.up)
+    connector.writer.write(b"early")
+    assert await agent.read(5) == b"early"
+    assert not rig.splicer._bulk
+    agent.writer.write_eof()
+    assert len(await reading) == written
     agent.writer.close()
     connector.writer.close()
 
