@@ -43,8 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what the processes of an open lab said when the test failed that uses it."""
+    """Fail what is left out under CI, and show what the processes of an open lab said when its test failed."""
     report = yield
+    if report.skipped and os.environ.get("CI"):
+        report.outcome, report.longrepr = "failed", f"left out, and CI must have it: {_reason(report)}"
     used = sys.modules.get("tests.support.lab")
     if report.failed and used is not None:
         report.sections += used.open_tails()
@@ -55,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many tests passed on which Consul, and what was not proved for want of which part."""
     skipped = Counter(_reason(report) for report in terminalreporter.getreports("skipped"))
     for reason, count in skipped.most_common():
-        terminalreporter.write_line(f"NOT proved by {count} tests that were left out: {reason}")
+        terminalreporter.write_line(f"NOT proved, {count} left out: {reason}")
     passed = Counter(
         str(value)
         for report in terminalreporter.getreports("passed")

@@ -193,6 +193,8 @@ class ConsulUnderTest:
         """Stop its clock: connections stay open and nothing answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        # Its threads stop one by one, and the last may still answer: wait for the whole process (waitid(2)).
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Let it go on after `pause`."""

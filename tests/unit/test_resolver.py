@@ -12,6 +12,7 @@ from typing import cast
 import pytest
 from dnslib import EDNS0, RCODE, RR, DNSRecord
 
+from tests.support.consul import free_ports
 from ztna.config import Endpoint
 from ztna.errors import ResolverUnavailable
 from ztna.resolver import Resolver, SrvRecord
@@ -41,8 +42,8 @@ class _Server(asyncio.DatagramProtocol):
 async def server(reply: Reply, tcp: Reply | None = None) -> AsyncIterator[tuple[Endpoint, _Server]]:
     loop = asyncio.get_running_loop()
     protocol = _Server(reply)
-    transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=("127.0.0.1", 0))
-    port = transport.get_extra_info("sockname")[1]
+    [port] = free_ports(1)  # for UDP and TCP
+    transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=("127.0.0.1", port))
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         (length,) = struct.unpack("!H", await reader.readexactly(2))
