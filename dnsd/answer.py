@@ -35,10 +35,15 @@ UDP_PAYLOAD_BYTES = 1232
 """What we send and take over UDP at most: any path carries it whole (DNS flag day 2020)."""
 UDP_PAYLOAD_BYTES_MIN = 512
 TCP_PAYLOAD_BYTES = 65_535
+TTL_SECONDS_MAX = 0x7FFFFFFF
 QUERY_RECORDS_MAX = 8
 
 EDE_NOT_READY = 14
 EDE_PROHIBITED = 18
+EDE_NO_REACHABLE_AUTHORITY = 22
+
+STALE_TTL_SECONDS = 5
+"""TTL of what Consul no longer confirms, at most: nobody shall hold on to it."""
 
 _HEADER = struct.Struct("!HHHHHH")
 _QUESTION_TAIL = struct.Struct("!HH")
@@ -89,9 +94,18 @@ class Answers:
     there first. `malformed` and `refused` count queries since the start of this object.
     """
 
-    def __init__(self, zone: ZoneData | None, *, confirmed_at: float = 0.0, is_stale: bool = False) -> None:
-        """Answer from `zone`; without one, every question is answered SERVFAIL, not ready."""
+    def __init__(
+        self,
+        zone: ZoneData | None,
+        *,
+        confirmed_at: float = 0.0,
+        is_stale: bool = False,
+        why_not: int = EDE_NOT_READY,
+    ) -> None:
+        """Answer from `zone`; without one, every question is answered SERVFAIL with the EDE `why_not`."""
         self.zone = zone
+        self._why_not = why_not
+        self._ttl_max_s = STALE_TTL_SECONDS if is_stale else TTL_SECONDS_MAX
         self.confirmed_at = confirmed_at
         self.is_stale = is_stale
         self.ready: dict[bytes, bytes] = {}
@@ -127,7 +141,7 @@ class Answers:
         if query.version > 0:
             return _finish(query, Code.BADVERS, limit=limit), False
         if self.zone is None:
-            return _finish(query, Code.SERVFAIL, limit=limit, ede=EDE_NOT_READY), False
+            return _finish(query, Code.SERVFAIL, limit=limit, ede=self._why_not), False
         outside = query.class_ != _IN or query.kind in _REFUSED_TYPES
         found = Found(Outcome.OUTSIDE) if outside else self.zone.find(query.labels, query.kind)
         if found.outcome is Outcome.OUTSIDE:
@@ -136,24 +150,25 @@ class Answers:
         return self._answer_from(self.zone, query, found, limit)
 
     def _answer_from(self, zone: ZoneData, query: _Query, found: Found, limit: int) -> tuple[bytes, bool]:
+        ttl_s = min(zone.settings.ttl_s, self._ttl_max_s)
         ede = EDE_STALE_ANSWER if self.is_stale else None
         if found.outcome is Outcome.NXDOMAIN:
             ede = EDE_STALE_NXDOMAIN_ANSWER if self.is_stale else None
-            authority = _soa(zone, query, found.apex)
+            authority = _soa(zone, query, found.apex, self._ttl_max_s)
             return _finish(query, Code.NXDOMAIN, _AA, authority=authority, limit=limit, ede=ede), False
         if query.kind == Type.ANY:
             # RFC 8482 4.2: a synthesised HINFO instead of everything.
-            answers = [_record(_NAME_IS_THE_QUESTION, Type.HINFO, zone.settings.ttl_s, _HINFO)]
+            answers = [_record(_NAME_IS_THE_QUESTION, Type.HINFO, ttl_s, _HINFO)]
             return _finish(query, Code.NOERROR, _AA, answers=answers, limit=limit, ede=ede), True
         if found.outcome is Outcome.NODATA:
-            authority = _soa(zone, query, found.apex)
+            authority = _soa(zone, query, found.apex, self._ttl_max_s)
             return _finish(query, Code.NOERROR, _AA, authority=authority, limit=limit, ede=ede), True
         if found.outcome is Outcome.FRESH:
             text = str(int(self.confirmed_at)).encode()
             answers = [_record(_NAME_IS_THE_QUESTION, Type.TXT, FRESH_TTL_SECONDS, _strings((text,)))]
             return _finish(query, Code.NOERROR, _AA, answers=answers, limit=limit, ede=ede), False
-        answers, targets = _answers(query, found.records, zone.settings.ttl_s)
-        additional = _additional(found, targets, zone.settings.ttl_s)
+        answers, targets = _answers(query, found.records, ttl_s)
+        additional = _additional(found, targets, ttl_s)
         return (
             _finish(query, Code.NOERROR, _AA, answers=answers, additional=additional, limit=limit, ede=ede),
             True,
@@ -309,12 +324,12 @@ def _opt(query: _Query, code: Code, ede: int | None) -> bytes:
     return _OPT.pack(0, _TYPE_OPT, UDP_PAYLOAD_BYTES, ttl, len(option)) + option
 
 
-def _soa(zone: ZoneData, query: _Query, apex: str) -> Sequence[bytes]:
-    """Return the SOA for a negative answer, its TTL the minimum (RFC 2308 3)."""
+def _soa(zone: ZoneData, query: _Query, apex: str, ttl_max_s: int) -> Sequence[bytes]:
+    """Return the SOA for a negative answer, its TTL the minimum (RFC 2308 3), `ttl_max_s` at most."""
     # The apex is the end of the question's name: point into it. 5 = the name's last byte, type and class.
     offset = HEADER_BYTES + len(query.question) - 5 - (len(apex) + 1)
     soa = zone.soa(apex)
-    return (_record(_pointer(offset), Type.SOA, soa.minimum, _data(soa)),)
+    return (_record(_pointer(offset), Type.SOA, min(soa.minimum, ttl_max_s), _data(soa)),)
 
 
 def _answers(query: _Query, records: Sequence[Data], ttl_s: int) -> tuple[list[bytes], dict[str, int]]:

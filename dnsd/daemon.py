@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Mapping
 from ipaddress import AddressValueError, IPv4Address
+from pathlib import Path
 
-from dnsd.answer import Answers
+from dnsd.answer import EDE_NO_REACHABLE_AUTHORITY, EDE_NOT_READY, Answers
 from dnsd.keeper import Pool, Problem, Rules
 from dnsd.keeping import Keeping, check_schema
 from dnsd.server import Server
 from dnsd.services import describe_all
+from dnsd.shelf import Shelf
 from dnsd.zone import Settings, ZoneData, rebuilt
 from ztna.config import DnsdConfig
 from ztna.consul.client import ConsulClient
@@ -19,12 +21,14 @@ from ztna.consul.watch import CatalogWatch, KvWatch
 from ztna.errors import ConfigError, ConsulUnavailable
 from ztna.leases import SERVICE_PREFIX, Table, read_table
 from ztna.runtime import Daemon, sleep_or_stop
-from ztna.telemetry import CONFIRMED, UNLEASED, logger
+from ztna.telemetry import CONFIRMED, SERVED, UNLEASED, logger
 
 STALE_AFTER_SECONDS = 60.0
 """Names not confirmed for so long are marked as stale (EDE 3); an idle watch confirms about every 21 s."""
 STALE_SECONDS_MAX = 86_400.0
-"""Names not confirmed for so long are not served any more (SERVFAIL)."""
+"""Names not confirmed for so long are not served any more (SERVFAIL), whatever `stale_max_s` says."""
+SAVE_SECONDS = 5.0
+"""How often the names on disk are brought up to date."""
 TICK_SECONDS = 1.0
 REBUILD_COST_FACTOR = 4.0
 """Pause between two rebuilds of the zone: this many times what the last one took, so queries have the rest."""
@@ -62,6 +66,10 @@ class _Dnsd:
         self._leases = KvWatch(client, SERVICE_PREFIX)
         self._table = Table()
         self._changed = asyncio.Event()
+        self._stale_max_s = config.stale_max_s
+        self._shelf = Shelf(Path(config.snapshot) if config.snapshot else None, daemon.config.domain)
+        self._shelved_at = 0.0
+        self._unreachable: str | None = None
         rules = Rules(Pool(config.pool.cidr, config.pool.reserved), config.grace_s, config.quarantine_s)
         self._keeping = Keeping(
             client,
@@ -83,20 +91,48 @@ class _Dnsd:
 
     async def run(self) -> None:
         """Serve at once, and from Consul as soon as it can be read, until the daemon is to stop."""
+        self._unshelve()
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._server.run(), name="dns-server")]
+            tasks = [
+                group.create_task(self._server.run(), name="dns-server"),
+                group.create_task(self._tick(), name="tick"),
+            ]
             if await self._schema_is_known():
                 tasks += [
                     group.create_task(self._catalog.run(), name="catalog-watch"),
                     group.create_task(self._leases.run(), name="lease-watch"),
                     group.create_task(self._follow_changes(), name="zone"),
-                    group.create_task(self._tick(), name="tick"),
+                    group.create_task(self._save(), name="save"),
                 ]
                 if self._may_keep:
                     tasks.append(group.create_task(self._keeping.run(), name="keeper"))
             await self._daemon.stopping.wait()
             for task in tasks:
                 task.cancel()
+        await self._shelve()
+
+    def _unshelve(self) -> None:
+        """Answer from the names of the last run, as stale ones, until Consul has been read."""
+        snapshot = self._shelf.read(time.time())
+        if snapshot is None:
+            return
+        self._zone = ZoneData(self._zone.settings, snapshot.services, snapshot.leases, snapshot.serial)
+        self._shelved_at = snapshot.confirmed_at
+        _log.info("names_from_disk", services=len(snapshot.services), confirmed_at=int(snapshot.confirmed_at))
+        self._renew_answers()
+        if self._is_served:
+            self._daemon.readiness.done("catalog")
+            self._daemon.readiness.done("leases")
+
+    async def _save(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            await self._shelve()
+
+    async def _shelve(self) -> None:
+        """Keep what Consul said on disk."""
+        if self._is_live and self._server.answers.zone is not None:
+            await self._shelf.keep(self._zone, self._confirmed_at)
 
     async def _schema_is_known(self) -> bool:
         """Wait for Consul and check what its KV holds; False when told to stop meanwhile."""
@@ -104,10 +140,13 @@ class _Dnsd:
             try:
                 await check_schema(self._client)
             except ConsulUnavailable as error:
-                self._daemon.readiness.awaiting("catalog", f"Consul: {error}")
+                if self._server.answers.zone is None:
+                    self._daemon.readiness.awaiting("catalog", f"Consul: {error}")
+                self._unreachable = str(error)
                 if await sleep_or_stop(self._daemon, CONSUL_RETRY_SECONDS):
                     return False
             else:
+                self._unreachable = None
                 return True
 
     async def _follow_changes(self) -> None:
@@ -154,29 +193,51 @@ class _Dnsd:
     def _renew_answers(self) -> None:
         """Start with no ready answers: these are another zone's, or have another mark."""
         zone = self._zone if self._is_served else None
-        self._server.answers = Answers(zone, confirmed_at=self._confirmed_at, is_stale=self._is_stale)
+        self._server.answers = Answers(
+            zone,
+            confirmed_at=self._confirmed_at,
+            is_stale=self._is_stale,
+            why_not=EDE_NO_REACHABLE_AUTHORITY if self._confirmed_at else EDE_NOT_READY,
+        )
+        SERVED.set((1 if self._is_stale else 2) if zone else 0)
 
     @property
     def _confirmed_at(self) -> float:
-        """When Consul last confirmed both the services and the leases, Unix seconds."""
+        """When Consul last confirmed both the services and the leases, Unix seconds; 0: never."""
         catalog, leases = self._catalog.latest, self._leases.latest
-        return min(catalog.confirmed_at, leases.confirmed_at) if catalog and leases else 0.0
+        return min(catalog.confirmed_at, leases.confirmed_at) if catalog and leases else self._shelved_at
+
+    @property
+    def _is_live(self) -> bool:
+        """Whether Consul has been read in this run."""
+        return self._catalog.latest is not None and self._leases.latest is not None
 
     @property
     def _is_stale(self) -> bool:
-        return time.time() - self._confirmed_at > STALE_AFTER_SECONDS
+        return not self._is_live or time.time() - self._confirmed_at > STALE_AFTER_SECONDS
 
     @property
     def _is_served(self) -> bool:
-        return time.time() - self._confirmed_at <= STALE_SECONDS_MAX
+        return time.time() - self._confirmed_at <= min(self._stale_max_s, STALE_SECONDS_MAX)
 
     def _show_warnings(self) -> None:
         problem = self._catalog.problem or self._leases.problem
-        self._warn("consul", str(problem) if problem else None)
+        self._warn("consul", str(problem) if problem else self._unreachable)
+        self._warn("names", self._age_told())
+        self._warn("snapshot", self._shelf.trouble)
         self._warn("keeper", self._keeping.trouble)
         shown = [f"{each.service}: {each.what}" for each in self._problems[:PROBLEMS_SHOWN_MAX]]
         more = len(self._problems) - len(shown)
         self._warn("services", "; ".join(shown) + (f"; and {more} more" if more else "") if shown else None)
+
+    def _age_told(self) -> str | None:
+        """Say how old the names are when that is more than they should be."""
+        if not self._confirmed_at or not self._is_stale:
+            return None
+        age = f"last confirmed by Consul {time.time() - self._confirmed_at:.0f} s ago"
+        if self._is_served:
+            return f"{age}: served as stale"
+        return f"{age}: not served any more (dnsd.stale_max_s)"
 
     def _warn(self, name: str, detail: str | None) -> None:
         if detail is None:

@@ -110,6 +110,17 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
         Annotated[int, msgspec.Meta(ge=0, le=86400)],
         about("How long a name that does not exist may be remembered, in seconds."),
     ] = 10
+    snapshot: Annotated[
+        str | None,
+        about(
+            "File that keeps the last names over a restart; unset: none are kept.",
+            "/var/lib/ztna/dnsd.names",
+        ),
+    ] = None
+    stale_max_s: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=86400)],
+        about("How long names that Consul does not confirm are served, marked as stale; a day at most."),
+    ] = 86400.0
     quarantine_s: Annotated[
         Seconds, about("How long a freed address is kept from other services; more than any TTL.")
     ] = 3600.0

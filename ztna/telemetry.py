@@ -55,6 +55,11 @@ CONFIRMED = Gauge(
     "Unix time when Consul last confirmed the names served.",
     registry=REGISTRY,
 )
+SERVED = Gauge(
+    "ztna_dns_served",
+    "Whether names are served: 2 confirmed, 1 stale (Consul is away), 0 not.",
+    registry=REGISTRY,
+)
 
 HIDDEN = "***"
 

@@ -72,7 +72,8 @@ async def running(consul: ConsulConfig, **keys: object) -> AsyncIterator[Running
         daemon = Daemon("ztna-dnsd", settings(consul, port, **keys), tasks)
         task = tasks.create_task(run(daemon))
         await asyncio.sleep(0)
-        assert set(daemon.readiness.report()["awaiting"]) == {"catalog", "leases"}
+        if "snapshot" not in keys:
+            assert set(daemon.readiness.report()["awaiting"]) == {"catalog", "leases"}
         yield Running(daemon, port)
         daemon.stopping.set()
         async with asyncio.timeout(5):
@@ -178,6 +179,51 @@ async def test_names_outlive_consul_are_marked_stale_and_end(
         monkeypatch.setattr(dnsd.daemon, "STALE_SECONDS_MAX", 86_400.0)
         await asyncio.to_thread(consul.start)
         await until("back without a restart", lambda: has(here, "web"))
+
+
+async def test_names_outlive_a_restart_without_consul(
+    consul: ConsulUnderTest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dnsd.daemon, "TICK_SECONDS", 0.05)
+    file = tmp_path / "names"
+    await register(consul, "web")
+    async with running(consul.config(), snapshot=str(file), ttl_s=300) as here:
+        await until("served", lambda: has(here, "web"))
+        assert (await here.ask("web.ztna.local", Type.A)).answers[0].ttl_s == 300  # type: ignore[attr-defined]
+        serial = here.daemon.status_sources["dns"]()["serial"]  # type: ignore[index]
+    await asyncio.to_thread(consul.stop)
+    async with running(consul.config(), snapshot=str(file), ttl_s=300) as here:
+        answer = await here.ask("web.ztna.local", Type.A)
+        assert (answer.stale, answer.answers[0].ttl_s) == (True, 5)  # type: ignore[attr-defined]
+        assert here.daemon.readiness.ready
+        assert here.daemon.status_sources["dns"]()["serial"] == serial  # type: ignore[index]
+        await until("told", lambda: "names" in here.daemon.readiness.report()["warnings"])
+        await until("why", lambda: "consul" in here.daemon.readiness.report()["warnings"])
+        await asyncio.to_thread(consul.start)
+
+        async def confirmed() -> bool:
+            return not (await here.ask("web.ztna.local", Type.A)).stale  # type: ignore[attr-defined, no-any-return]
+
+        await until("confirmed again", confirmed)
+        await until("taken back", lambda: "names" not in here.daemon.readiness.report()["warnings"])
+
+
+async def test_names_on_disk_end_at_their_bound(
+    consul: ConsulUnderTest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dnsd.daemon, "TICK_SECONDS", 0.05)
+    file = tmp_path / "names"
+    await register(consul, "web")
+    async with running(consul.config(), snapshot=str(file)) as here:
+        await until("served", lambda: has(here, "web"))
+    await asyncio.to_thread(consul.stop)
+    async with running(consul.config(), snapshot=str(file), stale_max_s=0.001) as here:
+        answer = await here.ask("web.ztna.local", Type.A)
+        assert (answer.code, answer.edns.options) == (Code.SERVFAIL, ((15, b"\0\x16"),))  # type: ignore[attr-defined]
+        await until(
+            "told", lambda: "not served" in here.daemon.readiness.report()["warnings"].get("names", "")
+        )
+        assert not here.daemon.readiness.ready
 
 
 async def test_it_waits_for_consul_and_answers_servfail_meanwhile() -> None:
