@@ -112,12 +112,14 @@ class Answers:
         self.malformed = 0
         self.refused = 0
 
-    def answer(self, data: bytes, *, over_tcp: bool = False) -> bytes | None:
+    def answer(self, data: bytes, *, over_tcp: bool = False, reserve: int = 0) -> bytes | None:
         """Return the answer to one query of any bytes; None when it deserves none.
+
+        `reserve` bytes of what the asker can take are left for a signature; such answers are not kept.
 
         Nothing is said to what is too short for a header or is itself an answer: that could go on for ever.
         """
-        if not over_tcp:
+        if not over_tcp and not reserve:
             rest = self.ready.get(data[2:])
             if rest is not None:
                 return data[:2] + rest
@@ -129,8 +131,15 @@ class Answers:
         except _Malformed as error:
             self.malformed += 1
             return _without_question(data, error.code)
-        answer, is_lasting = self._reply(query, TCP_PAYLOAD_BYTES if over_tcp else _udp_limit(query))
-        if is_lasting and not over_tcp and not query.has_options and query.question[:-4].islower():
+        limit = (TCP_PAYLOAD_BYTES if over_tcp else _udp_limit(query)) - reserve
+        answer, is_lasting = self._reply(query, limit)
+        if (
+            is_lasting
+            and not over_tcp
+            and not reserve
+            and not query.has_options
+            and query.question[:-4].islower()
+        ):
             if len(self.ready) >= READY_ANSWERS_MAX:
                 self.ready.clear()
             self.ready[data[2:]] = answer[2:]
@@ -158,14 +167,14 @@ class Answers:
             return _finish(query, Code.NXDOMAIN, _AA, authority=authority, limit=limit, ede=ede), False
         if query.kind == Type.ANY:
             # RFC 8482 4.2: a synthesised HINFO instead of everything.
-            answers = [_record(_NAME_IS_THE_QUESTION, Type.HINFO, ttl_s, _HINFO)]
+            answers = [pack_record(_NAME_IS_THE_QUESTION, Type.HINFO, ttl_s, _HINFO)]
             return _finish(query, Code.NOERROR, _AA, answers=answers, limit=limit, ede=ede), True
         if found.outcome is Outcome.NODATA:
             authority = _soa(zone, query, found.apex, self._ttl_max_s)
             return _finish(query, Code.NOERROR, _AA, authority=authority, limit=limit, ede=ede), True
         if found.outcome is Outcome.FRESH:
             text = str(int(self.confirmed_at)).encode()
-            answers = [_record(_NAME_IS_THE_QUESTION, Type.TXT, FRESH_TTL_SECONDS, _strings((text,)))]
+            answers = [pack_record(_NAME_IS_THE_QUESTION, Type.TXT, FRESH_TTL_SECONDS, _strings((text,)))]
             return _finish(query, Code.NOERROR, _AA, answers=answers, limit=limit, ede=ede), False
         answers, targets = _answers(query, found.records, ttl_s)
         additional = _additional(found, targets, ttl_s)
@@ -329,7 +338,7 @@ def _soa(zone: ZoneData, query: _Query, apex: str, ttl_max_s: int) -> Sequence[b
     # The apex is the end of the question's name: point into it. 5 = the name's last byte, type and class.
     offset = HEADER_BYTES + len(query.question) - 5 - (len(apex) + 1)
     soa = zone.soa(apex)
-    return (_record(_pointer(offset), Type.SOA, min(soa.minimum, ttl_max_s), _data(soa)),)
+    return (pack_record(_pointer(offset), Type.SOA, min(soa.minimum, ttl_max_s), pack_data(soa)),)
 
 
 def _answers(query: _Query, records: Sequence[Data], ttl_s: int) -> tuple[list[bytes], dict[str, int]]:
@@ -341,7 +350,7 @@ def _answers(query: _Query, records: Sequence[Data], ttl_s: int) -> tuple[list[b
         if isinstance(record, SrvData):
             # After the pointer, the record's head and priority, weight and port comes the target.
             targets.setdefault(record.target, offset + 2 + _RECORD.size + _SRV.size)
-        answers.append(_record(_NAME_IS_THE_QUESTION, query.kind, ttl_s, _data(record)))
+        answers.append(pack_record(_NAME_IS_THE_QUESTION, query.kind, ttl_s, pack_data(record)))
         offset += len(answers[-1])
     return answers, targets
 
@@ -351,28 +360,30 @@ def _additional(found: Found, targets: dict[str, int], ttl_s: int) -> list[tuple
     records = []
     for name, addresses in found.additional:
         offset = targets.get(name, _POINTER_MAX + 1)
-        owner = _pointer(offset) if offset <= _POINTER_MAX else _name(name)
-        packed = b"".join(_record(owner, Type.A, ttl_s, address.packed) for address in addresses)
+        owner = _pointer(offset) if offset <= _POINTER_MAX else pack_name(name)
+        packed = b"".join(pack_record(owner, Type.A, ttl_s, address.packed) for address in addresses)
         records.append((len(addresses), packed))
     return records
 
 
-def _record(owner: bytes, kind: int, ttl_s: int, data: bytes) -> bytes:
+def pack_record(owner: bytes, kind: int, ttl_s: int, data: bytes) -> bytes:
+    """Return one record of class IN."""
     return owner + _RECORD.pack(kind, _IN, ttl_s, len(data)) + data
 
 
-def _data(record: Data) -> bytes:
+def pack_data(record: Data) -> bytes:
+    """Return a record's data, no name in it compressed."""
     match record:
         case IPv4Address():
             return record.packed
         case SrvData(priority, weight, port, target):
             # RFC 2782: the target is not compressed.
-            return _SRV.pack(priority, weight, port) + _name(target)
+            return _SRV.pack(priority, weight, port) + pack_name(target)
         case HostData(host):
-            return _name(host)
+            return pack_name(host)
         case SoaData():
             times = (record.serial, record.refresh, record.retry, record.expire, record.minimum)
-            return _name(record.mname) + _name(record.rname) + _SOA_TIMES.pack(*times)
+            return pack_name(record.mname) + pack_name(record.rname) + _SOA_TIMES.pack(*times)
         case tuple():
             return _strings(record)
     raise TypeError(f"no zone holds {record!r}")
@@ -382,7 +393,8 @@ def _strings(texts: Sequence[bytes]) -> bytes:
     return b"".join(bytes((len(text),)) + text for text in texts)
 
 
-def _name(text: str) -> bytes:
+def pack_name(text: str) -> bytes:
+    """Return a name as it stands in a message, uncompressed."""
     return b"".join(bytes((len(label),)) + label.encode() for label in text.split(".")) + b"\0"
 
 

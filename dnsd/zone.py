@@ -6,6 +6,7 @@ Pure, and immutable once built. Knows nothing of DNS messages: dnsd.answer puts 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from enum import Enum, auto
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
 
@@ -77,11 +78,14 @@ class ZoneData:
         services: Mapping[str, Service],
         leases: Mapping[str, Lease],
         serial: int = 1,
+        fresh_at: int = 0,
     ) -> None:
+        """`fresh_at` is what secondaries say of `_fresh`: Unix seconds, as of this serial."""
         self.settings = settings
         self.services = services
         self.leases = leases
         self.serial = serial
+        self.fresh_at = fresh_at
         self._domain = tuple(settings.domain.split("."))
         self._reverse = reverse_zones(settings.pool)
         self._connectors = _connector_addresses(services)
@@ -102,6 +106,17 @@ class ZoneData:
             SOA_EXPIRE_SECONDS,
             settings.negative_ttl_s,
         )
+
+    @property
+    def apexes(self) -> tuple[Labels, ...]:
+        """The zone and its reverse zones."""
+        return (self._domain, *self._reverse)
+
+    def renumbered(self, serial: int, fresh_at: int) -> ZoneData:
+        """Return the same zone with another serial and freshness; what it is made of is shared."""
+        zone = copy(self)
+        zone.serial, zone.fresh_at = serial, fresh_at
+        return zone
 
     def find(self, labels: Labels, kind: int) -> Found:
         """Return what the zone has for a name (lower-case labels, the root left out) and a record type."""
@@ -246,7 +261,7 @@ def rebuilt(
     if services == previous.services and leases == previous.leases:
         return previous
     serial = max(previous.serial + 1, int(now)) & 0xFFFFFFFF
-    return ZoneData(previous.settings, services, leases, serial)
+    return ZoneData(previous.settings, services, leases, serial, previous.fresh_at)
 
 
 def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:

@@ -323,6 +323,6 @@ def test_strangers_are_refused_with_the_reason() -> None:
 
 def test_data_that_no_zone_holds_is_a_bug_that_is_seen() -> None:
     with pytest.raises(TypeError):
-        dnsd.answer._data(b"raw")
+        dnsd.answer.pack_data(b"raw")
     with pytest.raises(ProtocolError):
         decode(b"")
