@@ -6,144 +6,59 @@ being elected, are dnsd.daemon's and dnsd.election's.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha256
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
-from typing import Literal
+from datetime import UTC, datetime
+from ipaddress import AddressValueError, IPv4Address
+from itertools import chain
 
 import msgspec
 
+from dnsd.plans import CatalogRead as CatalogRead
+from dnsd.plans import Change, Kind, Plan, PoolUse, Problem, Rules, View
+from dnsd.plans import transactions as transactions
+from dnsd.pool import Pool as Pool
 from dnsd.services import Service
-from ztna.catalog import TXN_OPERATIONS_MAX, KvCheckIndex, KvCheckSession, KvDeleteCas, KvSet, TxnOp
+from dnsd.wishes import (
+    ANSWER_KEPT_SECONDS,
+    Facts,
+    Forget,
+    Judgement,
+    Leave,
+    Move,
+    Refuse,
+    SetPin,
+    judge,
+)
+from ztna.catalog import KvCheckIndex, KvDeleteCas, KvSet, TxnOp
 from ztna.jsontypes import to_json
 from ztna.leases import (
     ADDRESS_PREFIX,
-    KEEPER_KEY,
     SERVICE_PREFIX,
     Holding,
     Lease,
     Port,
     Stored,
     Table,
+    Wish,
+    WishAnswer,
     address_key,
     service_key,
+    wish_key,
 )
 from ztna.names import ServiceName
 
 CATALOG_READ_SECONDS_MAX = 5.0
 """How old a consistent read of the catalog may be for a lease to be released on its word."""
 
+EMPTY_CATALOG_SECONDS = 86_400.0
+EMPTY_CATALOG_LEASES_MIN = 2
+"""A catalog without any service at all, while so many have leases, is a registry that lost its mind, not
+news: the table is kept as it is for so long."""
+FREED_AT_ONCE_MAX = 32
+"""Addresses whose rest one wish can end: they share a transaction with its answer."""
+
 UNREADABLE = "its lease in KV cannot be read; `ztna leases audit` says why"
-
-Kind = Literal["granted", "returned", "moved", "released", "repaired", "ports_changed"]
-
-
-class Pool:
-    """The addresses that may be leased: the network without its ends and without what is reserved."""
-
-    def __init__(self, cidr: IPv4Network, reserved: Iterable[IPv4Network] = ()) -> None:
-        self.cidr = cidr
-        ends = 1 if cidr.num_addresses > 2 else 0
-        self._first = int(cidr.network_address) + ends
-        self._last = int(cidr.broadcast_address) - ends
-        self._blocks = self._merged(reserved)
-        self._starts = [first for first, _ in self._blocks]
-        self.size = self._last - self._first + 1 - sum(last - first + 1 for first, last in self._blocks)
-
-    def __contains__(self, address: IPv4Address) -> bool:
-        number = int(address)
-        return self._first <= number <= self._last and self._block(number) is None
-
-    def probe(self, name: str) -> Iterator[IPv4Address]:
-        """Yield every address once, beginning where the name hashes to: a lost table grows back the same."""
-        span = self._last - self._first + 1
-        start = self._first + int.from_bytes(sha256(name.encode()).digest()[:8]) % span
-        for first, last in ((start, self._last), (self._first, start - 1)):
-            number = first
-            while number <= last:
-                block = self._block(number)
-                if block is None:
-                    yield IPv4Address(number)
-                    number += 1
-                else:
-                    number = block[1] + 1
-
-    def _block(self, number: int) -> tuple[int, int] | None:
-        place = bisect_right(self._starts, number) - 1
-        return self._blocks[place] if place >= 0 and number <= self._blocks[place][1] else None
-
-    def _merged(self, reserved: Iterable[IPv4Network]) -> list[tuple[int, int]]:
-        """Return the reserved ranges inside the pool, in order, none touching another."""
-        blocks: list[tuple[int, int]] = []
-        for network in sorted(reserved):
-            first = max(int(network.network_address), self._first)
-            last = min(int(network.broadcast_address), self._last)
-            if first > last:
-                continue
-            if blocks and first <= blocks[-1][1] + 1:
-                blocks[-1] = (blocks[-1][0], max(last, blocks[-1][1]))
-            else:
-                blocks.append((first, last))
-        return blocks
-
-
-class Rules(msgspec.Struct, frozen=True):
-    """For how long a service may be gone before its lease is released, and what then rests how long."""
-
-    pool: Pool
-    grace_s: float
-    quarantine_s: float
-
-
-class CatalogRead(msgspec.Struct, frozen=True):
-    """A consistent read: the names in the catalog and the Unix time before it was asked for."""
-
-    names: frozenset[str]
-    at: float
-
-
-class View(msgspec.Struct, frozen=True, kw_only=True):
-    """What the keeper knows when it plans. `gone_since`: by service with a lease but not in the catalog."""
-
-    services: Mapping[str, Service]
-    table: Table
-    gone_since: Mapping[str, float] = {}
-    catalog_read: CatalogRead | None = None
-
-
-class Change(msgspec.Struct, frozen=True):
-    """One service's step, whole or not at all; `operations` guard each key by its index."""
-
-    kind: Kind
-    service: str
-    address: IPv4Address
-    operations: tuple[TxnOp, ...]
-
-
-ProblemKind = Literal["pool_exhausted", "lease_unreadable", "service_not_served"]
-
-
-class Problem(msgspec.Struct, frozen=True, order=True):
-    """A service that has no lease, or is not served, and what to do about it."""
-
-    service: str
-    kind: ProblemKind
-    what: str
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The changes, what stands in the way of others, and what to remember for the next plan.
-
-    `wants_catalog_read`: releases are due and need a CatalogRead. `due_at` is when time alone may change the plan.
-    """
-
-    changes: tuple[Change, ...]
-    problems: tuple[Problem, ...]
-    gone_since: Mapping[str, float]
-    wants_catalog_read: bool
-    due_at: float | None
 
 
 def plan(view: View, rules: Rules, now: float) -> Plan:
@@ -153,21 +68,6 @@ def plan(view: View, rules: Rules, now: float) -> Plan:
     unreadable record is left alone and what it stands for is not given out.
     """
     return _Planner(view, rules, now).plan()
-
-
-def transactions(changes: Sequence[Change], session: str) -> tuple[tuple[TxnOp, ...], ...]:
-    """Pack changes into transactions; each fails as a whole once `session` has lost the keeper's lock."""
-    guard = KvCheckSession(KEEPER_KEY, session)
-    packed: list[tuple[TxnOp, ...]] = []
-    current: list[TxnOp] = [guard]
-    for change in changes:
-        if len(current) + len(change.operations) > TXN_OPERATIONS_MAX:
-            packed.append(tuple(current))
-            current = [guard]
-        current += change.operations
-    if len(current) > 1:
-        packed.append(tuple(current))
-    return tuple(packed)
 
 
 class _Planner:
@@ -186,30 +86,182 @@ class _Planner:
         self._gone_since: dict[str, float] = {}
         self._wants_catalog_read = False
         self._due_at: float | None = None
-        # What no other service may take: held now, resting, or taken in this planning.
-        self._taken = {*self._owners, *_unreadable_addresses(view.table)}
+        self._highest_epoch = max(view.epoch_floor, _highest_epoch(view.table))
+        self._empty_catalog = False
+        self._unused: list[int] | None = None
+        """By range of the pool: how many addresses nobody has or had; None until asked for."""
+        self._settled: set[str] = set()
+        """Services whose one change a wish has made; the catalog's is for the next plan."""
+        # What no other service may take, and who has it: held now, or taken in this planning. "" when that
+        # cannot be read.
+        self._taken: dict[IPv4Address, str] = {
+            **dict.fromkeys(_unreadable_addresses(view.table), ""),
+            **self._owners,
+        }
 
     def plan(self) -> Plan:
+        for asked_for, stored in sorted(self._view.table.wishes.items()):
+            self._hear(asked_for, stored)
         homeless: list[Service] = []
         for name, service in sorted(self._view.services.items()):
+            if name in self._settled:
+                continue
             if service.problem is not None:
                 self._problems.append(Problem(name, "service_not_served", service.problem))
             elif service_key(ServiceName(name)) in self._view.table.unreadable:
                 self._problems.append(Problem(name, "lease_unreadable", UNREADABLE))
             elif not self._keep(service):
                 homeless.append(service)
+        homeless = [service for service in homeless if not self._take_asked(service)]
         newcomers = [service for service in homeless if not self._take_back(service)]
         for name in sorted(self._leases.keys() - self._view.services.keys()):
-            self._let_go(name)
+            if name not in self._settled:
+                self._let_go(name)
         self._retire_strays()
         self._settle(newcomers)
+        self._report_outsiders()
         return Plan(
             changes=tuple(self._changes),
             problems=tuple(self._problems),
             gone_since=self._gone_since,
             wants_catalog_read=self._wants_catalog_read,
             due_at=self._due_at,
+            epoch_floor=self._highest_epoch,
+            pool=self._pool_use(),
         )
+
+    # Wishes
+
+    def _hear(self, name: ServiceName, stored: Stored[Wish]) -> None:
+        """Carry a wish out, or answer why not; the answer is written by the same transaction."""
+        wish = stored.record
+        if wish.answer is not None:
+            forget_at = wish.answer.at + ANSWER_KEPT_SECONDS
+            if self._now < forget_at:
+                self._look_again_at(forget_at)
+            else:
+                self._add("wish_forgotten", name, None, KvDeleteCas(wish_key(name), stored.index))
+            return
+        lease = self._leases.get(name)
+        holding = self._holdings.get(lease.record.ip) if lease else None
+        broken = service_key(name) in self._view.table.unreadable or (
+            lease is not None and (holding is None or not _agree(name, lease.record, holding.record))
+        )
+        if broken:
+            judgement: Judgement = Refuse(
+                f"the records of {name} do not agree or cannot be read; `ztna leases audit` says more, ask again"
+            )
+        else:
+            judgement = judge(name, wish, self._facts(name, lease, holding))
+        self._obey(name, stored, judgement)
+
+    def _facts(
+        self, name: ServiceName, lease: Stored[Lease] | None, holding: Stored[Holding] | None
+    ) -> Facts:
+        return Facts(
+            service=self._view.services.get(name),
+            lease=lease.record if lease else None,
+            holding=holding.record if holding else None,
+            resting=tuple(self._former_homes.get(name, ())),
+            obstacle=lambda address, force: self._obstacle(name, address, force=force),
+        )
+
+    def _obey(self, name: ServiceName, stored: Stored[Wish], judgement: Judgement) -> None:
+        match judgement:
+            case Refuse(what):
+                self._answer(name, stored, what, ok=False)
+            case Leave(what):
+                self._answer(name, stored, what, ok=True)
+            case SetPin(pinned):
+                self._pin(name, stored, pinned)
+            case Move(ip, pinned):
+                self._move(name, stored, ip, pinned)
+            case Forget(addresses):
+                self._forget(name, stored, addresses)
+            case _:  # Release
+                self._release_now(name, stored)
+
+    def _answer(self, name: ServiceName, stored: Stored[Wish], what: str, *, ok: bool) -> None:
+        kind: Kind = "wish_granted" if ok else "wish_refused"
+        self._add(kind, name, None, self._answered(name, stored, what, ok=ok), why=what)
+
+    def _answered(self, name: ServiceName, stored: Stored[Wish], what: str, *, ok: bool = True) -> KvSet:
+        answered = msgspec.structs.replace(stored.record, answer=WishAnswer(ok, what, self._now))
+        return KvSet(wish_key(name), to_json(answered), stored.index)
+
+    def _pin(self, name: ServiceName, stored: Stored[Wish], pinned: bool) -> None:
+        """Change the mark alone: the address does not change hands, so the epoch stays."""
+        lease = self._leases[name]
+        address = lease.record.ip
+        holding = self._holdings[address]
+        marked = msgspec.structs.replace(holding.record, pinned=pinned)
+        what = f"{name} is {'pinned to' if pinned else 'no longer pinned to'} {address}"
+        self._settle_wish(
+            "pinned" if pinned else "unpinned",
+            name,
+            address,
+            KvSet(address_key(address), to_json(marked), holding.index),
+            KvCheckIndex(service_key(name), lease.index),
+            self._answered(name, stored, what),
+        )
+
+    def _move(self, name: ServiceName, stored: Stored[Wish], ip: IPv4Address | None, pinned: bool) -> None:
+        was = self._leases[name].record.ip
+        address = ip or self._unused_address(name) or next(self._rested(), None)
+        if address is None:
+            self._answer(name, stored, f"{name} stays at {was}: {self._exhausted()}", ok=False)
+            return
+        answer = self._answered(name, stored, f"{name} moved from {was} to {address}")
+        service = self._view.services.get(name)
+        ports = service.ports if service and service.problem is None else self._leases[name].record.ports
+        self._settled.add(name)
+        self._look_again_at(self._now)
+        self._relocate(name, ports, address, "wished", answer, pinned=pinned)
+
+    def _forget(self, name: ServiceName, stored: Stored[Wish], addresses: tuple[IPv4Address, ...]) -> None:
+        freed = addresses[:FREED_AT_ONCE_MAX]
+        what = f"{', '.join(map(str, freed))} may be leased to anybody now"
+        self._settle_wish(
+            "freed",
+            name,
+            freed[0],
+            *(KvDeleteCas(address_key(address), self._holdings[address].index) for address in freed),
+            self._answered(name, stored, what),
+        )
+
+    def _release_now(self, name: ServiceName, stored: Stored[Wish]) -> None:
+        lease = self._leases[name]
+        holding = self._holdings[lease.record.ip]
+        self._settled.add(name)
+        if self._surely_gone(name, holding):
+            what = f"{name} no longer has {lease.record.ip}, which rests now"
+            self._release(name, lease, holding, self._answered(name, stored, what))
+        elif not self._wants_catalog_read:
+            self._answer(name, stored, f"{name} has just been registered again", ok=False)
+
+    def _settle_wish(self, kind: Kind, name: str, address: IPv4Address, *operations: TxnOp) -> None:
+        """Add the change that a wish is; what else is due for the service comes with the next plan."""
+        self._settled.add(name)
+        self._look_again_at(self._now)
+        self._add(kind, name, address, *operations, why="wished")
+
+    def _obstacle(self, name: str, address: IPv4Address, *, force: bool = False) -> str | None:
+        """Say why the service cannot have an address, None when it can."""
+        if address not in self._rules.pool:
+            return f"{address} is outside the pool ({self._rules.pool}) or reserved"
+        if address in self._taken:
+            holder = self._taken[address]
+            return f"{address} is held by {holder}" if holder else f"the record of {address} cannot be read"
+        holding = self._holdings.get(address)
+        if holding is None or holding.record.service == name or force:
+            return None
+        rested_at = _rests_since(holding.record) + self._rules.quarantine_s
+        if self._now >= rested_at:
+            return None
+        self._look_again_at(rested_at)
+        return f"{address} rests for {holding.record.service} until {_moment(rested_at)}"
+
+    # Services in the catalog
 
     def _keep(self, service: Service) -> bool:
         """Leave a service where it is, mending its records; False when it has no address of its own."""
@@ -220,6 +272,8 @@ class _Planner:
         lease, holding = stored.record, self._holdings.get(stored.record.ip)
         if holding is None or not _agree(name, lease, holding.record):
             self._mend(name, service.ports, lease.ip)
+        elif self._goes_where_asked(service, lease, holding.record):
+            pass
         elif lease.ports != service.ports:
             # The address did not change hands, so the epoch stays and no session ends for it.
             renewed = Lease(lease.ip, lease.epoch, service.ports)
@@ -231,6 +285,59 @@ class _Planner:
                 KvCheckIndex(address_key(lease.ip), holding.index),
             )
         return True
+
+    def _goes_where_asked(self, service: Service, lease: Lease, holding: Holding) -> bool:
+        """Move a service to the address its definition asks for, if another has not got it."""
+        address = service.virtual_ip
+        if service.virtual_ip_problem is None and (address is None or address == lease.ip):
+            return False
+        if holding.pinned and address is not None:
+            what = (
+                f"its definition asks for {address}, but it is pinned to {lease.ip}; `ztna leases unpin` it"
+            )
+            self._problems.append(Problem(service.name, "virtual_ip_refused", what))
+            return False
+        granted = self._granted_ask(service)
+        if granted is not None:
+            name = ServiceName(service.name)
+            self._relocate(name, service.ports, granted, "its definition asks for it", pinned=False)
+        return granted is not None
+
+    def _take_asked(self, service: Service) -> bool:
+        """Give a service without an address the one its definition asks for, if another has not got it."""
+        address = self._granted_ask(service)
+        if address is not None:
+            name = ServiceName(service.name)
+            kind: Kind = "moved" if name in self._leases else "granted"
+            self._grant(kind, name, service.ports, address)
+        return address is not None
+
+    def _granted_ask(self, service: Service) -> IPv4Address | None:
+        """Return the address its definition asks for if it can have it; report why it cannot."""
+        what = service.virtual_ip_problem
+        if service.virtual_ip is not None:
+            obstacle = self._obstacle(service.name, service.virtual_ip)
+            what = f"its definition asks for {service.virtual_ip}, but {obstacle}" if obstacle else None
+        if what is not None:
+            self._problems.append(Problem(service.name, "virtual_ip_refused", what))
+            return None
+        return service.virtual_ip
+
+    def _relocate(
+        self,
+        name: ServiceName,
+        ports: tuple[Port, ...],
+        address: IPv4Address,
+        why: str,
+        *further: TxnOp,
+        pinned: bool,
+    ) -> None:
+        """Lease another address to a service whose records agree; the one it leaves rests."""
+        lease = self._leases[name].record
+        rest = self._rest(lease.ip, self._holdings.get(lease.ip), name, lease.epoch)
+        self._grant(
+            "moved", name, ports, address, rest, *further, pinned=pinned, why=f"{why}; from {lease.ip}"
+        )
 
     def _mend(self, name: ServiceName, ports: tuple[Port, ...], address: IPv4Address) -> None:
         if address_key(address) not in self._view.table.unreadable:
@@ -260,8 +367,20 @@ class _Planner:
             is_owner = self._owners[lease.ip] == name
             if is_owner and (holding is None or not _agree(name, lease, holding.record)):
                 self._mend(name, lease.ports, lease.ip)
-        elif self._surely_gone(name, holding):
+        elif self._surely_gone(name, holding) and not self._doubts_the_catalog(since):
             self._release(name, stored, holding)
+
+    def _doubts_the_catalog(self, since: float) -> bool:
+        """Whether to keep all leases although the catalog says that every single service is gone."""
+        read = self._view.catalog_read
+        believe_at = since + EMPTY_CATALOG_SECONDS
+        if read is None or read.names or len(self._leases) < EMPTY_CATALOG_LEASES_MIN:
+            return False
+        if self._now >= believe_at:
+            return False
+        self._look_again_at(believe_at)
+        self._empty_catalog = True
+        return True
 
     def _surely_gone(self, name: ServiceName, holding: Stored[Holding] | None) -> bool:
         read = self._view.catalog_read
@@ -271,12 +390,18 @@ class _Planner:
             return False
         return name not in read.names
 
-    def _release(self, name: ServiceName, stored: Stored[Lease], holding: Stored[Holding] | None) -> None:
+    def _release(
+        self,
+        name: ServiceName,
+        stored: Stored[Lease],
+        holding: Stored[Holding] | None,
+        *further: TxnOp,
+    ) -> None:
         address = stored.record.ip
         operations: list[TxnOp] = [KvDeleteCas(service_key(name), stored.index)]
         if self._owners[address] == name and address_key(address) not in self._view.table.unreadable:
             operations.append(self._rest(address, holding, name, stored.record.epoch))
-        self._add("released", name, address, *operations)
+        self._add("released", name, address, *operations, *further)
 
     def _retire_strays(self) -> None:
         """Put to rest addresses whose holding says leased although no lease points at them."""
@@ -287,7 +412,7 @@ class _Planner:
                 and address not in self._taken
                 and SERVICE_PREFIX + name not in self._view.table.unreadable
             ):
-                self._taken.add(address)
+                self._taken[address] = name
                 self._add("released", name, address, self._rest(address, stored, name, epoch))
 
     def _rest(self, address: IPv4Address, holding: Stored[Holding] | None, name: str, epoch: int) -> KvSet:
@@ -302,27 +427,32 @@ class _Planner:
 
     def _settle(self, newcomers: Sequence[Service]) -> None:
         """Give addresses to services that never had one: unused ones first, then the longest rested."""
-        unused = self._rules.pool.size - sum(
-            1 for address in self._taken | self._holdings.keys() if address in self._rules.pool
-        )
         rested = self._rested()
         for service in newcomers:
             name = ServiceName(service.name)
-            if unused > 0:
-                unused -= 1
-                address = next(
+            address = self._unused_address(name) or next(rested, None)
+            if address is None:
+                self._look_again_when_one_has_rested()
+                self._problems.append(Problem(name, "pool_exhausted", self._exhausted()))
+                continue
+            self._grant("moved" if name in self._leases else "granted", name, service.ports, address)
+
+    def _unused_address(self, name: str) -> IPv4Address | None:
+        """Return the address nobody has or had that is next from where the name hashes to."""
+        if self._unused is None:
+            touched = self._taken.keys() | self._holdings.keys()
+            self._unused = [
+                each.size - sum(1 for address in touched if address in each)
+                for each in self._rules.pool.ranges
+            ]
+        for place, each in enumerate(self._rules.pool.ranges):
+            if self._unused[place] > 0:
+                return next(
                     address
-                    for address in self._rules.pool.probe(name)
+                    for address in each.probe(name)
                     if address not in self._holdings and address not in self._taken
                 )
-            else:
-                free = next(rested, None)
-                if free is None:
-                    self._look_again_when_one_has_rested()
-                    self._problems.append(Problem(name, "pool_exhausted", self._exhausted()))
-                    continue
-                address = free
-            self._grant("moved" if name in self._leases else "granted", name, service.ports, address)
+        return None
 
     def _look_again_when_one_has_rested(self) -> None:
         for address, stored in self._holdings.items():
@@ -347,20 +477,30 @@ class _Planner:
     def _exhausted(self) -> str:
         resting = sum(1 for stored in self._holdings.values() if stored.record.state == "quarantined")
         return (
-            f"no virtual address left for it: pool {self._rules.pool.cidr} has {self._rules.pool.size}, "
+            f"no virtual address left for it: pool {self._rules.pool} has {self._rules.pool.size}, "
             f"{len(self._owners)} leased, {resting} in quarantine; enlarge dnsd.pool or remove services"
         )
 
-    def _grant(self, kind: Kind, name: ServiceName, ports: tuple[Port, ...], address: IPv4Address) -> None:
-        """Write both records anew, under an epoch above all that either has known."""
+    def _grant(
+        self,
+        kind: Kind,
+        name: ServiceName,
+        ports: tuple[Port, ...],
+        address: IPv4Address,
+        *further: TxnOp,
+        pinned: bool | None = None,
+        why: str = "",
+    ) -> None:
+        """Write both records anew, under an epoch above all that either has known.
+
+        Without `pinned` the mark stays as it is.
+        """
         lease, holding = self._leases.get(name), self._holdings.get(address)
-        epoch = max(
-            lease.record.epoch + 1 if lease else 0,
-            holding.record.epoch + 1 if holding else 0,
-            int(self._now * 1000),
-        )
-        self._taken.add(address)
-        pinned = holding is not None and holding.record.service == name and holding.record.pinned
+        epoch = self._next_epoch(lease, holding)
+        self._count_as_used(address)
+        self._taken[address] = name
+        if pinned is None:
+            pinned = holding is not None and holding.record.service == name and holding.record.pinned
         held = Holding(service=name, epoch=epoch, state="leased", pinned=pinned, leased_at=self._now)
         self._add(
             kind,
@@ -368,10 +508,69 @@ class _Planner:
             address,
             KvSet(service_key(name), to_json(Lease(address, epoch, ports)), lease.index if lease else 0),
             KvSet(address_key(address), to_json(held), holding.index if holding else 0),
+            *further,
+            why=why,
         )
 
-    def _add(self, kind: Kind, service: str, address: IPv4Address, *operations: TxnOp) -> None:
-        self._changes.append(Change(kind, service, address, operations))
+    def _next_epoch(self, lease: Stored[Lease] | None, holding: Stored[Holding] | None) -> int:
+        """Return the time in milliseconds, or more: above both records', and above what a lost KV had.
+
+        Source: design.md 4. What was lost matters only when the clock has gone back as well.
+        """
+        clock = int(self._now * 1000)
+        lost = self._view.epoch_floor
+        epoch = max(
+            clock if clock > lost else lost + 1,
+            lease.record.epoch + 1 if lease else 0,
+            holding.record.epoch + 1 if holding else 0,
+        )
+        self._highest_epoch = max(self._highest_epoch, epoch)
+        return epoch
+
+    def _count_as_used(self, address: IPv4Address) -> None:
+        if self._unused is None or address in self._taken or address in self._holdings:
+            return
+        for place, each in enumerate(self._rules.pool.ranges):
+            self._unused[place] -= address in each
+
+    # What to tell
+
+    def _report_outsiders(self) -> None:
+        """Name the leases outside the pool: they stay until somebody moves them."""
+        for address, name in sorted(self._owners.items()):
+            if address not in self._rules.pool and name not in self._settled:
+                what = (
+                    f"{address} is outside the pool ({self._rules.pool}) or reserved; it is kept until "
+                    f"`ztna leases move {name}`"
+                )
+                self._problems.append(Problem(name, "outside_pool", what))
+        if self._empty_catalog:
+            what = (
+                f"Consul's catalog lists no service at all, while {len(self._leases)} have leases: they are kept "
+                f"for {EMPTY_CATALOG_SECONDS / 3600:g} hours; `ztna leases release` gives one up at once"
+            )
+            self._problems.append(Problem("every service", "catalog_empty", what))
+
+    def _pool_use(self) -> PoolUse:
+        pool = self._rules.pool
+        resting = sum(
+            1
+            for address, stored in self._holdings.items()
+            if address not in self._taken
+            and address in pool
+            and self._now - _rests_since(stored.record) < self._rules.quarantine_s
+        )
+        return PoolUse(pool.size, sum(1 for address in self._taken if address in pool), resting)
+
+    def _add(
+        self,
+        kind: Kind,
+        service: str,
+        address: IPv4Address | None,
+        *operations: TxnOp,
+        why: str = "",
+    ) -> None:
+        self._changes.append(Change(kind, service, address, operations, why))
 
 
 def _owners(table: Table) -> dict[IPv4Address, ServiceName]:
@@ -385,6 +584,11 @@ def _owners(table: Table) -> dict[IPv4Address, ServiceName]:
         favoured = holding.record.service if holding and holding.record.state == "leased" else None
         owners[address] = min((service != favoured, epoch, service) for epoch, service in claimants)[2]
     return owners
+
+
+def _highest_epoch(table: Table) -> int:
+    leased = (stored.record.epoch for stored in table.leases.values())
+    return max(chain(leased, (stored.record.epoch for stored in table.holdings.values())), default=0)
 
 
 def _former_homes(
@@ -413,3 +617,7 @@ def _agree(name: ServiceName, lease: Lease, holding: Holding) -> bool:
 
 def _rests_since(holding: Holding) -> float:
     return holding.leased_at if holding.released_at is None else holding.released_at
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

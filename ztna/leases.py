@@ -18,6 +18,7 @@ from ztna.names import ServiceName
 
 SERVICE_PREFIX = "ztna/vip/service/"
 ADDRESS_PREFIX = "ztna/vip/ip/"
+WISH_PREFIX = "ztna/vip/wish/"
 VIP_PREFIX = "ztna/vip/"
 KEEPER_KEY = "ztna/vip/keeper"
 SCHEMA_KEY = "ztna/schema"
@@ -52,6 +53,33 @@ class Holding(msgspec.Struct, frozen=True):
     released_at: float | None = None
 
 
+WishKind = Literal["pin", "unpin", "release", "move"]
+
+
+class WishAnswer(msgspec.Struct, frozen=True):
+    """What the keeper made of a wish, in words, and when (Unix seconds)."""
+
+    ok: bool
+    what: str
+    at: float
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """KV `ztna/vip/wish/<service>`: what an operator wants changed; `id` tells one asking from the next.
+
+    `ip` is the address for `pin` and `move`, when it matters which. `force` overrides what only protects
+    the programs that still remember a former holder.
+    """
+
+    kind: WishKind
+    id: str
+    ip: IPv4Address | None = None
+    force: bool = False
+    asked_by: str = ""
+    asked_at: float = 0.0
+    answer: WishAnswer | None = None
+
+
 def service_key(service: ServiceName) -> str:
     """Return the KV key of a service's lease."""
     return SERVICE_PREFIX + service
@@ -62,7 +90,12 @@ def address_key(address: IPv4Address) -> str:
     return ADDRESS_PREFIX + str(address)
 
 
-T = TypeVar("T", bound=Lease | Holding)
+def wish_key(service: ServiceName) -> str:
+    """Return the KV key of the wish about a service."""
+    return WISH_PREFIX + service
+
+
+T = TypeVar("T", bound=Lease | Holding | Wish)
 
 
 class Stored(msgspec.Struct, Generic[T], frozen=True):
@@ -73,10 +106,11 @@ class Stored(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """Every lease and every holding. `unreadable` says by key what is wrong with a record nobody may touch."""
+    """Every lease, holding and wish. `unreadable` says by key what is wrong with a record nobody may touch."""
 
     leases: Mapping[ServiceName, Stored[Lease]] = {}
     holdings: Mapping[IPv4Address, Stored[Holding]] = {}
+    wishes: Mapping[ServiceName, Stored[Wish]] = {}
     unreadable: Mapping[str, str] = {}
 
 
@@ -85,6 +119,7 @@ def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Ta
     before = previous or Table()
     leases: dict[ServiceName, Stored[Lease]] = {}
     holdings: dict[IPv4Address, Stored[Holding]] = {}
+    wishes: dict[ServiceName, Stored[Wish]] = {}
     unreadable: dict[str, str] = {}
     for key, pair in pairs.items():
         try:
@@ -94,9 +129,12 @@ def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Ta
             elif key.startswith(ADDRESS_PREFIX):
                 address = IPv4Address(key[len(ADDRESS_PREFIX) :])
                 holdings[address] = _stored(pair, before.holdings.get(address), _HOLDING)
+            elif key.startswith(WISH_PREFIX):
+                service = ServiceName(key[len(WISH_PREFIX) :])
+                wishes[service] = _stored(pair, before.wishes.get(service), _WISH)
         except (BadName, AddressValueError, ProtocolError) as error:
             unreadable[key] = str(error)
-    return Table(leases=leases, holdings=holdings, unreadable=unreadable)
+    return Table(leases=leases, holdings=holdings, wishes=wishes, unreadable=unreadable)
 
 
 def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decoder[T]) -> Stored[T]:
@@ -107,6 +145,7 @@ def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decode
 
 _LEASE = msgspec.json.Decoder(Lease, dec_hook=decode_hook)
 _HOLDING = msgspec.json.Decoder(Holding, dec_hook=decode_hook)
+_WISH = msgspec.json.Decoder(Wish, dec_hook=decode_hook)
 
 
 def audit(table: Table) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ def instance(
     status: Status = "passing",
     weight: int = 1,
     tags: Sequence[str] = ("ztna",),
+    virtual_ip: str | None = None,
 ) -> Instance:
     """One instance; no `ztna-connector` when `connector` is empty, no `ztna-ports` when `ports` is None."""
     meta: dict[str, str] = {}
@@ -36,6 +37,8 @@ def instance(
         meta["ztna-connector"] = connector
     if ports is not None:
         meta["ztna-ports"] = ports
+    if virtual_ip is not None:
+        meta["ztna-virtual-ip"] = virtual_ip
     return Instance(
         service=service,
         instance_id=f"{service}@{connector}",
