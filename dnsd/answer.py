@@ -32,7 +32,7 @@ from dnsd.query import (
     Query,
     read,
 )
-from dnsd.zone import FRESH_TTL_SECONDS, Found, Outcome, ZoneData
+from dnsd.zone import FRESH_TTL_SECONDS, NO_SUBJECT, Found, Outcome, ZoneData
 from ztna.dns import (
     EDE_STALE_ANSWER,
     EDE_STALE_NXDOMAIN_ANSWER,
@@ -45,7 +45,7 @@ from ztna.dns import (
     Type,
 )
 
-READY_ANSWERS_MAX = 131_072
+READY_ANSWERS_MAX = 262_144
 """Answers kept by their whole query; reaching it starts over."""
 
 UDP_PAYLOAD_BYTES = 1232
@@ -127,6 +127,7 @@ class Answers:
         self.confirmed_at = confirmed_at
         self.is_stale = is_stale
         self.ready: dict[bytes, bytes] = {}
+        self._ready_by_subject: dict[str, list[bytes]] = {}
         self.malformed = 0
         self.refused = 0
 
@@ -146,10 +147,35 @@ class Answers:
         query.reply_options = self._reply_options(query, over_tcp, source)
         answer, is_lasting = self._reply(query, TCP_PAYLOAD_BYTES if over_tcp else _udp_limit(query))
         if is_lasting and not over_tcp and not query.has_options and query.question[:-4].islower():
-            if len(self.ready) >= READY_ANSWERS_MAX:
-                self.ready.clear()
-            self.ready[data[2:]] = answer[2:]
+            self._keep(query, data[2:], answer[2:])
         return answer
+
+    def take_over(self, previous: Answers) -> None:
+        """Go on with the ready answers of the state before, except those about what has changed since.
+
+        Without a word when that is not the state that ours follows, or its answers looked otherwise. A kept
+        negative answer has the serial of when it was put together; who wants the zone's asks for the SOA.
+        """
+        ours, theirs = self.zone, previous.zone
+        is_next = ours is not None and theirs is not None and ours.follows == theirs.serial
+        if ours is None or not is_next or self._look() != previous._look():
+            return
+        self.ready, self._ready_by_subject = previous.ready, previous._ready_by_subject
+        for subject in (NO_SUBJECT, *ours.changed):
+            for query in self._ready_by_subject.pop(subject, ()):
+                self.ready.pop(query, None)
+
+    def _look(self) -> tuple[object, ...]:
+        """Return what else than the zone makes an answer."""
+        return self.is_stale, self._options
+
+    def _keep(self, query: Query, asked: bytes, answer: bytes) -> None:
+        if len(self.ready) >= READY_ANSWERS_MAX:
+            self.ready.clear()
+            self._ready_by_subject.clear()
+        self.ready[asked] = answer
+        subject = self.zone.subject(query.labels) if self.zone is not None else NO_SUBJECT
+        self._ready_by_subject.setdefault(subject, []).append(asked)
 
     def limited(self, data: bytes, source: bytes, *, slips: bool) -> bytes | None:
         """Return what a source hears that has had too many answers: the answer only if its cookie is ours.

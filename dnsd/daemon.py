@@ -191,14 +191,16 @@ class _Dnsd:
             self._show_warnings()
 
     def _renew_answers(self) -> None:
-        """Start with no ready answers: these are another zone's, or have another mark."""
+        """Answer from the zone as it is now; what did not change keeps its ready answers."""
         zone = self._zone if self._is_served else None
-        self._server.answers = Answers(
+        answers = Answers(
             zone,
             confirmed_at=self._confirmed_at,
             is_stale=self._is_stale,
             why_not=EDE_NO_REACHABLE_AUTHORITY if self._confirmed_at else EDE_NOT_READY,
         )
+        answers.take_over(self._server.answers)
+        self._server.answers = answers
         SERVED.set((1 if self._is_stale else 2) if zone else 0)
 
     @property

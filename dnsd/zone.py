@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from enum import Enum, auto
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
 
+from dnsd.index import Index
 from dnsd.services import Service, connectors
 from ztna.dns import Data, HostData, SoaData, SrvData, Type
 from ztna.leases import Lease
@@ -30,6 +31,8 @@ FRESH_TTL_SECONDS = 1
 CONNECTOR_LABEL = "connector"
 NAMESERVER_LABEL = "ns"
 FRESH_LABEL = "_fresh"
+NO_SUBJECT = ""
+"""The subject of an answer that depends on more than one service or connector."""
 _SERVICE_LIST = ("_services", "_dns-sd", "_udp")
 _EMPTY_NON_TERMINALS = frozenset({(CONNECTOR_LABEL,), ("_tcp",), ("_udp",), ("_dns-sd", "_udp")})
 
@@ -86,13 +89,14 @@ class ZoneData:
         self.leases = leases
         self.serial = serial
         self.fresh_at = fresh_at
+        self.follows: int | None = None
+        """The serial of the state before this one, when `changed` tells the difference."""
+        self.changed: frozenset[str] = frozenset()
+        """The subjects whose answers are others than in the state before."""
         self._domain = tuple(settings.domain.split("."))
         self._reverse = reverse_zones(settings.pool)
-        self._connectors = _connector_addresses(services)
-        self._addresses = {
-            str(lease.ip): name for name, lease in leases.items() if not _has_problem(services.get(name))
-        }
-        self._octets = _octet_prefixes(self._addresses)
+        everything = services.keys() | leases.keys()
+        self._index, _ = Index().updated(everything, ({}, {}), (services, leases))
 
     def soa(self, apex: str) -> SoaData:
         """Return the SOA of the zone or of one of its reverse zones."""
@@ -116,7 +120,49 @@ class ZoneData:
         """Return the same zone with another serial and freshness; what it is made of is shared."""
         zone = copy(self)
         zone.serial, zone.fresh_at = serial, fresh_at
+        zone.follows, zone.changed = self.serial, frozenset()
         return zone
+
+    def followed_by(
+        self, services: Mapping[str, Service], leases: Mapping[str, Lease], serial: int
+    ) -> ZoneData:
+        """Return the next state of the zone, put together from this one and what is different."""
+        zone = copy(self)
+        zone.services, zone.leases, zone.serial = services, leases, serial
+        changed = {
+            name
+            for before, after in ((self.services, services), (self.leases, leases))
+            for name in before.keys() | after.keys()
+            if before.get(name) is not after.get(name) and before.get(name) != after.get(name)
+        }
+        zone._index, moved = self._index.updated(changed, (self.services, self.leases), (services, leases))
+        zone.follows, zone.changed = self.serial, self._subjects(changed, moved)
+        return zone
+
+    def _subjects(self, changed: set[str], moved: frozenset[str]) -> frozenset[str]:
+        """Return the subjects of changed services and moved connectors, and of all that these connectors serve."""
+        # Who was not there before serves only services that changed.
+        known = {connector for connector in moved if connector in self._index.addresses}
+        served = {
+            name
+            for name, service in (self.services.items() if known else ())
+            if any(connector in known for connector, _ in connectors(service))
+        }
+        return frozenset(changed | served | {f"{connector}.{CONNECTOR_LABEL}" for connector in moved})
+
+    def subject(self, labels: Labels) -> str:
+        """Return the service or the connector on which alone an answer about this name depends, or NO_SUBJECT."""
+        depth = len(self._domain)
+        if labels[-depth:] != self._domain:
+            return self._index.names.get(".".join(reversed(labels[:-2])), (NO_SUBJECT,))[0]
+        match labels[:-depth]:
+            case (str(name),) if name != NAMESERVER_LABEL:
+                return name
+            case (str(connector), "connector"):
+                return f"{connector}.{CONNECTOR_LABEL}"
+            case (str(name), "_tcp" | "_udp") if name.startswith("_"):
+                return name[1:]
+        return NO_SUBJECT
 
     def find(self, labels: Labels, kind: int) -> Found:
         """Return what the zone has for a name (lower-case labels, the root left out) and a record type."""
@@ -156,8 +202,8 @@ class ZoneData:
         match relative:
             case (str(name),) if name in self.services or name in self.leases:
                 return self._service_records(name)
-            case (str(connector), "connector") if connector in self._connectors:
-                return {Type.A: self._connectors[connector]}
+            case (str(connector), "connector") if connector in self._index.addresses:
+                return {Type.A: self._index.addresses[connector]}
             case (str(name), "_tcp" | "_udp" as protocol) if name.startswith("_"):
                 return self._program_records(name[1:], protocol[1:])
             case ("ns",):
@@ -226,7 +272,7 @@ class ZoneData:
     def _addresses_of(self, target: str) -> tuple[IPv4Address, ...]:
         first, _, rest = target.partition(".")
         if rest == f"{CONNECTOR_LABEL}.{self.settings.domain}":
-            return self._connectors.get(first, ())
+            return self._index.addresses.get(first, ())
         if rest != self.settings.domain:
             return ()
         if first == NAMESERVER_LABEL:
@@ -242,12 +288,12 @@ class ZoneData:
         if labels == apex:
             return self._find_apex(apex_name, kind)
         address = ".".join(reversed(labels[:-2]))
-        name = self._addresses.get(address)
-        if name is None:
-            return Found(Outcome.NODATA if address in self._octets else Outcome.NXDOMAIN, apex_name)
+        names = self._index.names.get(address)
+        if names is None:
+            return Found(Outcome.NODATA if address in self._index.octets else Outcome.NXDOMAIN, apex_name)
         if kind != Type.PTR:
             return Found(Outcome.NODATA, apex_name)
-        host = HostData(f"{name}.{self.settings.domain}")
+        host = HostData(f"{names[0]}.{self.settings.domain}")
         return Found(Outcome.ANSWER, apex_name, (host,))
 
 
@@ -260,8 +306,7 @@ def rebuilt(
     """
     if services == previous.services and leases == previous.leases:
         return previous
-    serial = max(previous.serial + 1, int(now)) & 0xFFFFFFFF
-    return ZoneData(previous.settings, services, leases, serial, previous.fresh_at)
+    return previous.followed_by(services, leases, max(previous.serial + 1, int(now)) & 0xFFFFFFFF)
 
 
 def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:
@@ -279,26 +324,6 @@ def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:
 
 def _has_problem(service: Service | None) -> bool:
     return service is not None and service.problem is not None
-
-
-def _connector_addresses(services: Mapping[str, Service]) -> Mapping[str, tuple[IPv4Address, ...]]:
-    found: dict[str, set[IPv4Address]] = {}
-    for service in services.values():
-        for connector, instance in connectors(service):
-            try:
-                found.setdefault(connector, set()).add(IPv4Address(instance.address))
-            except AddressValueError:
-                continue
-    return {connector: tuple(sorted(addresses)) for connector, addresses in found.items()}
-
-
-def _octet_prefixes(addresses: Mapping[str, str]) -> frozenset[str]:
-    """Return the names between the reverse zone and its records: they exist without records (RFC 8020)."""
-    prefixes: set[str] = set()
-    for address in addresses:
-        first, second, third, _ = address.split(".")
-        prefixes |= {first, f"{first}.{second}", f"{first}.{second}.{third}"}
-    return frozenset(prefixes)
 
 
 def _txt(lease: Lease) -> tuple[bytes, ...]:

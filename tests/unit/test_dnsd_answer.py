@@ -19,7 +19,7 @@ from dnsd.answer import (
     prohibited,
 )
 from dnsd.cookies import is_valid
-from dnsd.zone import SRV_RECORDS_MAX, Settings
+from dnsd.zone import SRV_RECORDS_MAX, Settings, rebuilt
 from tests.support.dns import SETTINGS, ask, catalog, instance, lease, query, told, with_opt, zone
 from ztna.dns import Code, Type, decode, encode_query
 from ztna.errors import ProtocolError
@@ -426,3 +426,61 @@ def test_data_that_no_zone_holds_is_a_bug_that_is_seen() -> None:
         dnsd.answer.pack_data(b"raw")
     with pytest.raises(ProtocolError):
         decode(b"")
+
+
+# What is kept over a change
+
+
+MANY = 1000
+MANY_SERVICES = catalog(*(instance(f"s{number}", f"c{number % 2}") for number in range(MANY)))
+MANY_LEASES = {f"s{number}": lease(f"10.100.{number // 250}.{number % 250 + 1}") for number in range(MANY)}
+
+
+def asked_for_all(answers: Answers) -> dict[bytes, bytes]:
+    """Ask for A and SRV of every service; return the ready answers."""
+    for number in range(MANY):
+        for kind in ("A", "SRV"):
+            ask(answers, query(f"s{number}.ztna.local", kind))
+    return dict(answers.ready)
+
+
+def test_one_changed_service_of_many_is_put_together_anew_and_no_other() -> None:
+    first = Answers(zone(MANY_SERVICES, MANY_LEASES))
+    ready = asked_for_all(first)
+    ask(first, query("ztna.local", "SOA"))
+    assert len(first.ready) == 2 * MANY + 1
+    assert first.zone is not None
+    after = rebuilt(first.zone, MANY_SERVICES, {**MANY_LEASES, "s7": lease("10.100.99.99")}, 9e8)
+    second = Answers(after)
+    second.take_over(first)
+    assert len(second.ready) == 2 * MANY - 2
+    assert all(second.ready[asked] is answer for asked, answer in ready.items() if asked in second.ready)
+    assert told(ask(second, query("s7.ztna.local"))) == ["A 10.100.99.99"]
+    assert told(ask(second, query("ztna.local", "SOA")))[0].split()[3] == str(after.serial)
+
+
+def test_what_a_moved_connector_serves_is_put_together_anew() -> None:
+    first = Answers(zone(MANY_SERVICES, MANY_LEASES))
+    asked_for_all(first)
+    moved = {**MANY_SERVICES, **catalog(instance("s0", "c0", address="192.0.2.9"))}
+    assert first.zone is not None
+    second = Answers(rebuilt(first.zone, moved, MANY_LEASES, 9e8))
+    second.take_over(first)
+    assert len(second.ready) == MANY
+    added = ask(second, query("s2.ztna.local", "SRV")).ar
+    assert sorted(str(record.rdata) for record in added) == ["192.0.2.1", "192.0.2.9"]
+
+
+def test_nothing_is_kept_from_another_state_or_another_look(answers: Answers) -> None:
+    ask(answers, query("web.ztna.local"))
+    here = answers.zone
+    assert here is not None
+    after = rebuilt(here, SERVICES, {}, 9e8)
+    later = rebuilt(after, SERVICES, LEASES, 9e8)
+    others = [Answers(None), Answers(later), Answers(zone({}, {})), Answers(after, is_stale=True)]
+    for other in others:
+        other.take_over(answers)
+        assert other.ready == {}
+    after_none = Answers(after)
+    after_none.take_over(Answers(None))
+    assert after_none.ready == {}

@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from dnsd.zone import (
+    NO_SUBJECT,
     SERVICES_LISTED_MAX,
     SRV_RECORDS_MAX,
     Found,
@@ -194,3 +195,60 @@ def test_an_unchanged_zone_stays_the_same_object_and_a_changed_one_has_a_higher_
 )
 def test_reverse_zones_are_cut_at_the_octet(pool: str, zones: list[str]) -> None:
     assert [".".join(labels) for labels in reverse_zones(IPv4Network(pool))] == zones
+
+
+# What changed
+
+
+@pytest.mark.parametrize(
+    ("name", "subject"),
+    [
+        ("web.ztna.local", "web"),
+        ("_web._tcp.ztna.local", "web"),
+        ("_web._udp.ztna.local", "web"),
+        ("c1.connector.ztna.local", "c1.connector"),
+        ("2.1.100.10.in-addr.arpa", "web"),
+        ("1.100.10.in-addr.arpa", NO_SUBJECT),
+        ("_services._dns-sd._udp.ztna.local", NO_SUBJECT),
+        ("ns.ztna.local", NO_SUBJECT),
+        ("ztna.local", NO_SUBJECT),
+        ("a.b.web.ztna.local", NO_SUBJECT),
+    ],
+)
+def test_an_answer_depends_on_one_subject_or_on_more(here: ZoneData, name: str, subject: str) -> None:
+    assert here.subject(tuple(name.split("."))) == subject
+
+
+def test_the_next_state_tells_what_changed(here: ZoneData) -> None:
+    assert (here.follows, here.changed) == (None, frozenset())
+    gone = {name: found for name, found in LEASES.items() if name != "leaving"}
+    leaving = rebuilt(here, SERVICES, gone, 9e8)
+    assert leaving.follows == 7
+    assert leaving.changed == {"leaving"}
+    same = leaving.renumbered(900_000_001, 5)
+    assert (same.follows, same.serial, same.fresh_at) == (900_000_000, 900_000_001, 5)
+    assert not same.changed
+    added = rebuilt(here, {**SERVICES, **catalog(instance("new", "c9"))}, LEASES, 9e8)
+    assert added.changed == {"new", "c9.connector"}
+
+
+def test_a_connector_that_moves_changes_all_that_it_serves(here: ZoneData) -> None:
+    services = {**SERVICES, **catalog(instance("other", "c1"))}
+    before = rebuilt(here, services, LEASES, 9e8)
+    moved = {**services, **catalog(instance("other", "c1", address="192.0.2.77"))}
+    after = rebuilt(before, moved, LEASES, 9e8)
+    # "db" is critical and "quarrel" has a problem: what they say is put together from c1 just the same.
+    assert after.changed >= {"other", "web", "c1.connector"}
+    found = find(after, "c1.connector.ztna.local", Type.A)
+    assert found.records == (IPv4Address("192.0.2.1"), IPv4Address("192.0.2.77"))
+
+
+def test_states_in_a_row_are_what_they_would_be_alone(here: ZoneData) -> None:
+    steps = [(SERVICES, {}), ({}, LEASES), ({}, {}), (SERVICES, LEASES)]
+    names = ["web.ztna.local", "c1.connector.ztna.local", "2.1.100.10.in-addr.arpa", "1.100.10.in-addr.arpa"]
+    for services, leases in steps:
+        here = rebuilt(here, services, leases, 9e8)
+        alone = zone(services, leases)
+        for name in names:
+            for kind in (Type.A, Type.SRV, Type.PTR):
+                assert find(here, name, kind) == find(alone, name, kind)
