@@ -49,7 +49,19 @@ UNLEASED = Gauge(
     registry=REGISTRY,
 )
 DNS_QUERIES = Counter("ztna_dns_queries", "DNS queries taken.", ("transport",), registry=REGISTRY)
+DNS_FORWARDED = Counter(
+    "ztna_dns_forwarded",
+    "DNS queries handed on to upstreams: answered, failed, or too_many at once.",
+    ("outcome",),
+    registry=REGISTRY,
+)
 DNS_CONNECTIONS = Gauge("ztna_dns_tcp_connections", "Open DNS connections over TCP.", registry=REGISTRY)
+NOTIFIES = Counter(
+    "ztna_dns_notifies", "NOTIFY messages by what became of them.", ("outcome",), registry=REGISTRY
+)
+TRANSFERS = Counter(
+    "ztna_dns_transfers", "Zone transfers by kind: axfr, ixfr or refused.", ("kind",), registry=REGISTRY
+)
 CONFIRMED = Gauge(
     "ztna_catalog_confirmed_seconds",
     "Unix time when Consul last confirmed the names served.",
