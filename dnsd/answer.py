@@ -131,13 +131,16 @@ class Answers:
         self.malformed = 0
         self.refused = 0
 
-    def answer(self, data: bytes, *, over_tcp: bool = False, source: bytes = b"") -> bytes | None:
+    def answer(
+        self, data: bytes, *, over_tcp: bool = False, source: bytes = b"", reserve: int = 0
+    ) -> bytes | None:
         """Return the answer to one query of any bytes; None when it deserves none, FORWARD when it is not ours.
 
         Nothing is said to what is too short for a header or is itself an answer: that could go on for ever.
-        `source` are the bytes of the asker's address, for its cookie.
+        `source` are the bytes of the asker's address, for its cookie. `reserve` bytes of what the asker can
+        take are left for a signature; such answers are not kept.
         """
-        if not over_tcp:
+        if not over_tcp and not reserve:
             rest = self.ready.get(data[2:])
             if rest is not None:
                 return data[:2] + rest
@@ -145,8 +148,10 @@ class Answers:
         if query is None or isinstance(query, bytes):
             return query
         query.reply_options = self._reply_options(query, over_tcp, source)
-        answer, is_lasting = self._reply(query, TCP_PAYLOAD_BYTES if over_tcp else _udp_limit(query))
-        if is_lasting and not over_tcp and not query.has_options and query.question[:-4].islower():
+        limit = (TCP_PAYLOAD_BYTES if over_tcp else udp_limit(query)) - reserve
+        answer, is_lasting = self._reply(query, limit)
+        is_plain = not over_tcp and not reserve and not query.has_options
+        if is_lasting and is_plain and query.question[:-4].islower():
             self._keep(query, data[2:], answer[2:])
         return answer
 
@@ -186,7 +191,7 @@ class Answers:
         query = self._read(data)
         if query is None or isinstance(query, bytes):
             return query if slips else None
-        limit = _udp_limit(query)
+        limit = udp_limit(query)
         if query.cookie and self._options.secret:
             if is_valid(self._options.secret, query.cookie, source, int(self.now)):
                 return self.answer(data, source=source)
@@ -290,7 +295,14 @@ def prohibited(data: bytes) -> bytes | None:
         return _without_question(data, error.code)
 
 
-def _udp_limit(query: Query) -> int:
+def failed(query: Query) -> bytes:
+    """Return the SERVFAIL to a question that no upstream answered."""
+    query.reply_flags |= RA
+    return _finish(query, Code.SERVFAIL, limit=UDP_PAYLOAD_BYTES_MIN, ede=EDE_NO_REACHABLE_AUTHORITY)
+
+
+def udp_limit(query: Query) -> int:
+    """Return how many bytes the asker takes over UDP, within our own bound."""
     return min(max(query.udp_payload, UDP_PAYLOAD_BYTES_MIN), UDP_PAYLOAD_BYTES)
 
 

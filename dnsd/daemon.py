@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Mapping
-from ipaddress import AddressValueError, IPv4Address
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, ip_address
 from pathlib import Path
 
-from dnsd.answer import EDE_NO_REACHABLE_AUTHORITY, EDE_NOT_READY, Answers
+from dnsd.answer import EDE_NO_REACHABLE_AUTHORITY, EDE_NOT_READY, Answers, Options
+from dnsd.cookies import SECRET_BYTES
+from dnsd.forwarding import Forwarder
 from dnsd.keeper import Pool, Problem, Rules
 from dnsd.keeping import Keeping, check_schema
+from dnsd.limits import Limiter
 from dnsd.server import Server
 from dnsd.services import describe_all
 from dnsd.shelf import Shelf
@@ -29,11 +34,13 @@ STALE_SECONDS_MAX = 86_400.0
 """Names not confirmed for so long are not served any more (SERVFAIL), whatever `stale_max_s` says."""
 SAVE_SECONDS = 5.0
 """How often the names on disk are brought up to date."""
+LOOPBACK = IPv4Network("127.0.0.0/8")
 TICK_SECONDS = 1.0
 REBUILD_COST_FACTOR = 4.0
 """Pause between two rebuilds of the zone: this many times what the last one took, so queries have the rest."""
 CONSUL_RETRY_SECONDS = 1.0
 PROBLEMS_SHOWN_MAX = 5
+NSID_BYTES_MAX = 128
 
 _log = logger(__name__)
 
@@ -45,7 +52,13 @@ async def run(daemon: Daemon) -> None:
     _check(config)
     daemon.readiness.awaiting("catalog", "the first read of Consul's catalog")
     daemon.readiness.awaiting("leases", "the first read of the leases in Consul's KV")
-    server = Server(config.allow, Answers(None))
+    server = Server(
+        config.allow,
+        Answers(None),
+        limiter=Limiter(config.rate_limit) if config.rate_limit else None,
+        limits_loopback=config.rate_limit_loopback,
+        forwarder=Forwarder(config.upstreams, config.upstream_timeout_s) if config.upstreams else None,
+    )
     host, port = server.listen(config.listen)
     _log.info("listening", address=f"{host}:{port}", zone=daemon.config.domain, pool=config.pool.cidr)
     async with ConsulClient(daemon.config.consul) as client:
@@ -84,6 +97,15 @@ class _Dnsd:
             daemon.config.domain, config.pool.cidr, config.ttl_s, config.negative_ttl_s, _nameserver(host)
         )
         self._zone = ZoneData(settings, {}, {}, int(time.time()))
+        self._options = Options(
+            version=f"ztna-dnsd {version('ztna-mesh')}".encode() if config.version_bind else b"",
+            nsid=(config.nsid or "").encode(),
+            secret=secrets.token_bytes(SECRET_BYTES),
+            forwards=bool(config.upstreams),
+            bounds=self._zone,
+        )
+        self._show_who_may_ask(config.allow)
+        self._renew_answers()
         self._catalog.subscribe(lambda _: self._changed.set())
         self._leases.subscribe(lambda _: self._changed.set())
         daemon.status_sources["dns"] = self._dns_status
@@ -182,7 +204,7 @@ class _Dnsd:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             answers = self._server.answers
-            answers.confirmed_at = self._confirmed_at
+            answers.confirmed_at, answers.now = self._confirmed_at, time.time()
             CONFIRMED.set(answers.confirmed_at)
             is_served = answers.zone is not None
             if self._is_served != is_served or self._is_stale != answers.is_stale:
@@ -198,6 +220,8 @@ class _Dnsd:
             confirmed_at=self._confirmed_at,
             is_stale=self._is_stale,
             why_not=EDE_NO_REACHABLE_AUTHORITY if self._confirmed_at else EDE_NOT_READY,
+            options=self._options,
+            now=time.time(),
         )
         answers.take_over(self._server.answers)
         self._server.answers = answers
@@ -231,6 +255,11 @@ class _Dnsd:
         shown = [f"{each.service}: {each.what}" for each in self._problems[:PROBLEMS_SHOWN_MAX]]
         more = len(self._problems) - len(shown)
         self._warn("services", "; ".join(shown) + (f"; and {more} more" if more else "") if shown else None)
+
+    def _show_who_may_ask(self, allow: Sequence[IPv4Network]) -> None:
+        wide = [str(network) for network in allow if not network.subnet_of(LOOPBACK)]
+        if wide:
+            self._warn("allow", f"who is in {', '.join(wide)} may ask, and learn every service's name")
 
     def _age_told(self) -> str | None:
         """Say how old the names are when that is more than they should be."""
@@ -282,6 +311,15 @@ def _check(config: DnsdConfig) -> None:
             f"dnsd.quarantine_s: expected more than dnsd.ttl_s ({config.ttl_s}), got {config.quarantine_s:g}: "
             "a freed address must rest for longer than anybody remembers whose it was"
         )
+    if len((config.nsid or "").encode()) > NSID_BYTES_MAX:
+        raise ConfigError(f"dnsd.nsid: expected at most {NSID_BYTES_MAX} bytes")
+    for upstream in config.upstreams:
+        try:
+            ip_address(upstream.host)
+        except ValueError:
+            raise ConfigError(f"dnsd.upstreams: expected numeric addresses, got {upstream.host!r}") from None
+        if upstream == config.listen:
+            raise ConfigError(f"dnsd.upstreams: {upstream} is where dnsd itself listens")
 
 
 def _nameserver(host: str) -> IPv4Address | None:
