@@ -74,18 +74,13 @@ class Keeping:
         *,
         session_ttl_s: float,
         report: Callable[[tuple[Problem, ...]], None],
-        leases: KvWatch | None = None,
     ) -> None:
-        """`catalog` and `leases` are run by the caller; `report` hears of the services that stay without.
-
-        `leases` follows SERVICE_PREFIX: with it, records that vanish are noticed at once and not only at
-        the next reading of the whole table.
-        """
+        """`catalog` is run by the caller; `report` hears of the services that stay without, and of none."""
         self.client = client
         self.catalog = catalog
         self.rules = rules
         self._session_ttl_s = session_ttl_s
-        self._leases = leases
+        self._leases: KvWatch | None = None
         self.work = asyncio.Event()
         self._services_seen: object = None
         self._leases_before = KvSnapshot()
@@ -100,8 +95,14 @@ class Keeping:
         self.pool: PoolUse | None = None
         """How full the pool is; None while somebody else is the keeper."""
         catalog.subscribe(self._see_catalog)
-        if leases is not None:
-            leases.subscribe(self._see_leases)
+
+    def follow(self, leases: KvWatch) -> None:
+        """Notice from a watch of SERVICE_PREFIX, which the caller runs, when records vanish.
+
+        Without it the keeper meets that at its next reading of the whole table.
+        """
+        self._leases = leases
+        leases.subscribe(self._see_leases)
 
     def change_rules(self, rules: Rules) -> None:
         """Plan by other rules from now on."""
