@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from enum import Enum, auto
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import msgspec
 
@@ -17,6 +17,7 @@ from dnsd.services import Service, connectors
 from ztna.dns import Data, HostData, SoaData, SrvData, Type
 from ztna.leases import Lease
 from ztna.names import Zone
+from ztna.reasons import Reason
 
 SRV_RECORDS_MAX = 500
 """Records of one SRV answer: more would not fit a DNS message over TCP with their addresses."""
@@ -33,10 +34,15 @@ NAMESERVER_LABEL = "ns"
 FRESH_LABEL = "_fresh"
 NO_SUBJECT = ""
 """The subject of an answer that depends on more than one service or connector."""
-_SERVICE_LIST = ("_services", "_dns-sd", "_udp")
+_BROWSING = ("b", "db", "lb")
+_DNS_SD = "_dns-sd"
+_HEX = "0123456789abcdef"
+_NIBBLES_OF_ADDRESS = 8
+_NAME_LABELS_OF_IPV6 = 34
 _EMPTY_NON_TERMINALS = frozenset({(CONNECTOR_LABEL,), ("_tcp",), ("_udp",), ("_dns-sd", "_udp")})
 
 Labels = tuple[str, ...]
+Address = IPv4Address | IPv6Address
 
 
 class Outcome(Enum):
@@ -51,13 +57,18 @@ class Outcome(Enum):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """`nameserver` is the address behind `ns.<domain>`, when it is known."""
+    """`nameserver` is the address behind `ns.<domain>`, when it is known; `more` are further pools.
+
+    With `ula`, a /96, each leased address has an IPv6 one beside it: the network's 96 bits, then its own 32.
+    """
 
     domain: Zone
     pool: IPv4Network
     ttl_s: int
     negative_ttl_s: int
     nameserver: IPv4Address | None = None
+    more: tuple[IPv4Network, ...] = ()
+    ula: IPv6Network | None = None
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -69,7 +80,7 @@ class Found(msgspec.Struct, frozen=True):
     outcome: Outcome
     apex: str = ""
     records: tuple[Data, ...] = ()
-    additional: tuple[tuple[str, tuple[IPv4Address, ...]], ...] = ()
+    additional: tuple[tuple[str, tuple[Address, ...]], ...] = ()
 
 
 class ZoneData:
@@ -94,7 +105,12 @@ class ZoneData:
         self.changed: frozenset[str] = frozenset()
         """The subjects whose answers are others than in the state before."""
         self._domain = tuple(settings.domain.split("."))
-        self._reverse = reverse_zones(settings.pool)
+        # Two small pools may share a reverse zone.
+        self._reverse = tuple(
+            dict.fromkeys(zone for pool in (settings.pool, *settings.more) for zone in reverse_zones(pool))
+        )
+        if settings.ula is not None:
+            self._reverse += (ula_zone(settings.ula),)
         everything = services.keys() | leases.keys()
         self._index, _ = Index().updated(everything, ({}, {}), (services, leases))
 
@@ -116,10 +132,15 @@ class ZoneData:
         """The zone and its reverse zones."""
         return (self._domain, *self._reverse)
 
-    def renumbered(self, serial: int, fresh_at: int) -> ZoneData:
-        """Return the same zone with another serial and freshness; what it is made of is shared."""
+    def under(self, serial: int, fresh_at: int) -> ZoneData:
+        """Return this state under another serial and freshness; what it is made of is shared."""
         zone = copy(self)
         zone.serial, zone.fresh_at = serial, fresh_at
+        return zone
+
+    def renumbered(self, serial: int, fresh_at: int) -> ZoneData:
+        """Return a state that follows this one and says the same."""
+        zone = self.under(serial, fresh_at)
         zone.follows, zone.changed = self.serial, frozenset()
         return zone
 
@@ -154,14 +175,16 @@ class ZoneData:
         """Return the service or the connector on which alone an answer about this name depends, or NO_SUBJECT."""
         depth = len(self._domain)
         if labels[-depth:] != self._domain:
-            return self._index.names.get(".".join(reversed(labels[:-2])), (NO_SUBJECT,))[0]
+            return self._index.names.get(_address_named(labels), (NO_SUBJECT,))[0]
         match labels[:-depth]:
             case (str(name),) if name != NAMESERVER_LABEL:
                 return name
             case (str(connector), "connector"):
                 return f"{connector}.{CONNECTOR_LABEL}"
-            case (str(name), "_tcp" | "_udp") if name.startswith("_"):
+            case (*_, str(name), "_tcp" | "_udp") if name.startswith("_") and name != _DNS_SD:
                 return name[1:]
+            case (_, *_, str(name)) if self._is_wildcard(name):
+                return name
         return NO_SUBJECT
 
     def find(self, labels: Labels, kind: int) -> Found:
@@ -169,7 +192,7 @@ class ZoneData:
         depth = len(self._domain)
         if labels[-depth:] == self._domain:
             return self._find_forward(labels[:-depth], kind)
-        if labels[-2:] == ("in-addr", "arpa"):
+        if labels[-1:] == ("arpa",):
             return self._find_reverse(labels, kind)
         return Found(Outcome.OUTSIDE)
 
@@ -211,19 +234,38 @@ class ZoneData:
                 return {Type.A: (address,)} if address else {}
             case ("_services", "_dns-sd", "_udp"):
                 return {Type.PTR: self._service_list()}
+            case (str(name), "_dns-sd", "_udp") if name in _BROWSING:
+                # RFC 6763 11: where to browse.
+                return {Type.PTR: (HostData(self.settings.domain),)}
+            case (str(name), str(kind), "_tcp" | "_udp" as protocol) if kind == f"_{name}":
+                return self._browsed_records(name, protocol[1:])
+            case (_, *_, str(name)) if self._is_wildcard(name):
+                records = self._service_records(name)
+                return {kind: records[kind] for kind in (Type.A, Type.AAAA) if kind in records}
         return None
 
     def _service_records(self, name: str) -> Mapping[int, tuple[Data, ...]]:
         service, lease = self.services.get(name), self.leases.get(name)
-        if _has_problem(service):
-            return {}
+        if service is not None and service.problem is not None:
+            return {Type.TXT: (_told("problem", service.problem),)}
         records: dict[int, tuple[Data, ...]] = {}
+        told: tuple[bytes, ...] = _txt(lease) if lease is not None else ()
         if service is not None:
-            records[Type.SRV] = self._relay_records(service)
+            records[Type.SRV] = relayed = self._relay_records(service)
+            if not relayed:
+                # A name that resolves and does not answer is hard to understand: say why.
+                told += _told("reason", Reason.NO_HEALTHY_CONNECTOR)
+        if told:
+            records[Type.TXT] = (told,)
         if lease is not None:
             records[Type.A] = (lease.ip,)
-            records[Type.TXT] = (_txt(lease),)
+            if self.settings.ula is not None:
+                records[Type.AAAA] = (beside(self.settings.ula, lease.ip),)
         return records
+
+    def _is_wildcard(self, name: str) -> bool:
+        service = self.services.get(name)
+        return service is not None and service.wildcard
 
     def _relay_records(self, service: Service) -> tuple[SrvData, ...]:
         """Return what relays pull: one record per passing instance that has a connector."""
@@ -241,7 +283,15 @@ class ZoneData:
             return None
         target = f"{name}.{self.settings.domain}"
         ports = tuple(SrvData(0, 1, port.port, target) for port in lease.ports if port.protocol == protocol)
-        return {Type.SRV: ports} if ports else None
+        instance = HostData(f"{name}._{name}._{protocol}.{self.settings.domain}")
+        return {Type.SRV: ports, Type.PTR: (instance,)} if ports else None
+
+    def _browsed_records(self, name: str, protocol: str) -> Mapping[int, tuple[Data, ...]] | None:
+        """Return the one instance that browsing a service finds (RFC 6763 4 to 6): the service itself."""
+        records = self._program_records(name, protocol)
+        if records is None:
+            return None
+        return {Type.SRV: records[Type.SRV], Type.TXT: self._service_records(name)[Type.TXT]}
 
     def _service_list(self) -> tuple[HostData, ...]:
         """Return every service and protocol with a lease (RFC 6763 9), as many as a message holds."""
@@ -256,8 +306,8 @@ class ZoneData:
         )
         return tuple(map(HostData, names[:SERVICES_LISTED_MAX]))
 
-    def _additional(self, records: Sequence[Data]) -> tuple[tuple[str, tuple[IPv4Address, ...]], ...]:
-        names: dict[str, tuple[IPv4Address, ...]] = {}
+    def _additional(self, records: Sequence[Data]) -> tuple[tuple[str, tuple[Address, ...]], ...]:
+        names: dict[str, tuple[Address, ...]] = {}
         for record in records:
             target = ""
             if isinstance(record, SrvData):
@@ -269,7 +319,7 @@ class ZoneData:
                 names[target] = addresses
         return tuple(names.items())
 
-    def _addresses_of(self, target: str) -> tuple[IPv4Address, ...]:
+    def _addresses_of(self, target: str) -> tuple[Address, ...]:
         first, _, rest = target.partition(".")
         if rest == f"{CONNECTOR_LABEL}.{self.settings.domain}":
             return self._index.addresses.get(first, ())
@@ -278,7 +328,9 @@ class ZoneData:
         if first == NAMESERVER_LABEL:
             return (self.settings.nameserver,) if self.settings.nameserver else ()
         lease = self.leases.get(first)
-        return (lease.ip,) if lease else ()
+        if lease is None:
+            return ()
+        return (lease.ip, beside(self.settings.ula, lease.ip)) if self.settings.ula else (lease.ip,)
 
     def _find_reverse(self, labels: Labels, kind: int) -> Found:
         apex = next((zone for zone in self._reverse if labels[-len(zone) :] == zone), None)
@@ -287,14 +339,27 @@ class ZoneData:
         apex_name = ".".join(apex)
         if labels == apex:
             return self._find_apex(apex_name, kind)
-        address = ".".join(reversed(labels[:-2]))
-        names = self._index.names.get(address)
+        names = self._index.names.get(_address_named(labels))
         if names is None:
-            return Found(Outcome.NODATA if address in self._index.octets else Outcome.NXDOMAIN, apex_name)
+            exists = self._is_between(labels, len(apex))
+            return Found(Outcome.NODATA if exists else Outcome.NXDOMAIN, apex_name)
         if kind != Type.PTR:
             return Found(Outcome.NODATA, apex_name)
         host = HostData(f"{names[0]}.{self.settings.domain}")
         return Found(Outcome.ANSWER, apex_name, (host,))
+
+    def _is_between(self, labels: Labels, depth: int) -> bool:
+        """Say whether a leased address lies under a reverse name: it exists without records (RFC 8020)."""
+        if labels[-2] == "in-addr":
+            return ".".join(reversed(labels[:-2])) in self._index.octets
+        below = labels[:-depth]
+        if len(below) >= _NIBBLES_OF_ADDRESS or not _are_nibbles(below):
+            return False
+        nibbles = "".join(reversed(below))
+        # Octets are two nibbles: half of one stands for sixteen.
+        whole = [nibbles] if len(nibbles) % 2 == 0 else [nibbles + half for half in _HEX]
+        known = self._index.names if len(whole[0]) == _NIBBLES_OF_ADDRESS else self._index.octets
+        return any(_dotted(each) in known for each in whole)
 
 
 def rebuilt(
@@ -322,6 +387,33 @@ def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:
     )
 
 
+def ula_zone(ula: IPv6Network) -> Labels:
+    """Return the ip6.arpa zone of a /96 (RFC 3596 2.5)."""
+    return (*reversed(ula.network_address.exploded.replace(":", "")[:-_NIBBLES_OF_ADDRESS]), "ip6", "arpa")
+
+
+def beside(ula: IPv6Network, address: IPv4Address) -> IPv6Address:
+    """Return the IPv6 address of a lease: the /96, then the 32 bits of its IPv4 address."""
+    return IPv6Address(int(ula.network_address) | int(address))
+
+
+def _address_named(labels: Labels) -> str:
+    """Return the leased address that a reverse name means, as the index has it; "" for what means none."""
+    if labels[-2:] == ("in-addr", "arpa"):
+        return ".".join(reversed(labels[:-2]))
+    own = labels[:_NIBBLES_OF_ADDRESS]
+    is_whole = len(labels) == _NAME_LABELS_OF_IPV6 and _are_nibbles(own)
+    return _dotted("".join(reversed(own))) if is_whole else ""
+
+
+def _are_nibbles(labels: Labels) -> bool:
+    return all(len(label) == 1 and label in _HEX for label in labels)
+
+
+def _dotted(nibbles: str) -> str:
+    return ".".join(str(int(nibbles[at : at + 2], 16)) for at in range(0, len(nibbles), 2))
+
+
 def _has_problem(service: Service | None) -> bool:
     return service is not None and service.problem is not None
 
@@ -335,3 +427,7 @@ def _txt(lease: Lease) -> tuple[bytes, ...]:
             lines.append("ports=")
         lines[-1] += text if lines[-1].endswith("=") else f",{text}"
     return (*(line.encode() for line in lines), f"epoch={lease.epoch}".encode())
+
+
+def _told(key: str, text: str) -> tuple[bytes, ...]:
+    return (f"{key}={text}".encode()[:TXT_BYTES_MAX],)

@@ -125,7 +125,13 @@ class PoolConfig(Section, frozen=True, kw_only=True):
     cidr: Annotated[IPv4Network, about("The network that virtual addresses are leased from.")] = IPv4Network(
         "10.100.0.0/16"
     )
-    reserved: Annotated[tuple[IPv4Network, ...], about("Parts of it that are never leased.")] = ()
+    more: Annotated[
+        tuple[IPv4Network, ...], about("Further networks, each used once those before it are full.")
+    ] = ()
+    reserved: Annotated[
+        tuple[IPv4Network, ...],
+        about("What is never leased, a gateway for one; network and broadcast addresses never are."),
+    ] = ()
 
 
 class DnsdConfig(Section, frozen=True, kw_only=True):

@@ -48,6 +48,12 @@ UNLEASED = Gauge(
     "Services the keeper could not give an address, or that are not served.",
     registry=REGISTRY,
 )
+POOL = Gauge(
+    "ztna_pool_addresses",
+    "Addresses of the pool, by state: leased, resting (not yet free again) or free; only on the keeper.",
+    ("state",),
+    registry=REGISTRY,
+)
 DNS_QUERIES = Counter("ztna_dns_queries", "DNS queries taken.", ("transport",), registry=REGISTRY)
 DNS_FORWARDED = Counter(
     "ztna_dns_forwarded",

@@ -56,11 +56,11 @@ class Running:
 
 
 def settings(consul: ConsulConfig, port: int, **keys: object) -> Config:
+    pool = PoolConfig(cidr=IPv4Network("127.100.0.0/29"))
     section = DnsdConfig(
         listen=Endpoint("127.0.0.1", port),
         admin=Endpoint("127.0.0.1", 0),
-        pool=PoolConfig(cidr=IPv4Network("127.100.0.0/29")),
-        **keys,  # type: ignore[arg-type]
+        **({"pool": pool} | keys),  # type: ignore[arg-type]
     )
     return Config(consul=consul, dnsd=section)
 
