@@ -8,7 +8,7 @@ that a configuration names: certificates, keys and tokens are their users'.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -289,6 +289,10 @@ class RouteConfig(Section, frozen=True, kw_only=True):
         Annotated[int, msgspec.Meta(ge=1, le=65535)],
         about("Weight among the service's instances (RFC 2782)."),
     ] = 1
+    virtual_ip: Annotated[
+        IPv4Address | None,
+        about("The virtual address it asks for; given if nobody else has it.", "10.100.0.80"),
+    ] = None
 
 
 class ConnectorConfig(Section, frozen=True, kw_only=True):
