@@ -42,44 +42,52 @@ class _Target:
 
 
 class Secondaries:
-    """Publishes the zone. `serve` gets each state whose serial is a new one."""
+    """Publishes the zone and tells of it."""
 
-    def __init__(
-        self, config: TransferConfig, keys: Mapping[str, Key], serve: Callable[[ZoneData], None]
-    ) -> None:
+    def __init__(self, config: TransferConfig, keys: Mapping[str, Key]) -> None:
         """Raises ConfigError for a key that is not among `keys` or an address that is none."""
         self.publication = Publication()
         self.wanted = bool(config.allow or config.notify or keys)
         """Whether anybody may transfer: otherwise nothing is kept for it."""
-        self._serve = serve
         self._targets = [_target(config, place, keys) for place in range(len(config.notify))]
         self._published_at = 0.0
-        self._pending: tuple[ZoneData, float] | None = None
+        self._pending: ZoneData | None = None
+        """What is served already, under the serial of before, and is to be published soon."""
         self._waiting = asyncio.Event()
 
     def numbered(self, zone: ZoneData, confirmed_at: float) -> ZoneData:
-        """Return the zone as it may be served now: under the serial that was published last, or its own.
+        """Return the zone as it may be served now: under the serial that was published last, or a new one.
 
-        Secondaries compare serials, so one that they cannot have yet is not shown.
+        Secondaries compare serials, so one that they cannot have yet is not shown. Harmless twice.
         """
-        if not self.wanted:
+        last = self.publication.zone
+        if not self.wanted or zone is last or zone is self._pending:
             return zone
-        last = self.publication.zone
         if last is None or time.monotonic() - self._published_at >= PUBLISH_SECONDS:
-            return self._publish(zone, confirmed_at)
-        self._pending = (zone, confirmed_at)
+            serial = zone.serial if last is None else max(zone.serial, _next(last))
+            return self._publish(zone.under(serial, int(confirmed_at)))
+        self._pending = zone.under(last.serial, last.fresh_at)
         self._waiting.set()
-        return zone.renumbered(last.serial, last.fresh_at)
+        return self._pending
 
-    def freshened(self, confirmed_at: float) -> None:
-        """Publish that the catalog was confirmed again, when secondaries have not heard so for a while."""
+    def withdraw(self) -> None:
+        """Transfer nothing until there is a zone again."""
+        self._pending = None
+        self.publication.withdraw()
+
+    def is_due(self, confirmed_at: float) -> bool:
+        """Return whether secondaries have not heard for a while that the catalog is confirmed."""
         last = self.publication.zone
-        if last is None or self._pending is not None or confirmed_at - last.fresh_at < FRESH_SECONDS:
-            return
-        self._serve(self._publish(last.renumbered(_next(last), 0), confirmed_at))
+        return last is not None and self._pending is None and confirmed_at - last.fresh_at >= FRESH_SECONDS
 
-    async def run(self) -> None:
-        """Publish what waits, and tell everybody, until cancelled."""
+    def freshened(self, confirmed_at: float) -> ZoneData:
+        """Publish the zone once more, as confirmed at this time; there must be one."""
+        last = self.publication.zone
+        assert last is not None, "only a zone that is published can be due"
+        return self._publish(last.renumbered(_next(last), int(confirmed_at)))
+
+    async def run(self, serve: Callable[[ZoneData], None]) -> None:
+        """Publish what waits, and tell everybody, until cancelled; `serve` gets each state with a new serial."""
         async with asyncio.TaskGroup() as tasks:
             for target in self._targets:
                 tasks.create_task(self._tell(target), name=f"notify {target.address}")
@@ -87,7 +95,9 @@ class Secondaries:
                 await self._waiting.wait()
                 self._waiting.clear()
                 await asyncio.sleep(max(0.0, self._published_at + PUBLISH_SECONDS - time.monotonic()))
-                self._publish_pending()
+                last = self.publication.zone
+                if self._pending is not None and last is not None:
+                    serve(self._publish(self._pending.renumbered(_next(last), last.fresh_at)))
 
     def status(self) -> Mapping[str, object]:
         """Return what was published and who knows, for /status."""
@@ -100,15 +110,7 @@ class Secondaries:
             },
         }
 
-    def _publish_pending(self) -> None:
-        pending, self._pending = self._pending, None
-        last = self.publication.zone
-        if pending is not None and last is not None:
-            zone, confirmed_at = pending
-            self._serve(self._publish(zone.renumbered(_next(last), 0), confirmed_at))
-
-    def _publish(self, zone: ZoneData, confirmed_at: float) -> ZoneData:
-        zone = zone.renumbered(zone.serial, int(confirmed_at))
+    def _publish(self, zone: ZoneData) -> ZoneData:
         self._published_at = time.monotonic()
         self._pending = None
         changed = self.publication.publish(zone)

@@ -23,9 +23,11 @@ from dnsd.zone import (
     Labels,
     Outcome,
     ZoneData,
+    beside,
 )
 from ztna.dns import Code, SoaData, Type, decode
 from ztna.errors import ProtocolError
+from ztna.leases import Lease
 
 PUBLISH_SECONDS = 1.0
 """The least time between two serials, so that serials keep to the clock and outlive a restart of dnsd."""
@@ -49,6 +51,7 @@ _PROGRAM_TYPES = (Type.SRV, Type.TXT, Type.PTR)
 _HOST_TYPES = (Type.A, Type.AAAA)
 _FIXED: tuple[tuple[Labels, tuple[Type, ...]], ...] = (
     ((NAMESERVER_LABEL,), _HOST_TYPES),
+    *(((label, "_dns-sd", "_udp"), (Type.PTR,)) for label in ("b", "db", "lb")),
     (("_services", "_dns-sd", "_udp"), (Type.PTR,)),
 )
 
@@ -95,8 +98,8 @@ class Publication:
             return zone.apexes
         if before.apexes != zone.apexes or before.settings != zone.settings:
             # Other rules make other records everywhere: all is transferred anew.
-            self._changes.clear()
-            self._records = 0
+            self.withdraw()
+            self.zone = zone
             return tuple(dict.fromkeys((*before.apexes, *zone.apexes)))
         deltas = differences(before, zone)
         records = sum(len(delta.removed) + len(delta.added) for delta in deltas.values())
@@ -105,6 +108,12 @@ class Publication:
         while len(self._changes) > CHANGES_KEPT_MAX or self._records > RECORDS_KEPT_MAX:
             self._records -= self._changes.popleft().records
         return tuple(deltas)
+
+    def withdraw(self) -> None:
+        """Have no zone, and no changes that would lead from one to the next."""
+        self.zone = None
+        self._changes.clear()
+        self._records = 0
 
     def answer(self, request: Request, *, over_tcp: bool) -> Iterator[bytes] | Code:
         """Return the messages of a transfer, made one by one, or the code to refuse it with.
@@ -191,10 +200,11 @@ def _by_apex(zone: ZoneData, before: ZoneData, after: ZoneData) -> Mapping[Label
         for connector, _ in connectors(service)
     }
     addresses = [
-        state.leases[name].ip.reverse_pointer
+        pointer
         for state in (before, after)
         for name in names
         if name in state.leases
+        for pointer in _pointers(zone, state.leases[name])
     ]
     domain = zone.apexes[0]
     for labels, types in _owners(domain, names, touched, addresses):
@@ -217,8 +227,10 @@ def _owners(
     """Return every name that some services, connectors and reverse names are behind."""
     for name in names:
         yield (name, *domain), _SERVICE_TYPES
+        yield ("*", name, *domain), _HOST_TYPES
         for protocol in ("_tcp", "_udp"):
             yield (f"_{name}", protocol, *domain), _PROGRAM_TYPES
+            yield (name, f"_{name}", protocol, *domain), _PROGRAM_TYPES
     for connector in touched:
         yield (connector, CONNECTOR_LABEL, *domain), _HOST_TYPES
     for address in addresses:
@@ -238,12 +250,19 @@ def _transferable(zone: ZoneData, apex: Labels) -> Iterator[bytes]:
         touched = {connector for service in zone.services.values() for connector, _ in connectors(service)}
         owners = _owners(domain, names, touched, ())
     else:
-        pointers = (lease.ip.reverse_pointer for lease in zone.leases.values())
+        pointers = (pointer for lease in zone.leases.values() for pointer in _pointers(zone, lease))
         owners = ((tuple(pointer.split(".")), (Type.PTR,)) for pointer in pointers)
     for labels, types in owners:
         for place, record in _records(zone, labels, types):
             if place == apex:
                 yield record
+
+
+def _pointers(zone: ZoneData, lease: Lease) -> Iterator[str]:
+    """Return the reverse names of a lease's addresses."""
+    yield lease.ip.reverse_pointer
+    if zone.settings.ula is not None:
+        yield beside(zone.settings.ula, lease.ip).reverse_pointer
 
 
 def _records(zone: ZoneData, labels: Labels, types: Iterable[Type]) -> Iterator[tuple[Labels, bytes]]:
