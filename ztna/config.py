@@ -8,7 +8,7 @@ that a configuration names: certificates, keys and tokens are their users'.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,6 +132,13 @@ class PoolConfig(Section, frozen=True, kw_only=True):
         tuple[IPv4Network, ...],
         about("What is never leased, a gateway for one; network and broadcast addresses never are."),
     ] = ()
+    ula: Annotated[
+        IPv6Network | None,
+        about(
+            "A /96 that gives each lease an IPv6 address in DNS, for clients that route it; unset: IPv4 only.",
+            "fd12:3456:789a::/96",
+        ),
+    ] = None
 
 
 class DnsdConfig(Section, frozen=True, kw_only=True):
@@ -289,6 +296,7 @@ class RouteConfig(Section, frozen=True, kw_only=True):
         Annotated[int, msgspec.Meta(ge=1, le=65535)],
         about("Weight among the service's instances (RFC 2782)."),
     ] = 1
+    wildcard: Annotated[bool, about("Let every name under the service's lead to it, too.")] = False
     virtual_ip: Annotated[
         IPv4Address | None,
         about("The virtual address it asks for; given if nobody else has it.", "10.100.0.80"),
@@ -342,6 +350,9 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     pool: Annotated[IPv4Network, about("The network of virtual addresses; the same as dnsd's.")] = (
         IPv4Network("10.100.0.0/16")
     )
+    more_pools: Annotated[
+        tuple[IPv4Network, ...], about("Further networks of virtual addresses; those of dnsd.pool.more.")
+    ] = ()
     direct: Annotated[bool, about("Try connectors directly before forwarding through a relay.")] = True
     private_candidates: Annotated[
         bool, about("Offer and try private addresses (RFC 1918) too when looking for a direct path.")

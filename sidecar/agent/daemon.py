@@ -38,14 +38,17 @@ async def body(daemon: Daemon) -> None:
     assert config is not None, "daemon_command refuses a configuration without the section"
     daemon.readiness.awaiting("relay", "no relay is connected yet")
     daemon.readiness.awaiting("leases", "not yet read from Consul")
-    check_pool(config.mode, config.pool)
+    pools = (config.pool, *config.more_pools)
+    for pool in pools:
+        check_pool(config.mode, pool)
     if not config.relays:
         raise ConfigError("agent.relays: expected at least one relay")
     credentials = Credentials.load(config.tls)
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(ConsulClient(daemon.config.consul))
         if config.mode == "anyip":
-            await stack.enter_async_context(local_route(config.pool, runtime_directory()))
+            for pool in pools:
+                await stack.enter_async_context(local_route(pool, runtime_directory()))
         try:
             async with asyncio.TaskGroup() as tasks:
                 await Agent(daemon, config, credentials, client, tasks).run()
@@ -102,7 +105,7 @@ class Agent:
         self._follower = LeaseFollower(
             client,
             credentials.identity.agent,
-            config.pool,
+            (config.pool, *config.more_pools),
             changed=self._leases_changed,
             read=self._lease_read,
         )
