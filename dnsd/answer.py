@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import msgspec
 
@@ -396,7 +396,10 @@ def _additional(found: Found, targets: dict[str, int], ttl_s: int) -> list[tuple
     for name, addresses in found.additional:
         offset = targets.get(name, _POINTER_MAX + 1)
         owner = _pointer(offset) if offset <= _POINTER_MAX else pack_name(name)
-        packed = b"".join(pack_record(owner, Type.A, ttl_s, address.packed) for address in addresses)
+        packed = b"".join(
+            pack_record(owner, Type.A if address.version == 4 else Type.AAAA, ttl_s, address.packed)
+            for address in addresses
+        )
         records.append((len(addresses), packed))
     return records
 
@@ -409,7 +412,7 @@ def pack_record(owner: bytes, kind: int, ttl_s: int, data: bytes, class_: int = 
 def pack_data(record: Data) -> bytes:
     """Return a record's data, no name in it compressed."""
     match record:
-        case IPv4Address():
+        case IPv4Address() | IPv6Address():
             return record.packed
         case SrvData(priority, weight, port, target):
             # RFC 2782: the target is not compressed.

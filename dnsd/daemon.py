@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, ip_address
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
 import msgspec
@@ -48,6 +48,8 @@ REBUILD_COST_FACTOR = 4.0
 CONSUL_RETRY_SECONDS = 1.0
 PROBLEMS_SHOWN_MAX = 5
 NSID_BYTES_MAX = 128
+ULA = IPv6Network("fc00::/7")
+ULA_PREFIX_BITS = 96
 RELOADED = frozenset({"pool", "grace_s", "quarantine_s"})
 """Keys of the section that SIGHUP puts in force."""
 
@@ -120,6 +122,7 @@ class _Dnsd:
             config.negative_ttl_s,
             _nameserver(host),
             config.pool.more,
+            config.pool.ula,
         )
         self._zone = ZoneData(settings, {}, {}, int(time.time()))
         self._options = Options(
@@ -198,7 +201,9 @@ class _Dnsd:
         _log.info("reloaded", pool=rules.pool, grace_s=rules.grace_s, quarantine_s=rules.quarantine_s)
         self._keeping.change_rules(rules)
         settings = self._zone.settings
-        changed = msgspec.structs.replace(settings, pool=config.pool.cidr, more=config.pool.more)
+        changed = msgspec.structs.replace(
+            settings, pool=config.pool.cidr, more=config.pool.more, ula=config.pool.ula
+        )
         if changed != settings:
             zone = self._zone
             serial = max(zone.serial + 1, int(time.time())) & 0xFFFFFFFF
@@ -412,6 +417,9 @@ def _check(config: DnsdConfig) -> None:
             f"dnsd.quarantine_s: expected more than dnsd.ttl_s ({config.ttl_s}), got {config.quarantine_s:g}: "
             "a freed address must rest for longer than anybody remembers whose it was"
         )
+    ula = config.pool.ula
+    if ula is not None and (ula.prefixlen != ULA_PREFIX_BITS or not ula.subnet_of(ULA)):
+        raise ConfigError(f"dnsd.pool.ula: expected a /{ULA_PREFIX_BITS} in {ULA} (RFC 4193), got {ula}")
     if len((config.nsid or "").encode()) > NSID_BYTES_MAX:
         raise ConfigError(f"dnsd.nsid: expected at most {NSID_BYTES_MAX} bytes")
     for upstream in config.upstreams:

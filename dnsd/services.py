@@ -19,6 +19,7 @@ from ztna.names import ConnectorId, ServiceName
 PORTS_META = "ztna-ports"
 CONNECTOR_META = "ztna-connector"
 VIRTUAL_IP_META = "ztna-virtual-ip"
+WILDCARD_META = "ztna-wildcard"
 PORTS_PER_SERVICE_MAX = 64
 
 _PROTOCOLS: Mapping[str, Protocol] = {"tcp": "tcp", "udp": "udp", "icmp": "icmp"}
@@ -30,6 +31,7 @@ class Service(msgspec.Struct, frozen=True):
     """A service of the catalog. With a `problem` it has no ports and is not served; the text says why.
 
     `virtual_ip` is the address its definition asks for; `virtual_ip_problem` says why that cannot be told.
+    With `wildcard`, every name under the service's leads to it, too.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Service(msgspec.Struct, frozen=True):
     problem: str | None = None
     virtual_ip: IPv4Address | None = None
     virtual_ip_problem: str | None = None
+    wildcard: bool = False
 
 
 def describe(name: str, instances: tuple[Instance, ...]) -> Service:
@@ -59,7 +62,8 @@ def describe(name: str, instances: tuple[Instance, ...]) -> Service:
         return Service(name, (), instances, f"instances disagree on the ports: {said}")
     (ports,) = published
     asked, unclear = _virtual_ip(instances)
-    return Service(name, ports, instances, None, asked, unclear)
+    wildcard = any(instance.meta.get(WILDCARD_META) == "true" for instance in instances)
+    return Service(name, ports, instances, None, asked, unclear, wildcard)
 
 
 def describe_all(

@@ -327,10 +327,9 @@ class ZoneData:
             return ()
         if first == NAMESERVER_LABEL:
             return (self.settings.nameserver,) if self.settings.nameserver else ()
-        lease = self.leases.get(first)
-        if lease is None:
-            return ()
-        return (lease.ip, beside(self.settings.ula, lease.ip)) if self.settings.ula else (lease.ip,)
+        # Who is told to go to a service by name is told its lease.
+        ip = self.leases[first].ip
+        return (ip, beside(self.settings.ula, ip)) if self.settings.ula else (ip,)
 
     def _find_reverse(self, labels: Labels, kind: int) -> Found:
         apex = next((zone for zone in self._reverse if labels[-len(zone) :] == zone), None)

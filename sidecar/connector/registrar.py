@@ -19,6 +19,7 @@ from ztna.wire.control import Address
 META_CONNECTOR = "ztna-connector"
 META_PORTS = "ztna-ports"
 META_VIRTUAL_IP = "ztna-virtual-ip"
+META_WILDCARD = "ztna-wildcard"
 VIRTUAL = "virtual"
 OUTPUT_CHARACTERS = 512
 
@@ -137,6 +138,8 @@ def _meta(routes: ServiceRoutes, connector_id: ConnectorId) -> dict[str, str]:
     meta = {META_CONNECTOR: str(connector_id), META_PORTS: published(routes.ports)}
     if routes.virtual_ip is not None:
         meta[META_VIRTUAL_IP] = str(routes.virtual_ip)
+    if routes.wildcard:
+        meta[META_WILDCARD] = "true"
     return meta
 
 

@@ -39,6 +39,7 @@ class ServiceRoutes:
     routes: tuple[Route, ...]
     weight: int
     virtual_ip: IPv4Address | None = None
+    wildcard: bool = False
 
     @property
     def ports(self) -> tuple[Port, ...]:
@@ -108,7 +109,8 @@ def _service_routes(service: ServiceName, group: list[RouteConfig]) -> ServiceRo
             raise ConfigError(
                 f"connector.routes: {service}: {first.port.protocol} port {first.port.port} is routed twice"
             )
-    return ServiceRoutes(service, tuple(routes), group[0].weight, next(iter(asked), None))
+    wildcard = any(config.wildcard for config in group)
+    return ServiceRoutes(service, tuple(routes), group[0].weight, next(iter(asked), None), wildcard)
 
 
 def _route(config: RouteConfig) -> Route:

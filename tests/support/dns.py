@@ -30,6 +30,7 @@ def instance(
     weight: int = 1,
     tags: Sequence[str] = ("ztna",),
     virtual_ip: str | None = None,
+    wildcard: str = "",
 ) -> Instance:
     """One instance; no `ztna-connector` when `connector` is empty, no `ztna-ports` when `ports` is None."""
     meta: dict[str, str] = {}
@@ -37,6 +38,8 @@ def instance(
         meta["ztna-connector"] = connector
     if ports is not None:
         meta["ztna-ports"] = ports
+    if wildcard:
+        meta["ztna-wildcard"] = wildcard
     if virtual_ip is not None:
         meta["ztna-virtual-ip"] = virtual_ip
     return Instance(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Network
 
 import pytest
 from dnslib import QTYPE, RCODE, DNSRecord
+from msgspec.structs import replace
 
 import dnsd.answer
 from dnsd.answer import (
@@ -16,9 +17,11 @@ from dnsd.answer import (
     FORWARD,
     Answers,
     Options,
+    failed,
     prohibited,
 )
 from dnsd.cookies import is_valid
+from dnsd.query import read
 from dnsd.zone import SRV_RECORDS_MAX, Settings, rebuilt
 from tests.support.dns import SETTINGS, ask, catalog, instance, lease, query, told, with_opt, zone
 from ztna.dns import Code, Type, decode, encode_query
@@ -129,6 +132,16 @@ def test_labels_of_any_bytes_are_only_not_found(answers: Answers) -> None:
     for label in (b"a.b", b"\xff\xfe", b"\0", b"web\0"):
         question = bytes((len(label),)) + label + b"\x04ztna\x05local\0" + b"\0\1\0\1"
         assert answers.answer(query("x")[:12] + question)[3] & 15 == RCODE.NXDOMAIN  # type: ignore[index]
+
+
+def test_ipv6_addresses_come_with_their_own_type() -> None:
+    dual = Answers(zone(SERVICES, LEASES, replace(SETTINGS, ula=IPv6Network("fd12:3456:789a::/96"))))
+    assert told(ask(dual, query("web.ztna.local", "AAAA"))) == ["AAAA fd12:3456:789a::a64:102"]
+    record = ask(dual, query("_web._tcp.ztna.local", "SRV"))
+    assert [(QTYPE[rr.rtype], str(rr.rdata)) for rr in record.ar] == [
+        ("A", "10.100.1.2"),
+        ("AAAA", "fd12:3456:789a::a64:102"),
+    ]
 
 
 # The same question again
@@ -272,6 +285,11 @@ def test_what_is_not_ours_is_for_the_upstreams_when_there_are_some() -> None:
     unserved = Answers(None, options=forwarding).answer(query("web.ztna.local"))
     assert unserved is not None
     assert unserved[3] & 15 == RCODE.SERVFAIL
+
+
+def test_a_question_that_no_upstream_answered_failed() -> None:
+    answer = failed(read(with_opt(query("example.com"))))
+    assert (decode(answer).code, edns_options(answer)) == (Code.SERVFAIL, {15: b"\0\x16"})
 
 
 def test_stale_answers_are_soon_forgotten() -> None:

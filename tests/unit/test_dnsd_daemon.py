@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,6 +250,35 @@ async def test_settings_that_contradict_each_other_and_taken_ports_are_refused()
         daemon = Daemon("ztna-dnsd", settings(ConsulConfig(), taken.getsockname()[1]), asyncio.TaskGroup())
         with pytest.raises(ZtnaError, match=str(taken.getsockname()[1])):
             await run(daemon)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"pool": PoolConfig(ula=IPv6Network("fd12::/64"))}, r"dnsd\.pool\.ula"),
+        ({"pool": PoolConfig(ula=IPv6Network("2001:db8::/96"))}, r"dnsd\.pool\.ula"),
+        ({"nsid": "x" * 129}, r"dnsd\.nsid"),
+        ({"upstreams": (Endpoint("dns.example.com", 53),)}, r"dnsd\.upstreams"),
+        (
+            {"listen": Endpoint("127.0.0.1", 53), "upstreams": (Endpoint("127.0.0.1", 53),)},
+            r"dnsd\.upstreams",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(keys: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        dnsd.daemon._check(DnsdConfig(**keys))
+
+
+async def test_what_an_operator_chooses_is_told(consul: ConsulUnderTest) -> None:
+    pool = PoolConfig(cidr=IPv4Network("127.100.0.0/29"), ula=IPv6Network("fd12:3456:789a::/96"))
+    wide = (IPv4Network("127.0.0.0/8"), IPv4Network("192.0.2.0/24"))
+    async with running(consul.config(), pool=pool, allow=wide, nsid="dns-1", version_bind=True) as here:
+        await register(consul, "web")
+        await until("served", lambda: has(here, "web"))
+        answer = await here.ask("web.ztna.local", Type.AAAA)
+        assert str(answer.answers[0].data).startswith("fd12:3456:789a::7f64:")  # type: ignore[attr-defined]
+        assert "192.0.2.0/24" in here.daemon.readiness.report()["warnings"]["allow"]
 
 
 def test_an_unspecified_or_foreign_address_names_no_nameserver() -> None:

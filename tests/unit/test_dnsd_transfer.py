@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Mapping
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import msgspec
 import pytest
@@ -15,7 +15,7 @@ import dnsd.transfer
 from dnsd.transfer import Publication, Request
 from dnsd.zone import ZoneData
 from tests.support.dns import SETTINGS, catalog, instance, lease, query
-from ztna.dns import Code, Record, SoaData, Type, decode
+from ztna.dns import Code, HostData, Record, SoaData, Type, decode
 from ztna.errors import ProtocolError
 from ztna.leases import Lease
 
@@ -101,7 +101,7 @@ def test_a_whole_zone_says_what_dnsd_answers() -> None:
         ("c1.connector.ztna.local", "A"),
         ("ns.ztna.local", "A"),
         ("_services._dns-sd._udp.ztna.local", "PTR"),
-    } | {(name, kind) for name, kind in told if name.startswith("_") and kind in ("PTR", "TXT", "SRV")}
+    } | {(name, kind) for name, kind in told if "_" in name and kind in ("PTR", "TXT", "SRV")}
     assert ("_fresh.ztna.local", 16, 1, (str(FRESH).encode(),)) in content(records)
     reverse = transferred(publication, ask(REVERSE))
     assert [(each.name, Type(each.type).name) for each in reverse[1:-1]] == [
@@ -219,3 +219,24 @@ def test_other_queries_are_no_transfers() -> None:
     assert dnsd.transfer.read(asked[:4] + b"\0\0" + asked[6:12]) is None
     with pytest.raises(ProtocolError, match="compressed"):
         dnsd.transfer.read(asked[:12] + b"\xc0\x04\0\xfc\0\1")
+
+
+def test_wildcards_browsing_and_ipv6_are_transferred_too() -> None:
+    settings = msgspec.structs.replace(SETTINGS, ula=IPv6Network("fd12:3456:789a::/96"))
+    services = catalog(instance("web", "c1", wildcard="true"))
+    here = ZoneData(settings, services, {"web": lease("10.100.1.2")}, 7, FRESH)
+    publication = Publication()
+    publication.publish(here)
+    told = {(each.name, Type(each.type).name) for each in transferred(publication, ask(APEX))}
+    assert told >= {
+        ("*.web.ztna.local", "A"),
+        ("*.web.ztna.local", "AAAA"),
+        ("web.ztna.local", "AAAA"),
+        ("_web._tcp.ztna.local", "PTR"),
+        ("web._web._tcp.ztna.local", "SRV"),
+        ("web._web._tcp.ztna.local", "TXT"),
+        ("b._dns-sd._udp.ztna.local", "PTR"),
+    }
+    ip6 = next(apex for apex in here.apexes if apex[-2] == "ip6")
+    pointers = [each for each in transferred(publication, ask(ip6)) if each.type == Type.PTR]
+    assert [each.data for each in pointers] == [HostData("web.ztna.local")]
