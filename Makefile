@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # What Debian calls the things the targets need; installed as root, named otherwise.
 BASE_PACKAGES := python3-venv
 TEST_PACKAGES := bind9-dnsutils ca-certificates conntrack curl debootstrap docker.io iproute2 iptables \
-                 iputils-ping netcat-openbsd nftables procps
+                 iputils-ping knot netcat-openbsd nftables nsd procps
 BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
 
 .PHONY: help demo install test lint types contracts unit test-tools peers peers-bench bench fmt clean
