@@ -309,8 +309,13 @@ class _Planner:
         if address is not None:
             name = ServiceName(service.name)
             kind: Kind = "moved" if name in self._leases else "granted"
-            self._grant(kind, name, service.ports, address)
+            self._grant(kind, name, service.ports, address, why=self._lost_to(name))
         return address is not None
+
+    def _lost_to(self, name: ServiceName) -> str:
+        """Say who has the address that the service's own record claims, "" when it claims none."""
+        claimed = self._leases.get(name)
+        return f"{claimed.record.ip} is held by {self._owners[claimed.record.ip]}" if claimed else ""
 
     def _granted_ask(self, service: Service) -> IPv4Address | None:
         """Return the address its definition asks for if it can have it; report why it cannot."""
@@ -341,14 +346,15 @@ class _Planner:
 
     def _mend(self, name: ServiceName, ports: tuple[Port, ...], address: IPv4Address) -> None:
         if address_key(address) not in self._view.table.unreadable:
-            self._grant("repaired", name, ports, address)
+            self._grant("repaired", name, ports, address, why="its two records did not agree")
 
     def _take_back(self, service: Service) -> bool:
         """Give a service the address it had last, resting or not; False when it has none to return to."""
         name = ServiceName(service.name)
         for address in self._former_homes.get(name, ()):
             if address in self._rules.pool and address not in self._taken:
-                self._grant("moved" if name in self._leases else "returned", name, service.ports, address)
+                kind: Kind = "moved" if name in self._leases else "returned"
+                self._grant(kind, name, service.ports, address, why=self._lost_to(name))
                 return True
         return False
 
@@ -405,15 +411,24 @@ class _Planner:
 
     def _retire_strays(self) -> None:
         """Put to rest addresses whose holding says leased although no lease points at them."""
-        for address, stored in sorted(self._holdings.items()):
+        strays = [
+            address
+            for address, stored in self._holdings.items()
+            if stored.record.state == "leased"
+            and address not in self._taken
+            and SERVICE_PREFIX + stored.record.service not in self._view.table.unreadable
+        ]
+        for address in sorted(strays):
+            stored = self._holdings[address]
             name, epoch = stored.record.service, stored.record.epoch
-            if (
-                stored.record.state == "leased"
-                and address not in self._taken
-                and SERVICE_PREFIX + name not in self._view.table.unreadable
-            ):
-                self._taken[address] = name
-                self._add("released", name, address, self._rest(address, stored, name, epoch))
+            self._taken[address] = name
+            self._add(
+                "released",
+                name,
+                address,
+                self._rest(address, stored, name, epoch),
+                why="no lease points at it",
+            )
 
     def _rest(self, address: IPv4Address, holding: Stored[Holding] | None, name: str, epoch: int) -> KvSet:
         resting = Holding(
@@ -435,7 +450,8 @@ class _Planner:
                 self._look_again_when_one_has_rested()
                 self._problems.append(Problem(name, "pool_exhausted", self._exhausted()))
                 continue
-            self._grant("moved" if name in self._leases else "granted", name, service.ports, address)
+            kind: Kind = "moved" if name in self._leases else "granted"
+            self._grant(kind, name, service.ports, address, why=self._lost_to(name))
 
     def _unused_address(self, name: str) -> IPv4Address | None:
         """Return the address nobody has or had that is next from where the name hashes to."""
@@ -537,12 +553,12 @@ class _Planner:
 
     def _report_outsiders(self) -> None:
         """Name the leases outside the pool: they stay until somebody moves them."""
-        for address, name in sorted(self._owners.items()):
-            if address not in self._rules.pool and name not in self._settled:
-                what = (
-                    f"{address} is outside the pool ({self._rules.pool}) or reserved; it is kept until "
-                    f"`ztna leases move {name}`"
-                )
+        pool = self._rules.pool
+        outside = [address for address in self._owners if address not in pool]
+        for address in sorted(outside):
+            name = self._owners[address]
+            if name not in self._settled:
+                what = f"{address} is outside the pool ({pool}) or reserved; it is kept until `ztna leases move {name}`"
                 self._problems.append(Problem(name, "outside_pool", what))
         if self._empty_catalog:
             what = (

@@ -410,8 +410,9 @@ def test_of_two_leases_on_one_address_the_holder_keeps_it_else_the_older(holder:
     here.kv.put(service_key(DB), to_json(Lease(address, 5)))
     if holder is not None:
         here.kv.put(address_key(address), to_json(Holding(service=holder, epoch=7, state="leased")))
-    here.keep(services("web", "db"), NOW)
+    decided = here.keep(services("web", "db"), NOW)
     keeps = holder or "db"
+    assert f"{address} is held by {keeps}" in {change.why for change in decided.changes}
     assert here.address(keeps) == str(address)
     assert here.address("web" if keeps == "db" else "db") not in (None, str(address))
     assert audit(here.kv.table) == ()
