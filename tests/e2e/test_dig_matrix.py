@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import re
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 
@@ -18,7 +15,7 @@ from msgspec.structs import replace
 from dnsd.answer import Answers, Options
 from dnsd.server import Server
 from tests.support.dns import SETTINGS, catalog, instance, lease, query, zone
-from ztna.config import Endpoint
+from tests.support.dns_serving import serving
 from ztna.leases import Port
 
 NOW = 1_700_000_000
@@ -166,29 +163,10 @@ MATRIX = {
 
 @pytest.fixture(scope="module")
 def ports() -> Iterator[dict[str, int]]:
-    """Every server, on a loop of its own thread."""
-    loop = asyncio.new_event_loop()
-    servers = {
-        name: Server(ALLOWED.get(name, (IPv4Network("127.0.0.0/8"),)), answers)
-        for name, answers in SERVERS.items()
-    }
-    bound = {name: server.listen(Endpoint("127.0.0.1", 0))[1] for name, server in servers.items()}
-
-    async def serve() -> None:
-        await asyncio.gather(*(server.run() for server in servers.values()))
-
-    task = loop.create_task(serve())
-    thread = threading.Thread(target=_run_until_cancelled, args=(loop, task))
-    thread.start()
-    yield bound
-    loop.call_soon_threadsafe(task.cancel)
-    thread.join(10)
-    loop.close()
-
-
-def _run_until_cancelled(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
-        loop.run_until_complete(task)
+    everybody = (IPv4Network("127.0.0.0/8"),)
+    servers = {name: Server(ALLOWED.get(name, everybody), answers) for name, answers in SERVERS.items()}
+    with serving(servers) as bound:
+        yield bound
 
 
 @pytest.mark.parametrize("row", MATRIX.values(), ids=MATRIX.keys())
