@@ -362,6 +362,7 @@ class Relay:
             "connections": self._connections,
             "sessions": self._sessions_shown,
             "srv": lambda: self.puller.status() | self._notified_status(),
+            "conflicts": self._conflicts,
             "forwarder": lambda: {"udp": self.forwarder.status(), "tcp": self.splicer.status()},
         }
 
@@ -381,6 +382,14 @@ class Relay:
             }
             for key, peer in self._sessions.peers.items()
             if key in self._peers
+        ]
+
+    def _conflicts(self) -> list[dict[str, object]]:
+        """Return what agents said of their pools, for `ztna leases conflicts`."""
+        return [
+            {"agent": peer.identity.name, "cidr": each.cidr, "with": each.with_, "detail": each.detail}
+            for peer in self._sessions.peers.values()
+            for each in peer.conflicts.values()
         ]
 
     def _sessions_shown(self) -> list[dict[str, object]]:

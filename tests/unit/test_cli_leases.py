@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from click.testing import CliRunner, Result
 import ztna.cli.leases
 from tests.support.consul import ConsulUnderTest, free_ports
 from ztna.cli.leases import leases
+from ztna.conflicts import Report, conflict_key
 from ztna.jsontypes import to_json
 from ztna.leases import Holding, Lease, Port, Wish, WishAnswer, address_key, service_key, wish_key
 from ztna.names import ServiceName
@@ -172,3 +175,55 @@ def test_watch_as_json_and_without_consul(consul: ConsulUnderTest) -> None:
     (nobody,) = free_ports(1)
     away = subprocess.run([*argv, f"http://127.0.0.1:{nobody}"], capture_output=True, text=True, timeout=60)
     assert (away.returncode, away.stderr.startswith("Error: ")) == (1, True)
+
+
+class Status(BaseHTTPRequestHandler):
+    """A relay's admin page."""
+
+    def do_GET(self) -> None:
+        told = [
+            {
+                "agent": "spiffe://example.org/laptop-1",
+                "cidr": "10.100.0.0/16",
+                "with": "route 10.0.0.0/8 (vpn0)",
+            },
+            {
+                "agent": "laptop-2",
+                "cidr": "10.100.0.0/16",
+                "with": "route 10.100.3.0/24 (eth0)",
+                "detail": "x",
+            },
+        ]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"conflicts": told, "connections": []}).encode())
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_conflicts_are_merged_from_consul_and_relays(consul: ConsulUnderTest) -> None:
+    assert call("conflicts", "--consul", consul.address).output == "no agent reports a conflict\n"
+    mine = Report("10.100.0.0/16", "route 10.0.0.0/8 (vpn0)", "leases there: web", 5.0)
+    put(consul, conflict_key("laptop-1"), mine)
+    consul.request("PUT", "/v1/kv/ztna/conflict/odd", b"{}")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Status) as relay:
+        threading.Thread(target=relay.serve_forever).start()
+        at = f"127.0.0.1:{relay.server_port}"
+        asked = ("conflicts", "--consul", consul.address, "--relay", at)
+        try:
+            found = json.loads(call(*asked, "--json").output)
+            shown = call(*asked)
+        finally:
+            relay.shutdown()
+            consul.request("DELETE", "/v1/kv/ztna/conflict/?recurse=1")
+    assert [(each["agent"], each["by"]) for each in found] == [
+        ("laptop-1", ["consul", at]),
+        ("laptop-2", [at]),
+        ("odd", ["consul"]),
+    ]
+    assert found[0]["detail"] == "leases there: web"
+    assert (shown.exit_code, "vpn0" in shown.output, "unreadable" in shown.output) == (0, True, True)
+    (nobody,) = free_ports(1)
+    away = call("conflicts", "--consul", consul.address, "--relay", f"127.0.0.1:{nobody}")
+    assert (away.exit_code, away.output.startswith("Error: relay at")) == (1, True)

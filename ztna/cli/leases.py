@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from ztna import config as configuration
+from ztna.cli import conflicts
 from ztna.config import ConsulConfig
 from ztna.consul.client import ConsulClient
 from ztna.consul.watch import KvWatch
@@ -112,6 +113,31 @@ def audit_(file: Path | None, address: str | None, as_json: bool) -> None:
         click.echo(f"{len(table.leases)} leases, {len(table.holdings)} addresses: {verdict}")
     if broken:
         raise SystemExit(1)
+
+
+@leases.command("conflicts")
+@click.option(
+    "--relay", "relays", multiple=True, metavar="HOST:PORT", help="A relay's admin address, to ask it too."
+)
+@_asking_consul
+def conflicts_(file: Path | None, address: str | None, as_json: bool, relays: tuple[str, ...]) -> None:
+    """Show which agents' hosts already use a network that virtual addresses are leased from."""
+    told = _with_consul(file, address, conflicts.from_consul)
+    try:
+        for relay in relays:
+            told += conflicts.from_relay(relay)
+    except ZtnaError as error:
+        raise click.ClickException(str(error)) from None
+    found = conflicts.merged(told)
+    if as_json:
+        click.echo(to_json(found).decode())
+    elif not found:
+        click.echo("no agent reports a conflict")
+    else:
+        grid = Grid("agent", "pool", "collides with", "detail", "told by")
+        for each in found:
+            grid.add_row(each.agent, each.cidr, each.with_, each.detail, ", ".join(each.by))
+        Console().print(grid)
 
 
 @leases.command()
