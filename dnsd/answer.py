@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 import msgspec
 
-from dnsd.cookies import cookie, is_valid
+from dnsd.cookies import CLIENT_COOKIE_BYTES, COOKIE_BYTES, cookie, is_valid
 from dnsd.query import (
     AA,
     DO,
@@ -76,6 +76,14 @@ _NAME_IS_THE_QUESTION = b"\xc0\x0c"
 _POINTER_MAX = 0x3FFF
 _TYPE_OPT = int(Type.OPT)
 _HINFO = b"\x07RFC8482\x00"
+_NO_OPTIONS = b"\0\0"
+_OPTION_HEAD_BYTES = 4
+_COOKIE_ENDS = tuple(
+    (struct.pack("!HHH", _OPTION_HEAD_BYTES + size, OPTION_COOKIE, size), size)
+    for size in (CLIENT_COOKIE_BYTES, COOKIE_BYTES)
+)
+"""Length of the OPT record's data and head of its one option, and how many bytes follow to the end."""
+_COOKIE_FITS_BYTES = UDP_PAYLOAD_BYTES_MIN - 2 - _OPTION_HEAD_BYTES - COOKIE_BYTES
 _OUTSIDE = Found(Outcome.OUTSIDE)
 _ABOUT_VERSION = (("version", "bind"), ("version", "server"))
 _ABOUT_NAME = (("hostname", "bind"), ("id", "server"))
@@ -144,16 +152,34 @@ class Answers:
             rest = self.ready.get(data[2:])
             if rest is not None:
                 return data[:2] + rest
+            if (known := self._known_but_for_the_cookie(data, source)) is not None:
+                return known
         query = self._read(data)
         if query is None or isinstance(query, bytes):
             return query
         query.reply_options = self._reply_options(query, over_tcp, source)
         limit = (TCP_PAYLOAD_BYTES if over_tcp else udp_limit(query)) - reserve
         answer, is_lasting = self._reply(query, limit)
-        is_plain = not over_tcp and not reserve and not query.has_options
+        is_plain = not over_tcp and not reserve
         if is_lasting and is_plain and query.question[:-4].islower():
-            self._keep(query, data[2:], answer[2:])
+            if not query.options_bytes:
+                self._keep(query, data[2:], answer[2:])
+            elif query.reply_options and query.options_bytes == _OPTION_HEAD_BYTES + len(query.cookie):
+                asked = data[2 : -2 - query.options_bytes] + _NO_OPTIONS
+                query.reply_options = b""
+                self._keep(query, asked, self._reply(query, limit)[0][2:])
         return answer
+
+    def _known_but_for_the_cookie(self, data: bytes, source: bytes) -> bytes | None:
+        """Return the ready answer to a query that ends in a cookie, with ours: what BIND and dig send."""
+        asked = _without_cookie(data) if self._options.secret else None
+        rest = self.ready.get(asked) if asked is not None else None
+        # An answer that ends in anything but an empty OPT record, or may get too large, is put together anew.
+        if asked is None or rest is None or rest[-2:] != _NO_OPTIONS or len(rest) > _COOKIE_FITS_BYTES:
+            return None
+        theirs = data[len(asked) + 2 + _OPTION_HEAD_BYTES :]
+        option = _option(OPTION_COOKIE, cookie(self._options.secret, theirs, source, int(self.now)))
+        return b"".join((data[:2], rest[:-2], len(option).to_bytes(2), option))
 
     def take_over(self, previous: Answers) -> None:
         """Go on with the ready answers of the state before, except those about what has changed since.
@@ -214,7 +240,7 @@ class Answers:
 
     def _reply_options(self, query: Query, over_tcp: bool, source: bytes) -> bytes:
         """Return the EDNS options that the query's own ask for."""
-        if not query.has_options:
+        if not query.options_bytes:
             return b""
         options, reply = self._options, b""
         if query.cookie and options.secret:
@@ -283,6 +309,14 @@ class Answers:
             _finish(query, Code.NOERROR, AA, answers=answers, additional=additional, limit=limit, ede=ede),
             True,
         )
+
+
+def _without_cookie(data: bytes) -> bytes | None:
+    """Return what a query without its id is without its cookie, None when it does not end in one alone."""
+    for head, size in _COOKIE_ENDS:
+        if data[-size - len(head) : -size] == head:
+            return data[2 : -size - len(head)] + _NO_OPTIONS
+    return None
 
 
 def prohibited(data: bytes) -> bytes | None:

@@ -14,6 +14,8 @@ import hashlib
 import struct
 
 CLIENT_COOKIE_BYTES = 8
+COOKIE_BYTES = 24
+"""Of the client's cookie and ours."""
 SERVER_COOKIE_BYTES_MIN = 8
 SERVER_COOKIE_BYTES_MAX = 32
 SECRET_BYTES = 32

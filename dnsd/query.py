@@ -51,7 +51,7 @@ class Query(msgspec.Struct):
     udp_payload: int = UDP_PAYLOAD_BYTES_MIN
     version: int = 0
     wants_dnssec: bool = False
-    has_options: bool = False
+    options_bytes: int = 0
     cookie: bytes = b""
     wants_nsid: bool = False
     wants_keepalive: bool = False
@@ -121,7 +121,7 @@ def _read_additional(data: bytes, position: int, query: Query) -> int:
             raise Malformed(Code.FORMERR)
         query.has_edns, query.udp_payload = True, class_
         query.version, query.wants_dnssec = (ttl >> 16) & 0xFF, bool(ttl & DO)
-        query.has_options = length > 0
+        query.options_bytes = length
         _read_options(data, position, end, query)
     return end
 

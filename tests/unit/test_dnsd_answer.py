@@ -227,6 +227,41 @@ def test_a_cookie_is_answered_with_ours_which_is_known_again() -> None:
     assert 10 not in edns_options(plain_options().answer(asked, source=CLIENT))
 
 
+def test_a_cookie_does_not_make_a_known_question_dear() -> None:
+    answers = plain_options(secret=b"s" * 32)
+    plain = with_opt(query("web.ztna.local"))
+    asked = with_opt(query("web.ztna.local", message_id=5), options=COOKIE)
+    slowly = answers.answer(asked, source=CLIENT)
+    assert len(answers.ready) == 1
+    assert answers.answer(asked, source=CLIENT) == slowly
+    ours = edns_options(slowly)[10]
+    whole = with_opt(query("web.ztna.local", message_id=5), options=struct.pack("!HH", 10, len(ours)) + ours)
+    assert answers.answer(whole, source=CLIENT) == slowly
+    assert answers.answer(whole, source=bytes(4)) != slowly
+    answers.zone = None
+    assert answers.answer(asked, source=CLIENT) == slowly
+    assert edns_options(answers.answer(plain)) == {}
+    assert told(ask(answers, plain)) == ["A 10.100.1.2"]
+
+
+def test_a_cookie_stays_within_what_the_asker_takes_and_beside_other_options() -> None:
+    services = catalog(*(instance("web", f"connector-{n}") for n in range(9)))
+    answers = Answers(zone(services, {}), options=Options(secret=b"s" * 32))
+    asked = with_opt(query("web.ztna.local", "SRV"), size=512, options=COOKIE)
+    for _ in range(2):
+        answer = answers.answer(asked, source=CLIENT)
+        assert answer is not None
+        assert len(answer) <= 512
+        assert list(edns_options(answer)) == [10]
+    stale = Answers(zone(SERVICES, LEASES), is_stale=True, options=Options(secret=b"s" * 32))
+    for _ in range(2):
+        assert set(edns_options(stale.answer(with_opt(query("web.ztna.local"), options=COOKIE)))) == {10, 15}
+    both = with_opt(query("web.ztna.local"), options=b"\0\x03\0\0" + COOKIE)
+    without = len(stale.ready)
+    stale.answer(both)
+    assert len(stale.ready) == without
+
+
 def test_nsid_and_keepalive_are_told_to_who_asks() -> None:
     asked = with_opt(query("web.ztna.local"), options=b"\0\x03\0\0\0\x0b\0\0")
     answers = plain_options(nsid=b"dns-1")
