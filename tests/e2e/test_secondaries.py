@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import secrets
 import shutil
 import time
@@ -22,7 +23,8 @@ DNS_PORT, KNOT_PORT, NSD_PORT, NOTIFY_PORT = 5533, 5301, 5302, 5534
 SECONDARIES = {"knot": KNOT_PORT, "nsd": NSD_PORT}
 LEASE_SECONDS = 2.0
 """From the name at dnsd to the name at the secondary."""
-ZONES = ("ztna.local", "100.127.in-addr.arpa")
+REVERSE_ZONE = "100.127.in-addr.arpa"
+PAGE = Path(__file__).resolve().parents[2] / "docs/secondaries.md"
 
 
 def need(program: str) -> str:
@@ -33,47 +35,29 @@ def need(program: str) -> str:
     return path
 
 
+def page(language: str, folder: Path, secret: str) -> str:
+    """Return the page's configuration of a server, with this lab's addresses, folder and key."""
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    ours = {
+        "SECRET": secret,
+        "/var/lib/knot": str(folder),
+        "192.0.2.53@53": f"127.0.0.1@{KNOT_PORT}",
+        "192.0.2.10": "127.0.0.1",
+        "100.10.in-addr.arpa": REVERSE_ZONE,
+    }
+    for theirs, here in ours.items():
+        text = text.replace(theirs, here)
+    return text
+
+
 def knot_conf(folder: Path, secret: str) -> str:
-    zones = "".join(f"  - domain: {zone}\n    master: dnsd\n    acl: dnsd\n" for zone in ZONES)
-    return f"""\
-server:
-    rundir: {folder}
-    listen: 127.0.0.1@{KNOT_PORT}
-log:
-  - target: stderr
-    any: info
-database:
-    storage: {folder}
-key:
-  - id: {KEY}
-    algorithm: hmac-sha256
-    secret: {secret}
-remote:
-  - id: dnsd
-    address: 127.0.0.1@{DNS_PORT}
-    key: {KEY}
-acl:
-  - id: dnsd
-    key: {KEY}
-    action: notify
-template:
-  - id: default
-    storage: {folder}
-zone:
-{zones}"""
+    log = "log:\n  - target: stderr\n    any: info\n"
+    return log + page("knot", folder, secret).replace("server:\n", f"server:\n    rundir: {folder}\n")
 
 
 def nsd_conf(folder: Path, secret: str) -> str:
-    zones = "".join(
-        f"""zone:
-    name: {zone}
-    zonefile: {zone}.zone
-    request-xfr: 127.0.0.1@{DNS_PORT} {KEY}
-    allow-notify: 127.0.0.1 {KEY}
-"""
-        for zone in ZONES
-    )
-    return f"""\
+    """NSD's own settings are of this lab; what concerns dnsd is the page's."""
+    own = f"""\
 server:
     ip-address: 127.0.0.1@{NSD_PORT}
     server-count: 1
@@ -87,11 +71,8 @@ server:
     verbosity: 2
 remote-control:
     control-enable: no
-key:
-    name: {KEY}
-    algorithm: hmac-sha256
-    secret: "{secret}"
-{zones}"""
+"""
+    return own + page("nsd", folder, secret)
 
 
 class Served:
