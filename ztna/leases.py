@@ -106,12 +106,16 @@ class Stored(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """Every lease, holding and wish. `unreadable` says by key what is wrong with a record nobody may touch."""
+    """Every lease, holding and wish. `unreadable` says by key what is wrong with a record nobody may touch.
+
+    `subjects` has by key whose record it is: reading keys costs more than the rest of a table that stays.
+    """
 
     leases: Mapping[ServiceName, Stored[Lease]] = {}
     holdings: Mapping[IPv4Address, Stored[Holding]] = {}
     wishes: Mapping[ServiceName, Stored[Wish]] = {}
     unreadable: Mapping[str, str] = {}
+    subjects: Mapping[str, ServiceName | IPv4Address] = {}
 
 
 def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Table:
@@ -121,20 +125,31 @@ def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Ta
     holdings: dict[IPv4Address, Stored[Holding]] = {}
     wishes: dict[ServiceName, Stored[Wish]] = {}
     unreadable: dict[str, str] = {}
+    subjects: dict[str, ServiceName | IPv4Address] = {}
     for key, pair in pairs.items():
         try:
-            if key.startswith(SERVICE_PREFIX):
-                service = ServiceName(key[len(SERVICE_PREFIX) :])
-                leases[service] = _stored(pair, before.leases.get(service), _LEASE)
-            elif key.startswith(ADDRESS_PREFIX):
-                address = IPv4Address(key[len(ADDRESS_PREFIX) :])
-                holdings[address] = _stored(pair, before.holdings.get(address), _HOLDING)
-            elif key.startswith(WISH_PREFIX):
-                service = ServiceName(key[len(WISH_PREFIX) :])
-                wishes[service] = _stored(pair, before.wishes.get(service), _WISH)
+            subject = before.subjects.get(key) or _subject(key)
+            if subject is None:
+                continue
+            subjects[key] = subject
+            if isinstance(subject, IPv4Address):
+                holdings[subject] = _stored(pair, before.holdings.get(subject), _HOLDING)
+            elif key.startswith(SERVICE_PREFIX):
+                leases[subject] = _stored(pair, before.leases.get(subject), _LEASE)
+            else:
+                wishes[subject] = _stored(pair, before.wishes.get(subject), _WISH)
         except (BadName, AddressValueError, ProtocolError) as error:
             unreadable[key] = str(error)
-    return Table(leases=leases, holdings=holdings, wishes=wishes, unreadable=unreadable)
+    return Table(leases=leases, holdings=holdings, wishes=wishes, unreadable=unreadable, subjects=subjects)
+
+
+def _subject(key: str) -> ServiceName | IPv4Address | None:
+    """Return whose record a key holds, None when it is no record. Raises BadName or AddressValueError."""
+    if key.startswith(SERVICE_PREFIX):
+        return ServiceName(key[len(SERVICE_PREFIX) :])
+    if key.startswith(ADDRESS_PREFIX):
+        return IPv4Address(key[len(ADDRESS_PREFIX) :])
+    return ServiceName(key[len(WISH_PREFIX) :]) if key.startswith(WISH_PREFIX) else None
 
 
 def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decoder[T]) -> Stored[T]:
