@@ -18,14 +18,20 @@ from typing import Any
 import pytest
 
 import dnsd.daemon
+from dnsd.answer import Answers
 from dnsd.daemon import run
+from dnsd.server import Server
+from dnsd.zone import Settings as ZoneSettings
 from tests.support.consul import ConsulUnderTest, free_ports
+from tests.support.dns import POOL, lease, zone
+from tests.support.dns_serving import serving
 from ztna import config as configuration
 from ztna.catalog import Registration
 from ztna.config import Config, ConsulConfig, DnsdConfig, Endpoint, PoolConfig
 from ztna.consul.client import ConsulClient
 from ztna.dns import Code, Type, decode, encode_query
 from ztna.errors import ConfigError, ResolverUnavailable, ZtnaError
+from ztna.names import Zone
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon
 
@@ -279,6 +285,18 @@ async def test_what_an_operator_chooses_is_told(consul: ConsulUnderTest) -> None
         answer = await here.ask("web.ztna.local", Type.AAAA)
         assert str(answer.answers[0].data).startswith("fd12:3456:789a::7f64:")  # type: ignore[attr-defined]
         assert "192.0.2.0/24" in here.daemon.readiness.report()["warnings"]["allow"]
+
+
+async def test_names_outside_are_asked_of_upstreams_even_without_consul() -> None:
+    (nobody,) = free_ports(1)
+    example = zone({}, {"www": lease("203.0.113.1")}, ZoneSettings(Zone("example.com"), POOL, 5, 10))
+    with serving({"upstream": Server((IPv4Network("127.0.0.0/8"),), Answers(example))}) as ports:
+        upstreams = (Endpoint("127.0.0.1", ports["upstream"]),)
+        away = ConsulConfig(address=f"http://127.0.0.1:{nobody}", timeout_s=0.5)
+        async with running(away, upstreams=upstreams) as here:
+            answer = await here.ask("www.example.com", Type.A)
+            assert str(answer.answers[0].data) == "203.0.113.1"  # type: ignore[attr-defined]
+            assert (await here.ask("web.ztna.local", Type.A)).code == Code.SERVFAIL  # type: ignore[attr-defined]
 
 
 def test_an_unspecified_or_foreign_address_names_no_nameserver() -> None:
