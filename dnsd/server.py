@@ -26,6 +26,8 @@ from ztna.udp import BATCH_PACKETS, RawAddress, RawSocket, SockAddr
 
 BATCHES_PER_WAKEUP = 8
 TCP_CONNECTIONS_MAX = 256
+TCP_STRANGERS_MAX = 128
+"""Connections beyond which only those on the allow list get one; whether others hold a key shows later."""
 TCP_BACKLOG = 128
 TCP_CONNECTIONS_PER_CLIENT_MAX = 64
 TCP_MESSAGE_SECONDS = 5.0
@@ -212,10 +214,11 @@ class Server:
     # TCP
 
     def _admits(self, sock: socket.socket, host: str) -> bool:
-        if not self._second_look.keys and not self._allows(socket.inet_aton(host)):
+        is_allowed = self._allows(socket.inet_aton(host))
+        if not is_allowed and not self._second_look.keys:
             self._refusals.inc()
         elif (
-            len(self._connections) >= TCP_CONNECTIONS_MAX
+            len(self._connections) >= (TCP_CONNECTIONS_MAX if is_allowed else TCP_STRANGERS_MAX)
             or self._clients[host] >= TCP_CONNECTIONS_PER_CLIENT_MAX
         ):
             self._too_many.inc()
@@ -290,6 +293,8 @@ async def _send(sock: socket.socket, written: bytearray) -> None:
     async with asyncio.timeout(TCP_SEND_SECONDS):
         await asyncio.get_running_loop().sock_sendall(sock, bytes(written))
     written.clear()
+    # A write that need not wait does not let others go on, and a transfer is many of them.
+    await asyncio.sleep(0)
 
 
 def _take_queries(received: bytearray) -> list[bytes]:

@@ -18,6 +18,9 @@ from ztna.reasons import Reason
 from ztna.telemetry import REFUSALS, TRANSFERS, logger
 from ztna.tsig import Exchange, Key
 
+WARN_SECONDS = 1.0
+"""Refusals are counted all, and logged at most once in this time."""
+
 _log = logger(__name__)
 
 
@@ -35,6 +38,7 @@ class SecondLook:
         self._allow = tuple(allow)
         self._publication = publication or Publication()
         self._bad_signature = REFUSALS.labels("dnsd.tsig", Reason.UNTRUSTED.value)
+        self._warned_at = -WARN_SECONDS
         self._no_transfer = TRANSFERS.labels("refused")
 
     def wants(self, data: bytes) -> bool:
@@ -63,7 +67,7 @@ class SecondLook:
             return
         if received.refusal:
             self._bad_signature.inc()
-            _log.warning("signature_refused", peer=IPv4Address(packed), error=received.error.name)
+            self._warn("signature_refused", peer=IPv4Address(packed), error=received.error.name)
             yield received.refusal
             return
         exchange = received.exchange
@@ -74,6 +78,13 @@ class SecondLook:
             answers = _one(plainly(received.body, reserve, exchange is not None))
         for answer in answers:
             yield exchange.sign(answer, time.time()) if exchange else answer
+
+    def _warn(self, event: str, **fields: object) -> None:
+        """Log one of many: whoever sends these chooses how many there are."""
+        now = time.monotonic()
+        if now - self._warned_at >= WARN_SECONDS:
+            self._warned_at = now
+            _log.warning(event, **fields)
 
     def _transfer(
         self, request: Request, packed: bytes, exchange: Exchange | None, *, over_tcp: bool
@@ -86,7 +97,7 @@ class SecondLook:
             found = self._publication.answer(request, over_tcp=over_tcp)
         if isinstance(found, Code):
             self._no_transfer.inc()
-            _log.warning("transfer_refused", peer=address, zone=".".join(request.apex), error=found.name)
+            self._warn("transfer_refused", peer=address, zone=".".join(request.apex), error=found.name)
             yield transfer.refuse(request, found)
             return
         if over_tcp:

@@ -181,7 +181,8 @@ def refuse(request: Request, code: Code) -> bytes:
 
 def differences(before: ZoneData, after: ZoneData) -> Mapping[Labels, Delta]:
     """Return what changed, by apex; looks only at names whose service or lease is another."""
-    removed, added = _by_apex(before, before, after), _by_apex(after, before, after)
+    names = _changed(before.services, after.services) | _changed(before.leases, after.leases)
+    removed, added = _by_apex(before, names, before, after), _by_apex(after, names, before, after)
     return {
         apex: Delta(lost, gained)
         for apex in after.apexes
@@ -189,8 +190,10 @@ def differences(before: ZoneData, after: ZoneData) -> Mapping[Labels, Delta]:
     }
 
 
-def _by_apex(zone: ZoneData, before: ZoneData, after: ZoneData) -> Mapping[Labels, frozenset[bytes]]:
-    names = _changed(before.services, after.services) | _changed(before.leases, after.leases)
+def _by_apex(
+    zone: ZoneData, names: set[str], before: ZoneData, after: ZoneData
+) -> Mapping[Labels, frozenset[bytes]]:
+    """Return what one of two states has for the changed names and all that belongs to them."""
     found: dict[Labels, set[bytes]] = {apex: set() for apex in zone.apexes}
     touched = {
         connector

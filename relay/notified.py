@@ -23,6 +23,9 @@ from ztna.udp import SockAddr, UdpSocket
 NOTIFY_SECONDS_MIN = 0.2
 """What comes within this time of a pull makes one more pull, when it is over."""
 
+WARN_SECONDS = 1.0
+"""Refusals are counted all, and logged at most once in this time."""
+
 _WHERE = "relay.notify"
 _log = logger(__name__)
 
@@ -43,6 +46,7 @@ class Notified:
         self._keys = {key.name: key} if key else {}
         self._timer: asyncio.TimerHandle | None = None
         self._again = False
+        self._warned_at = -WARN_SECONDS
         self._socket = UdpSocket.open((listen.host, listen.port), self._received)
         self.heard = 0
         """NOTIFY messages acted on."""
@@ -84,7 +88,10 @@ class Notified:
 
     def _refuse(self, source: SockAddr, why: str) -> None:
         refused(_WHERE, Reason.UNTRUSTED)
-        _log.warning("notify_refused", peer="{}:{}".format(*source), error=why)
+        now = time.monotonic()
+        if now - self._warned_at >= WARN_SECONDS:
+            self._warned_at = now
+            _log.warning("notify_refused", peer="{}:{}".format(*source), error=why)
 
     def _pull_soon(self) -> None:
         if self._timer is not None:
