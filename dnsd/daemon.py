@@ -170,7 +170,9 @@ class _Dnsd:
         snapshot = self._shelf.read(time.time())
         if snapshot is None:
             return
-        self._zone = ZoneData(self._zone.settings, snapshot.services, snapshot.leases, snapshot.serial)
+        # Not below what secondaries may have seen since the file was written: serials follow the time.
+        serial = max(snapshot.serial, self._zone.serial)
+        self._zone = ZoneData(self._zone.settings, snapshot.services, snapshot.leases, serial)
         self._shelved_at = snapshot.confirmed_at
         _log.info("names_from_disk", services=len(snapshot.services), confirmed_at=int(snapshot.confirmed_at))
         self._renew_answers()

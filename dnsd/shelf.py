@@ -61,11 +61,16 @@ class Shelf:
         )
 
     async def keep(self, zone: ZoneData, confirmed_at: float) -> None:
-        """Bring the file up to date: a changed zone is written anew, a confirmed one is only dated."""
-        if self._path is None or (zone is self._zone and confirmed_at == self._confirmed_at):
+        """Bring the file up to date: changed names are written anew, confirmed ones only dated."""
+        if self._path is None:
+            return
+        before = self._zone
+        # A zone with another serial only is the same names.
+        is_same = before is not None and (before.services, before.leases) == (zone.services, zone.leases)
+        if is_same and confirmed_at == self._confirmed_at:
             return
         try:
-            if zone is self._zone:
+            if is_same:
                 _date(self._path, confirmed_at)
             else:
                 # In a thread: a large zone takes the disk a while.

@@ -203,7 +203,7 @@ async def test_names_outlive_a_restart_without_consul(
         answer = await here.ask("web.ztna.local", Type.A)
         assert (answer.stale, answer.answers[0].ttl_s) == (True, 5)  # type: ignore[attr-defined]
         assert here.daemon.readiness.ready
-        assert here.daemon.status_sources["dns"]()["serial"] == serial  # type: ignore[index]
+        assert here.daemon.status_sources["dns"]()["serial"] >= serial  # type: ignore[index]
         await until("told", lambda: "names" in here.daemon.readiness.report()["warnings"])
         await until("why", lambda: "consul" in here.daemon.readiness.report()["warnings"])
         await asyncio.to_thread(consul.start)
