@@ -133,6 +133,20 @@ async def test_a_pool_shrinks_and_grows_while_the_keeper_works(own_consul: Consu
         await until("nothing is outside any more", lambda: one.problems == ())
 
 
+async def test_a_registry_that_is_suddenly_empty_empties_no_table(own_consul: ConsulUnderTest) -> None:
+    config = own_consul.config()
+    async with ConsulClient(config) as client, dnsd(config, grace_s=3.0) as one:
+        await register(client, "web", "db")
+        await until("leased", lambda: leased(client, "web", "db"))
+        before = (await table(client)).leases
+        for name in ("web", "db"):
+            await client.deregister_service(f"{name}@c1")
+        await until("it is told", lambda: any(each.kind == "catalog_empty" for each in one.problems))
+        await register(client, "web", "db")
+        await until("all is well", lambda: one.problems == ())
+        assert (await table(client)).leases == before
+
+
 @pytest.fixture
 def operator(acl_consul: ConsulUnderTest) -> Iterator[str]:
     """A token with the operator's documented policy."""
