@@ -36,7 +36,7 @@ TCP_QUERIES_AT_ONCE = 64
 """After so many answers of one connection the others have their turn, and it must take what it asked for."""
 TCP_SEND_SECONDS = 10.0
 TCP_READ_BYTES = 65_536
-TCP_SEND_BYTES = 65_536
+TCP_SEND_BYTES = 16_384
 """Answers are written when there are so many bytes of them, or no more queries."""
 ACCEPT_RETRY_SECONDS = 0.1
 SOURCES_REMEMBERED_MAX = 65_536

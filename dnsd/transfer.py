@@ -36,8 +36,8 @@ FRESH_SECONDS = 60.0
 CHANGES_KEPT_MAX = 256
 RECORDS_KEPT_MAX = 200_000
 """Records in the changes that are kept; who is further behind gets the whole zone."""
-MESSAGE_RECORDS_BYTES = 32_768
-"""Records in one message of a transfer, in bytes; a single larger one goes alone."""
+MESSAGE_RECORDS_BYTES = 8_192
+"""Records in one message of a transfer, in bytes; others are answered between two of them."""
 
 _HEADER = struct.Struct("!HHHHHH")
 _QR, _AA, _RD = 0x8000, 0x0400, 0x0100
