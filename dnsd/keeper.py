@@ -6,144 +6,55 @@ being elected, are dnsd.daemon's and dnsd.election's.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from hashlib import sha256
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
-from typing import Literal
+from collections.abc import Sequence
+from ipaddress import IPv4Address
 
 import msgspec
 
+from dnsd.book import Book, agree
+from dnsd.plans import CatalogRead as CatalogRead
+from dnsd.plans import Kind, Plan, Problem, Rules, View
+from dnsd.plans import transactions as transactions
+from dnsd.pool import Pool as Pool
 from dnsd.services import Service
-from ztna.catalog import TXN_OPERATIONS_MAX, KvCheckIndex, KvCheckSession, KvDeleteCas, KvSet, TxnOp
+from dnsd.wishes import (
+    ANSWER_KEPT_SECONDS,
+    Facts,
+    Forget,
+    Judgement,
+    Leave,
+    Move,
+    Refuse,
+    SetPin,
+    judge,
+)
+from ztna.catalog import KvCheckIndex, KvDeleteCas, KvSet, TxnOp
 from ztna.jsontypes import to_json
 from ztna.leases import (
-    ADDRESS_PREFIX,
-    KEEPER_KEY,
     SERVICE_PREFIX,
     Holding,
     Lease,
     Port,
     Stored,
-    Table,
+    Wish,
+    WishAnswer,
     address_key,
     service_key,
+    wish_key,
 )
 from ztna.names import ServiceName
 
 CATALOG_READ_SECONDS_MAX = 5.0
 """How old a consistent read of the catalog may be for a lease to be released on its word."""
 
+EMPTY_CATALOG_SECONDS = 86_400.0
+EMPTY_CATALOG_LEASES_MIN = 2
+"""A catalog without any service at all, while so many have leases, is a registry that lost its mind, not
+news: the table is kept as it is for so long."""
+FREED_AT_ONCE_MAX = 32
+"""Addresses whose rest one wish can end: they share a transaction with its answer."""
+
 UNREADABLE = "its lease in KV cannot be read; `ztna leases audit` says why"
-
-Kind = Literal["granted", "returned", "moved", "released", "repaired", "ports_changed"]
-
-
-class Pool:
-    """The addresses that may be leased: the network without its ends and without what is reserved."""
-
-    def __init__(self, cidr: IPv4Network, reserved: Iterable[IPv4Network] = ()) -> None:
-        self.cidr = cidr
-        ends = 1 if cidr.num_addresses > 2 else 0
-        self._first = int(cidr.network_address) + ends
-        self._last = int(cidr.broadcast_address) - ends
-        self._blocks = self._merged(reserved)
-        self._starts = [first for first, _ in self._blocks]
-        self.size = self._last - self._first + 1 - sum(last - first + 1 for first, last in self._blocks)
-
-    def __contains__(self, address: IPv4Address) -> bool:
-        number = int(address)
-        return self._first <= number <= self._last and self._block(number) is None
-
-    def probe(self, name: str) -> Iterator[IPv4Address]:
-        """Yield every address once, beginning where the name hashes to: a lost table grows back the same."""
-        span = self._last - self._first + 1
-        start = self._first + int.from_bytes(sha256(name.encode()).digest()[:8]) % span
-        for first, last in ((start, self._last), (self._first, start - 1)):
-            number = first
-            while number <= last:
-                block = self._block(number)
-                if block is None:
-                    yield IPv4Address(number)
-                    number += 1
-                else:
-                    number = block[1] + 1
-
-    def _block(self, number: int) -> tuple[int, int] | None:
-        place = bisect_right(self._starts, number) - 1
-        return self._blocks[place] if place >= 0 and number <= self._blocks[place][1] else None
-
-    def _merged(self, reserved: Iterable[IPv4Network]) -> list[tuple[int, int]]:
-        """Return the reserved ranges inside the pool, in order, none touching another."""
-        blocks: list[tuple[int, int]] = []
-        for network in sorted(reserved):
-            first = max(int(network.network_address), self._first)
-            last = min(int(network.broadcast_address), self._last)
-            if first > last:
-                continue
-            if blocks and first <= blocks[-1][1] + 1:
-                blocks[-1] = (blocks[-1][0], max(last, blocks[-1][1]))
-            else:
-                blocks.append((first, last))
-        return blocks
-
-
-class Rules(msgspec.Struct, frozen=True):
-    """For how long a service may be gone before its lease is released, and what then rests how long."""
-
-    pool: Pool
-    grace_s: float
-    quarantine_s: float
-
-
-class CatalogRead(msgspec.Struct, frozen=True):
-    """A consistent read: the names in the catalog and the Unix time before it was asked for."""
-
-    names: frozenset[str]
-    at: float
-
-
-class View(msgspec.Struct, frozen=True, kw_only=True):
-    """What the keeper knows when it plans. `gone_since`: by service with a lease but not in the catalog."""
-
-    services: Mapping[str, Service]
-    table: Table
-    gone_since: Mapping[str, float] = {}
-    catalog_read: CatalogRead | None = None
-
-
-class Change(msgspec.Struct, frozen=True):
-    """One service's step, whole or not at all; `operations` guard each key by its index."""
-
-    kind: Kind
-    service: str
-    address: IPv4Address
-    operations: tuple[TxnOp, ...]
-
-
-ProblemKind = Literal["pool_exhausted", "lease_unreadable", "service_not_served"]
-
-
-class Problem(msgspec.Struct, frozen=True, order=True):
-    """A service that has no lease, or is not served, and what to do about it."""
-
-    service: str
-    kind: ProblemKind
-    what: str
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The changes, what stands in the way of others, and what to remember for the next plan.
-
-    `wants_catalog_read`: releases are due and need a CatalogRead. `due_at` is when time alone may change the plan.
-    """
-
-    changes: tuple[Change, ...]
-    problems: tuple[Problem, ...]
-    gone_since: Mapping[str, float]
-    wants_catalog_read: bool
-    due_at: float | None
 
 
 def plan(view: View, rules: Rules, now: float) -> Plan:
@@ -155,61 +66,165 @@ def plan(view: View, rules: Rules, now: float) -> Plan:
     return _Planner(view, rules, now).plan()
 
 
-def transactions(changes: Sequence[Change], session: str) -> tuple[tuple[TxnOp, ...], ...]:
-    """Pack changes into transactions; each fails as a whole once `session` has lost the keeper's lock."""
-    guard = KvCheckSession(KEEPER_KEY, session)
-    packed: list[tuple[TxnOp, ...]] = []
-    current: list[TxnOp] = [guard]
-    for change in changes:
-        if len(current) + len(change.operations) > TXN_OPERATIONS_MAX:
-            packed.append(tuple(current))
-            current = [guard]
-        current += change.operations
-    if len(current) > 1:
-        packed.append(tuple(current))
-    return tuple(packed)
-
-
-class _Planner:
-    """One planning: the table as it will be, and the changes that lead there."""
+class _Planner(Book):
+    """Decides, service by service; the books are kept by Book."""
 
     def __init__(self, view: View, rules: Rules, now: float) -> None:
-        self._view = view
-        self._rules = rules
-        self._now = now
-        self._leases = view.table.leases
-        self._holdings = view.table.holdings
-        self._owners = _owners(view.table)
-        self._former_homes = _former_homes(view.table, self._owners)
-        self._changes: list[Change] = []
+        super().__init__(view, rules, now)
         self._problems: list[Problem] = []
         self._gone_since: dict[str, float] = {}
         self._wants_catalog_read = False
-        self._due_at: float | None = None
-        # What no other service may take: held now, resting, or taken in this planning.
-        self._taken = {*self._owners, *_unreadable_addresses(view.table)}
+        self._empty_catalog = False
+        self._settled: set[str] = set()
+        """Services whose one change a wish has made; the catalog's is for the next plan."""
 
     def plan(self) -> Plan:
+        for asked_for, stored in sorted(self._view.table.wishes.items()):
+            self._hear(asked_for, stored)
         homeless: list[Service] = []
         for name, service in sorted(self._view.services.items()):
+            if name in self._settled:
+                continue
             if service.problem is not None:
                 self._problems.append(Problem(name, "service_not_served", service.problem))
             elif service_key(ServiceName(name)) in self._view.table.unreadable:
                 self._problems.append(Problem(name, "lease_unreadable", UNREADABLE))
             elif not self._keep(service):
                 homeless.append(service)
+        homeless = [service for service in homeless if not self._take_asked(service)]
         newcomers = [service for service in homeless if not self._take_back(service)]
         for name in sorted(self._leases.keys() - self._view.services.keys()):
-            self._let_go(name)
+            if name not in self._settled:
+                self._let_go(name)
         self._retire_strays()
         self._settle(newcomers)
+        self._report_outsiders()
         return Plan(
             changes=tuple(self._changes),
             problems=tuple(self._problems),
             gone_since=self._gone_since,
             wants_catalog_read=self._wants_catalog_read,
             due_at=self._due_at,
+            epoch_floor=self._highest_epoch,
+            pool=self._pool_use(),
         )
+
+    # Wishes
+
+    def _hear(self, name: ServiceName, stored: Stored[Wish]) -> None:
+        """Carry a wish out, or answer why not; the answer is written by the same transaction."""
+        wish = stored.record
+        if wish.answer is not None:
+            forget_at = wish.answer.at + ANSWER_KEPT_SECONDS
+            if self._now < forget_at:
+                self._look_again_at(forget_at)
+            else:
+                self._add("wish_forgotten", name, None, KvDeleteCas(wish_key(name), stored.index))
+            return
+        lease = self._leases.get(name)
+        holding = self._holdings.get(lease.record.ip) if lease else None
+        broken = service_key(name) in self._view.table.unreadable or (
+            lease is not None and (holding is None or not agree(name, lease.record, holding.record))
+        )
+        if broken:
+            judgement: Judgement = Refuse(
+                f"the records of {name} do not agree or cannot be read; `ztna leases audit` says more, ask again"
+            )
+        else:
+            judgement = judge(name, wish, self._facts(name, lease, holding))
+        self._obey(name, stored, judgement)
+
+    def _facts(
+        self, name: ServiceName, lease: Stored[Lease] | None, holding: Stored[Holding] | None
+    ) -> Facts:
+        return Facts(
+            service=self._view.services.get(name),
+            lease=lease.record if lease else None,
+            holding=holding.record if holding else None,
+            resting=tuple(self._former_homes.get(name, ())),
+            obstacle=lambda address, force: self._obstacle(name, address, force=force),
+        )
+
+    def _obey(self, name: ServiceName, stored: Stored[Wish], judgement: Judgement) -> None:
+        match judgement:
+            case Refuse(what):
+                self._answer(name, stored, what, ok=False)
+            case Leave(what):
+                self._answer(name, stored, what, ok=True)
+            case SetPin(pinned):
+                self._pin(name, stored, pinned)
+            case Move(ip, pinned):
+                self._move(name, stored, ip, pinned)
+            case Forget(addresses):
+                self._forget(name, stored, addresses)
+            case _:  # Release
+                self._release_now(name, stored)
+
+    def _answer(self, name: ServiceName, stored: Stored[Wish], what: str, *, ok: bool) -> None:
+        kind: Kind = "wish_granted" if ok else "wish_refused"
+        self._add(kind, name, None, self._answered(name, stored, what, ok=ok), why=what)
+
+    def _answered(self, name: ServiceName, stored: Stored[Wish], what: str, *, ok: bool = True) -> KvSet:
+        answered = msgspec.structs.replace(stored.record, answer=WishAnswer(ok, what, self._now))
+        return KvSet(wish_key(name), to_json(answered), stored.index)
+
+    def _pin(self, name: ServiceName, stored: Stored[Wish], pinned: bool) -> None:
+        """Change the mark alone: the address does not change hands, so the epoch stays."""
+        lease = self._leases[name]
+        address = lease.record.ip
+        holding = self._holdings[address]
+        marked = msgspec.structs.replace(holding.record, pinned=pinned)
+        what = f"{name} is {'pinned to' if pinned else 'no longer pinned to'} {address}"
+        self._settle_wish(
+            "pinned" if pinned else "unpinned",
+            name,
+            address,
+            KvSet(address_key(address), to_json(marked), holding.index),
+            KvCheckIndex(service_key(name), lease.index),
+            self._answered(name, stored, what),
+        )
+
+    def _move(self, name: ServiceName, stored: Stored[Wish], ip: IPv4Address | None, pinned: bool) -> None:
+        was = self._leases[name].record.ip
+        address = ip or self._unused_address(name) or next(self._rested(), None)
+        if address is None:
+            self._answer(name, stored, f"{name} stays at {was}: {self._exhausted()}", ok=False)
+            return
+        answer = self._answered(name, stored, f"{name} moved from {was} to {address}")
+        service = self._view.services.get(name)
+        ports = service.ports if service and service.problem is None else self._leases[name].record.ports
+        self._settled.add(name)
+        self._look_again_at(self._now)
+        self._relocate(name, ports, address, "wished", answer, pinned=pinned)
+
+    def _forget(self, name: ServiceName, stored: Stored[Wish], addresses: tuple[IPv4Address, ...]) -> None:
+        freed = addresses[:FREED_AT_ONCE_MAX]
+        what = f"{', '.join(map(str, freed))} may be leased to anybody now"
+        self._settle_wish(
+            "freed",
+            name,
+            freed[0],
+            *(KvDeleteCas(address_key(address), self._holdings[address].index) for address in freed),
+            self._answered(name, stored, what),
+        )
+
+    def _release_now(self, name: ServiceName, stored: Stored[Wish]) -> None:
+        lease = self._leases[name]
+        holding = self._holdings[lease.record.ip]
+        self._settled.add(name)
+        if self._surely_gone(name, holding):
+            what = f"{name} no longer has {lease.record.ip}, which rests now"
+            self._release(name, lease, holding, self._answered(name, stored, what))
+        elif not self._wants_catalog_read:
+            self._answer(name, stored, f"{name} has just been registered again", ok=False)
+
+    def _settle_wish(self, kind: Kind, name: str, address: IPv4Address, *operations: TxnOp) -> None:
+        """Add the change that a wish is; what else is due for the service comes with the next plan."""
+        self._settled.add(name)
+        self._look_again_at(self._now)
+        self._add(kind, name, address, *operations, why="wished")
+
+    # Services in the catalog
 
     def _keep(self, service: Service) -> bool:
         """Leave a service where it is, mending its records; False when it has no address of its own."""
@@ -218,8 +233,10 @@ class _Planner:
         if stored is None or self._owners[stored.record.ip] != name:
             return False
         lease, holding = stored.record, self._holdings.get(stored.record.ip)
-        if holding is None or not _agree(name, lease, holding.record):
+        if holding is None or not agree(name, lease, holding.record):
             self._mend(name, service.ports, lease.ip)
+        elif self._goes_where_asked(service, lease, holding.record):
+            pass
         elif lease.ports != service.ports:
             # The address did not change hands, so the epoch stays and no session ends for it.
             renewed = Lease(lease.ip, lease.epoch, service.ports)
@@ -232,16 +249,59 @@ class _Planner:
             )
         return True
 
+    def _goes_where_asked(self, service: Service, lease: Lease, holding: Holding) -> bool:
+        """Move a service to the address its definition asks for, if another has not got it."""
+        address = service.virtual_ip
+        if service.virtual_ip_problem is None and (address is None or address == lease.ip):
+            return False
+        if holding.pinned and address is not None:
+            what = (
+                f"its definition asks for {address}, but it is pinned to {lease.ip}; `ztna leases unpin` it"
+            )
+            self._problems.append(Problem(service.name, "virtual_ip_refused", what))
+            return False
+        granted = self._granted_ask(service)
+        if granted is not None:
+            name = ServiceName(service.name)
+            self._relocate(name, service.ports, granted, "its definition asks for it", pinned=False)
+        return granted is not None
+
+    def _take_asked(self, service: Service) -> bool:
+        """Give a service without an address the one its definition asks for, if another has not got it."""
+        address = self._granted_ask(service)
+        if address is not None:
+            name = ServiceName(service.name)
+            kind: Kind = "moved" if name in self._leases else "granted"
+            self._grant(kind, name, service.ports, address, why=self._lost_to(name))
+        return address is not None
+
+    def _lost_to(self, name: ServiceName) -> str:
+        """Say who has the address that the service's own record claims, "" when it claims none."""
+        claimed = self._leases.get(name)
+        return f"{claimed.record.ip} is held by {self._owners[claimed.record.ip]}" if claimed else ""
+
+    def _granted_ask(self, service: Service) -> IPv4Address | None:
+        """Return the address its definition asks for if it can have it; report why it cannot."""
+        what = service.virtual_ip_problem
+        if service.virtual_ip is not None:
+            obstacle = self._obstacle(service.name, service.virtual_ip)
+            what = f"its definition asks for {service.virtual_ip}, but {obstacle}" if obstacle else None
+        if what is not None:
+            self._problems.append(Problem(service.name, "virtual_ip_refused", what))
+            return None
+        return service.virtual_ip
+
     def _mend(self, name: ServiceName, ports: tuple[Port, ...], address: IPv4Address) -> None:
         if address_key(address) not in self._view.table.unreadable:
-            self._grant("repaired", name, ports, address)
+            self._grant("repaired", name, ports, address, why="its two records did not agree")
 
     def _take_back(self, service: Service) -> bool:
         """Give a service the address it had last, resting or not; False when it has none to return to."""
         name = ServiceName(service.name)
         for address in self._former_homes.get(name, ()):
             if address in self._rules.pool and address not in self._taken:
-                self._grant("moved" if name in self._leases else "returned", name, service.ports, address)
+                kind: Kind = "moved" if name in self._leases else "returned"
+                self._grant(kind, name, service.ports, address, why=self._lost_to(name))
                 return True
         return False
 
@@ -258,10 +318,22 @@ class _Planner:
             self._look_again_at(due_at)
             lease = stored.record
             is_owner = self._owners[lease.ip] == name
-            if is_owner and (holding is None or not _agree(name, lease, holding.record)):
+            if is_owner and (holding is None or not agree(name, lease, holding.record)):
                 self._mend(name, lease.ports, lease.ip)
-        elif self._surely_gone(name, holding):
+        elif self._surely_gone(name, holding) and not self._doubts_the_catalog(since):
             self._release(name, stored, holding)
+
+    def _doubts_the_catalog(self, since: float) -> bool:
+        """Whether to keep all leases although the catalog says that every single service is gone."""
+        read = self._view.catalog_read
+        believe_at = since + EMPTY_CATALOG_SECONDS
+        if read is None or read.names or len(self._leases) < EMPTY_CATALOG_LEASES_MIN:
+            return False
+        if self._now >= believe_at:
+            return False
+        self._look_again_at(believe_at)
+        self._empty_catalog = True
+        return True
 
     def _surely_gone(self, name: ServiceName, holding: Stored[Holding] | None) -> bool:
         read = self._view.catalog_read
@@ -271,145 +343,54 @@ class _Planner:
             return False
         return name not in read.names
 
-    def _release(self, name: ServiceName, stored: Stored[Lease], holding: Stored[Holding] | None) -> None:
-        address = stored.record.ip
-        operations: list[TxnOp] = [KvDeleteCas(service_key(name), stored.index)]
-        if self._owners[address] == name and address_key(address) not in self._view.table.unreadable:
-            operations.append(self._rest(address, holding, name, stored.record.epoch))
-        self._add("released", name, address, *operations)
-
     def _retire_strays(self) -> None:
         """Put to rest addresses whose holding says leased although no lease points at them."""
-        for address, stored in sorted(self._holdings.items()):
+        strays = [
+            address
+            for address, stored in self._holdings.items()
+            if stored.record.state == "leased"
+            and address not in self._taken
+            and SERVICE_PREFIX + stored.record.service not in self._view.table.unreadable
+        ]
+        for address in sorted(strays):
+            stored = self._holdings[address]
             name, epoch = stored.record.service, stored.record.epoch
-            if (
-                stored.record.state == "leased"
-                and address not in self._taken
-                and SERVICE_PREFIX + name not in self._view.table.unreadable
-            ):
-                self._taken.add(address)
-                self._add("released", name, address, self._rest(address, stored, name, epoch))
-
-    def _rest(self, address: IPv4Address, holding: Stored[Holding] | None, name: str, epoch: int) -> KvSet:
-        resting = Holding(
-            service=name,
-            epoch=max(epoch, holding.record.epoch if holding else 0),
-            state="quarantined",
-            leased_at=holding.record.leased_at if holding else 0.0,
-            released_at=self._now,
-        )
-        return KvSet(address_key(address), to_json(resting), holding.index if holding else 0)
+            self._taken[address] = name
+            self._add(
+                "released",
+                name,
+                address,
+                self._rest(address, stored, name, epoch),
+                why="no lease points at it",
+            )
 
     def _settle(self, newcomers: Sequence[Service]) -> None:
         """Give addresses to services that never had one: unused ones first, then the longest rested."""
-        unused = self._rules.pool.size - sum(
-            1 for address in self._taken | self._holdings.keys() if address in self._rules.pool
-        )
         rested = self._rested()
         for service in newcomers:
             name = ServiceName(service.name)
-            if unused > 0:
-                unused -= 1
-                address = next(
-                    address
-                    for address in self._rules.pool.probe(name)
-                    if address not in self._holdings and address not in self._taken
-                )
-            else:
-                free = next(rested, None)
-                if free is None:
-                    self._look_again_when_one_has_rested()
-                    self._problems.append(Problem(name, "pool_exhausted", self._exhausted()))
-                    continue
-                address = free
-            self._grant("moved" if name in self._leases else "granted", name, service.ports, address)
+            address = self._unused_address(name) or next(rested, None)
+            if address is None:
+                self._look_again_when_one_has_rested()
+                self._problems.append(Problem(name, "pool_exhausted", self._exhausted()))
+                continue
+            kind: Kind = "moved" if name in self._leases else "granted"
+            self._grant(kind, name, service.ports, address, why=self._lost_to(name))
 
-    def _look_again_when_one_has_rested(self) -> None:
-        for address, stored in self._holdings.items():
-            if address not in self._taken and address in self._rules.pool:
-                self._look_again_at(_rests_since(stored.record) + self._rules.quarantine_s)
+    # What to tell
 
-    def _look_again_at(self, due_at: float) -> None:
-        self._due_at = due_at if self._due_at is None else min(due_at, self._due_at)
-
-    def _rested(self) -> Iterator[IPv4Address]:
-        """Yield the addresses past their quarantine, the longest rested first."""
-        rested = sorted(
-            (_rests_since(stored.record), address)
-            for address, stored in self._holdings.items()
-            if stored.record.state == "quarantined"
-            and address not in self._taken
-            and address in self._rules.pool
-            and self._now - _rests_since(stored.record) >= self._rules.quarantine_s
-        )
-        return (address for _, address in rested)
-
-    def _exhausted(self) -> str:
-        resting = sum(1 for stored in self._holdings.values() if stored.record.state == "quarantined")
-        return (
-            f"no virtual address left for it: pool {self._rules.pool.cidr} has {self._rules.pool.size}, "
-            f"{len(self._owners)} leased, {resting} in quarantine; enlarge dnsd.pool or remove services"
-        )
-
-    def _grant(self, kind: Kind, name: ServiceName, ports: tuple[Port, ...], address: IPv4Address) -> None:
-        """Write both records anew, under an epoch above all that either has known."""
-        lease, holding = self._leases.get(name), self._holdings.get(address)
-        epoch = max(
-            lease.record.epoch + 1 if lease else 0,
-            holding.record.epoch + 1 if holding else 0,
-            int(self._now * 1000),
-        )
-        self._taken.add(address)
-        pinned = holding is not None and holding.record.service == name and holding.record.pinned
-        held = Holding(service=name, epoch=epoch, state="leased", pinned=pinned, leased_at=self._now)
-        self._add(
-            kind,
-            name,
-            address,
-            KvSet(service_key(name), to_json(Lease(address, epoch, ports)), lease.index if lease else 0),
-            KvSet(address_key(address), to_json(held), holding.index if holding else 0),
-        )
-
-    def _add(self, kind: Kind, service: str, address: IPv4Address, *operations: TxnOp) -> None:
-        self._changes.append(Change(kind, service, address, operations))
-
-
-def _owners(table: Table) -> dict[IPv4Address, ServiceName]:
-    """Return who owns each leased address. Of several leases on one, the holding decides, then the older."""
-    claims: dict[IPv4Address, list[tuple[int, ServiceName]]] = {}
-    for service, stored in table.leases.items():
-        claims.setdefault(stored.record.ip, []).append((stored.record.epoch, service))
-    owners: dict[IPv4Address, ServiceName] = {}
-    for address, claimants in claims.items():
-        holding = table.holdings.get(address)
-        favoured = holding.record.service if holding and holding.record.state == "leased" else None
-        owners[address] = min((service != favoured, epoch, service) for epoch, service in claimants)[2]
-    return owners
-
-
-def _former_homes(
-    table: Table, owners: Mapping[IPv4Address, ServiceName]
-) -> Mapping[str, Sequence[IPv4Address]]:
-    """Return by service the addresses nobody owns whose holding names it, the one it left last first."""
-    homes: dict[str, list[tuple[bool, float, IPv4Address]]] = {}
-    for address, stored in table.holdings.items():
-        if address not in owners:
-            resting = stored.record.state == "quarantined"
-            left = (resting, -_rests_since(stored.record), address)
-            homes.setdefault(stored.record.service, []).append(left)
-    return {service: [address for *_, address in sorted(found)] for service, found in homes.items()}
-
-
-def _unreadable_addresses(table: Table) -> Iterator[IPv4Address]:
-    for key in table.unreadable:
-        if key.startswith(ADDRESS_PREFIX):
-            with suppress(AddressValueError):
-                yield IPv4Address(key[len(ADDRESS_PREFIX) :])
-
-
-def _agree(name: ServiceName, lease: Lease, holding: Holding) -> bool:
-    return (holding.service, holding.epoch, holding.state) == (name, lease.epoch, "leased")
-
-
-def _rests_since(holding: Holding) -> float:
-    return holding.leased_at if holding.released_at is None else holding.released_at
+    def _report_outsiders(self) -> None:
+        """Name the leases outside the pool: they stay until somebody moves them."""
+        pool = self._rules.pool
+        outside = [address for address in self._owners if address not in pool]
+        for address in sorted(outside):
+            name = self._owners[address]
+            if name not in self._settled:
+                what = f"{address} is outside the pool ({pool}) or reserved; it is kept until `ztna leases move {name}`"
+                self._problems.append(Problem(name, "outside_pool", what))
+        if self._empty_catalog:
+            what = (
+                f"Consul's catalog lists no service at all, while {len(self._leases)} have leases: they are kept "
+                f"for {EMPTY_CATALOG_SECONDS / 3600:g} hours; `ztna leases release` gives one up at once"
+            )
+            self._problems.append(Problem("every service", "catalog_empty", what))

@@ -15,14 +15,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from dnsd.election import BEAT_SECONDS, LOOK_SECONDS, Rival, Step
-from dnsd.keeper import CatalogRead, Change, Plan, Problem, Rules, View, plan, transactions
+from dnsd.keeper import plan
+from dnsd.plans import CatalogRead, Change, Plan, PoolUse, Problem, Rules, View, transactions
 from dnsd.services import Service, describe_all
-from ztna.catalog import MESH_TAG, CatalogSnapshot, KvCheckSession, KvDeleteCas, KvPair, KvSet, TxnOp
+from ztna.catalog import (
+    MESH_TAG,
+    CatalogSnapshot,
+    KvCheckSession,
+    KvDeleteCas,
+    KvPair,
+    KvSet,
+    KvSnapshot,
+    TxnOp,
+)
 from ztna.consul.client import ConsulClient
-from ztna.consul.watch import CatalogWatch
+from ztna.consul.watch import CatalogWatch, KvWatch
 from ztna.errors import ConsulError, ConsulUnavailable, LeaseConflict, ZtnaError
 from ztna.jsontypes import to_json
-from ztna.leases import KEEPER_KEY, SCHEMA_KEY, SCHEMA_VERSION, VIP_PREFIX, Table, read_table
+from ztna.leases import (
+    KEEPER_KEY,
+    SCHEMA_KEY,
+    SCHEMA_VERSION,
+    SERVICE_PREFIX,
+    VIP_PREFIX,
+    WISH_PREFIX,
+    Table,
+    read_table,
+)
 from ztna.telemetry import KEEPER, LEASE_CHANGES, logger
 
 TRANSACTIONS_AT_ONCE = 8
@@ -57,10 +76,15 @@ class Keeping:
         report: Callable[[tuple[Problem, ...]], None],
     ) -> None:
         """`catalog` is run by the caller; `report` hears of the services that stay without, and of none."""
-        self._client = client
-        self._catalog = catalog
-        self._rules = rules
+        self.client = client
+        self.catalog = catalog
+        self.rules = rules
         self._session_ttl_s = session_ttl_s
+        self._leases: KvWatch | None = None
+        self.work = asyncio.Event()
+        self._services_seen: object = None
+        self._leases_before = KvSnapshot()
+        self.epoch_floor = 0
         self._report = report
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._beats = 0
@@ -68,6 +92,45 @@ class Keeping:
         """The session that holds the lock, None while somebody else is the keeper."""
         self.trouble: str | None = None
         """Why this one could not be elected, or had to stop, the last time; None while it works."""
+        self.pool: PoolUse | None = None
+        """How full the pool is; None while somebody else is the keeper."""
+        catalog.subscribe(self._see_catalog)
+
+    def follow(self, leases: KvWatch) -> None:
+        """Notice from a watch of SERVICE_PREFIX, which the caller runs, when records vanish.
+
+        Without it the keeper meets that at its next reading of the whole table.
+        """
+        self._leases = leases
+        leases.subscribe(self._see_leases)
+
+    def change_rules(self, rules: Rules) -> None:
+        """Plan by other rules from now on."""
+        self.rules = rules
+        self.work.set()
+
+    def hear(self, decided: Plan) -> None:
+        """Remember and pass on what a plan said that was carried out."""
+        self.epoch_floor = decided.epoch_floor
+        self.pool = decided.pool
+        self._report(decided.problems)
+
+    @property
+    def latest_leases(self) -> KvSnapshot | None:
+        """What the watch of the leases shows, if there is one."""
+        return self._leases.latest if self._leases is not None else None
+
+    def _see_leases(self, snapshot: KvSnapshot) -> None:
+        # Growth is our own doing; only what looks like a loss is worth a look (each costs a whole planning).
+        before, self._leases_before = self._leases_before, snapshot
+        if len(snapshot.pairs) < len(before.pairs) or snapshot.index < before.index:
+            self.work.set()
+
+    def _see_catalog(self, snapshot: CatalogSnapshot) -> None:
+        # A snapshot that only confirms the services keeps the very same mapping.
+        if snapshot.services is not self._services_seen:
+            self._services_seen = snapshot.services
+            self.work.set()
 
     async def run(self) -> None:
         """Stand for election and keep the leases when elected, until cancelled; then step down at once."""
@@ -88,6 +151,7 @@ class Keeping:
             finally:
                 KEEPER.set(0)
                 self._report(())
+                self.pool = None
                 await self._step_down()
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -96,7 +160,7 @@ class Keeping:
         rival = Rival()
         while True:
             try:
-                pair = await self._client.kv_get(KEEPER_KEY, consistent=True)
+                pair = await self.client.kv_get(KEEPER_KEY, consistent=True)
                 step = rival.look(pair, time.monotonic())
                 if step is Step.ACQUIRE:
                     session = await self._acquire()
@@ -104,7 +168,7 @@ class Keeping:
                         return session
                 elif step is Step.UNSEAT and pair is not None and pair.session is not None:
                     _log.warning("keeper_unseated", session=pair.session, was=pair.value.decode("latin-1"))
-                    await self._client.session_destroy(pair.session)
+                    await self.client.session_destroy(pair.session)
                     continue
             except ConsulUnavailable:
                 rival.lose_sight()
@@ -112,12 +176,12 @@ class Keeping:
 
     async def _acquire(self) -> str | None:
         # No lock-delay: it protects what cannot check a session, and every transaction of ours does.
-        session = await self._client.session_create(
+        session = await self.client.session_create(
             "ztna-keeper", ttl_s=self._session_ttl_s, behavior="release", lock_delay_s=0.0
         )
         if await self._write_beat(session):
             return session
-        await self._client.session_destroy(session)
+        await self.client.session_destroy(session)
         return None
 
     async def _beat(self, session: str) -> None:
@@ -125,7 +189,7 @@ class Keeping:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             try:
-                if not await self._client.session_renew(session):
+                if not await self.client.session_renew(session):
                     raise Deposed("Consul has ended the session")
                 if not await self._write_beat(session):
                     raise Deposed("another session holds the lock")
@@ -136,17 +200,25 @@ class Keeping:
     async def _write_beat(self, session: str) -> bool:
         self._beats += 1
         value = to_json({"keeper": self._name, "beats": self._beats})
-        return await self._client.kv_put(KEEPER_KEY, value, acquire=session)
+        return await self.client.kv_put(KEEPER_KEY, value, acquire=session)
 
     async def _keep(self, session: str) -> None:
         """Keep the table right for as long as the lock is ours."""
-        await check_schema(self._client, write=True)
+        await check_schema(self.client, write=True)
+        async with asyncio.TaskGroup() as tasks:
+            wishes = KvWatch(self.client, WISH_PREFIX)
+            wishes.subscribe(lambda _: self.work.set())
+            tasks.create_task(wishes.run(), name="keeper-wishes")
+            await self._keep_table(session, wishes)
+
+    async def _keep_table(self, session: str, wishes: KvWatch) -> None:
         conflicts = 0
         while True:
+            table = _TableKeeper(self, session, wishes)
             try:
-                await _TableKeeper(self._client, self._catalog, self._rules, session, self._report).run()
+                await table.run()
             except _Conflict as error:
-                conflicts += 1
+                conflicts = 1 if table.has_changed_something else conflicts + 1
                 _log.warning("lease_conflict", error=error, attempt=conflicts)
                 if conflicts >= LEASE_CAS_ATTEMPTS:
                     raise LeaseConflict(f"somebody else keeps changing the leases: {error}") from None
@@ -160,7 +232,7 @@ class Keeping:
             return
         try:
             async with asyncio.timeout(STEP_DOWN_SECONDS):
-                await self._client.session_destroy(session)
+                await self.client.session_destroy(session)
         except (ConsulError, TimeoutError) as error:
             # The session ends by itself, only later.
             _log.warning("keeper_session_left", session=session, error=str(error) or type(error).__name__)
@@ -169,51 +241,50 @@ class Keeping:
 class _TableKeeper:
     """The table as the keeper believes it to be, from one complete read on."""
 
-    def __init__(
-        self,
-        client: ConsulClient,
-        catalog: CatalogWatch,
-        rules: Rules,
-        session: str,
-        report: Callable[[tuple[Problem, ...]], None],
-    ) -> None:
-        self._client = client
-        self._catalog = catalog
-        self._rules = rules
+    def __init__(self, keeping: Keeping, session: str, wishes: KvWatch) -> None:
+        self._keeping = keeping
+        self._client = keeping.client
         self._session = session
-        self._report = report
+        self._wishes = wishes
+        self._wishes_seen: KvSnapshot | None = None
+        self._leases_seen: KvSnapshot | None = None
         self._pairs: dict[str, KvPair] = {}
         self._table = Table()
         self._services: Mapping[str, Service] = {}
         self._gone_since: Mapping[str, float] = {}
         self._catalog_read: CatalogRead | None = None
+        self.has_changed_something = False
 
     async def run(self) -> None:
-        """Plan and carry out, each time the catalog changes or something is due, until something fails."""
+        """Plan and carry out, each time something changes or is due, until something fails."""
+        keeping = self._keeping
         while True:
             await self._read_table()
             reread_at = time.monotonic() + REREAD_SECONDS
             while time.monotonic() < reread_at:
-                snapshot = await self._catalog.changed()
+                keeping.work.clear()
+                snapshot = await keeping.catalog.changed()
                 self._services = describe_all(snapshot.services, self._services)
+                self._see_wishes()
+                if self._misses_records():
+                    _log.warning("lease_records_lost", leases=len(self._table.leases))
+                    break
                 decided = self._plan()
                 if decided.wants_catalog_read:
                     self._catalog_read = await self._read_catalog()
                     decided = self._plan()
                 await self._carry_out(decided.changes)
-                self._report(decided.problems)
-                await self._pause(snapshot, decided, reread_at)
+                keeping.hear(decided)
+                await self._pause(decided, reread_at)
 
-    async def _pause(self, snapshot: CatalogSnapshot, decided: Plan, reread_at: float) -> None:
-        """Wait until the catalog shows other services, but not past what is due next."""
+    async def _pause(self, decided: Plan, reread_at: float) -> None:
+        """Wait until there is work, but not past what is due next."""
         wait_s = reread_at - time.monotonic()
         if decided.due_at is not None:
             wait_s = min(wait_s, decided.due_at - time.time())
-        services = snapshot.services
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, wait_s)):
-                while snapshot.services is services:
-                    snapshot = await self._catalog.changed(snapshot)
+                await self._keeping.work.wait()
 
     def _plan(self) -> Plan:
         view = View(
@@ -221,10 +292,42 @@ class _TableKeeper:
             table=self._table,
             gone_since=self._gone_since,
             catalog_read=self._catalog_read,
+            epoch_floor=self._keeping.epoch_floor,
         )
-        decided = plan(view, self._rules, time.time())
+        decided = plan(view, self._keeping.rules, time.time())
         self._gone_since = decided.gone_since
         return decided
+
+    def _see_wishes(self) -> None:
+        """Take over the wishes that the watch shows, unless it has not yet seen what we wrote since."""
+        shown = self._wishes.latest
+        if shown is None or shown is self._wishes_seen:
+            return
+        self._wishes_seen = shown
+        for key in [key for key in self._pairs if key.startswith(WISH_PREFIX)]:
+            if key not in shown.pairs and self._pairs[key].modify_index <= shown.index:
+                del self._pairs[key]
+        for key, pair in shown.pairs.items():
+            known = self._pairs.get(key)
+            if known is None or known.modify_index < pair.modify_index:
+                self._pairs[key] = pair
+        self._table = read_table(self._pairs, self._table)
+
+    def _misses_records(self) -> bool:
+        """Whether the watch of the leases shows that KV is not as we left it, so that it must be read again."""
+        shown, before = self._keeping.latest_leases, self._leases_seen
+        if shown is None or shown is before:
+            return False
+        self._leases_seen = shown
+        went_back = before is not None and shown.index < before.index
+        for key, pair in self._pairs.items():
+            if key.startswith(SERVICE_PREFIX):
+                there = shown.pairs.get(key)
+                if there is None and (went_back or pair.modify_index <= shown.index):
+                    return True
+                if there is not None and there.modify_index > pair.modify_index:
+                    return True
+        return False
 
     async def _read_table(self) -> None:
         pairs = await self._client.kv_list(VIP_PREFIX, consistent=True)
@@ -257,9 +360,11 @@ class _TableKeeper:
         if failures:
             # Losing the lock explains all others.
             raise next((error for error in failures if isinstance(error, Deposed)), failures[0])
+        self.has_changed_something |= bool(changes)
         for change in changes:
             LEASE_CHANGES.labels(change.kind).inc()
-            _log.info(f"lease_{change.kind}", service=change.service, address=change.address)
+            fields = {"service": change.service, "address": change.address, "why": change.why}
+            _log.info(f"lease_{change.kind}", **{name: value for name, value in fields.items() if value})
 
     async def _carry_out_one(self, operations: Sequence[TxnOp]) -> None:
         outcome = await self._client.txn(operations)

@@ -9,10 +9,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
-from dnsd.answer import Answers, prohibited
+from dnsd.answer import FORWARD, TCP_IDLE_SECONDS, Answers, prohibited
+from dnsd.forwarding import Forwarder
+from dnsd.limits import Limiter
+from dnsd.signed import SecondLook
 from ztna.config import Endpoint
 from ztna.reasons import Reason
 from ztna.runtime import bind_error
@@ -21,34 +26,65 @@ from ztna.udp import BATCH_PACKETS, RawAddress, RawSocket, SockAddr
 
 BATCHES_PER_WAKEUP = 8
 TCP_CONNECTIONS_MAX = 256
+TCP_STRANGERS_MAX = 128
+"""Connections beyond which only those on the allow list get one; whether others hold a key shows later."""
 TCP_BACKLOG = 128
-TCP_IDLE_SECONDS = 10.0
+TCP_CONNECTIONS_PER_CLIENT_MAX = 64
+TCP_MESSAGE_SECONDS = 5.0
+"""A query that has begun must be whole by then, however slowly its bytes drip."""
+TCP_QUERIES_AT_ONCE = 64
+"""After so many answers of one connection the others have their turn, and it must take what it asked for."""
 TCP_SEND_SECONDS = 10.0
 TCP_READ_BYTES = 65_536
+TCP_SEND_BYTES = 16_384
+"""Answers are written when there are so many bytes of them, or no more queries."""
 ACCEPT_RETRY_SECONDS = 0.1
 SOURCES_REMEMBERED_MAX = 65_536
 BIND_ATTEMPTS = 16
 """How often another free port is tried when port 0 was asked for and TCP does not get UDP's."""
 
 _LENGTH = struct.Struct("!H")
+_LOOPBACK = 127
 _log = logger(__name__)
 
 
 class Server:
     """Answers from `answers`, which its owner replaces whenever the zone changes."""
 
-    def __init__(self, allow: Sequence[IPv4Network], answers: Answers) -> None:
+    def __init__(
+        self,
+        allow: Sequence[IPv4Network],
+        answers: Answers,
+        second_look: SecondLook | None = None,
+        *,
+        limiter: Limiter | None = None,
+        limits_loopback: bool = False,
+        forwarder: Forwarder | None = None,
+    ) -> None:
+        """`second_look` has signed queries and transfers, which `allow` does not bind.
+
+        Without a limiter nobody has a limit; a forwarder is needed when the answers' options forward.
+        """
         self.answers = answers
+        self._second_look = second_look or SecondLook()
         self._allow = tuple(allow)
         self._is_allowed: dict[bytes, bool] = {}
+        self._limiter = limiter
+        self._limits_loopback = limits_loopback
+        # Who gets ready answers without a further look: who may ask, and has no limit.
+        self._is_known = self._is_allowed if limiter is None else dict[bytes, bool]()
+        self._forwarder = forwarder
+        self._tasks: asyncio.TaskGroup
         self._udp: RawSocket
         self._tcp: socket.socket
         self._connections: set[socket.socket] = set()
+        self._clients: Counter[str] = Counter()
         self._counted = 0
         self._udp_queries = DNS_QUERIES.labels("udp")
         self._tcp_queries = DNS_QUERIES.labels("tcp")
         self._refusals = REFUSALS.labels("dnsd", Reason.NO_GRANT.value)
         self._no_answer = DROPS.labels("dnsd", "no_dns_query")
+        self._over_limit = DROPS.labels("dnsd", "over_rate_limit")
         self._too_many = DROPS.labels("dnsd", "too_many_tcp_connections")
 
     def listen(self, endpoint: Endpoint) -> SockAddr:
@@ -69,9 +105,10 @@ class Server:
     async def run(self) -> None:
         """Serve until cancelled; then everything is closed."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._udp.fileno(), self._readable)
         try:
             async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                loop.add_reader(self._udp.fileno(), self._readable)
                 while True:
                     try:
                         sock, (host, *_) = await loop.sock_accept(self._tcp)
@@ -81,7 +118,7 @@ class Server:
                         await asyncio.sleep(ACCEPT_RETRY_SECONDS)
                         continue
                     if self._admits(sock, host):
-                        tasks.create_task(self._serve_connection(sock), name="dns-tcp")
+                        tasks.create_task(self._serve_connection(sock, host), name="dns-tcp")
         finally:
             loop.remove_reader(self._udp.fileno())
             self._udp.close()
@@ -108,20 +145,62 @@ class Server:
     def _readable(self) -> None:
         for _ in range(BATCHES_PER_WAKEUP):
             # The zone may change between two batches, so `ready` is looked up for each.
-            count = self._udp.reply(self.answers.ready, self._is_allowed, self._answer_udp)
+            count = self._udp.reply(self.answers.ready, self._is_known, self._answer_udp)
             if count < BATCH_PACKETS:
                 return
 
     def _answer_udp(self, data: bytes, source: RawAddress) -> bytes | None:
-        """Answer what was not asked before, or by somebody who is seen for the first time or may not ask."""
-        if self._allows(source[4:8]):
-            answer = self.answers.answer(data)
-        else:
-            self._refusals.inc()
-            answer = prohibited(data)
+        """Answer what was not asked before, or by somebody who is not known to be free to ask."""
+        packed = source[4:8]
+        if not self._is_within_limit(packed):
+            return self._answer_limited(data, packed)
+        answer = next(self._answers_to(data, packed, over_tcp=False), None)
         if answer is None:
             self._no_answer.inc()
+        elif not answer:
+            self._tasks.create_task(self._forward(data, source), name="dns-forward")
+            return None
         return answer
+
+    async def _forward(self, data: bytes, source: RawAddress) -> None:
+        self._udp.send([(await self._upstream_answer(data, over_tcp=False), source)])
+
+    async def _upstream_answer(self, data: bytes, *, over_tcp: bool) -> bytes:
+        assert self._forwarder is not None, "only answers with upstreams say FORWARD"
+        return await self._forwarder.answer(data, over_tcp=over_tcp)
+
+    def _is_within_limit(self, packed: bytes) -> bool:
+        if self._limiter is None:
+            return True
+        if packed[0] == _LOOPBACK and not self._limits_loopback:
+            if len(self._is_known) >= SOURCES_REMEMBERED_MAX:
+                self._is_known.clear()
+            self._is_known[packed] = self._allows(packed)
+            return True
+        return self._limiter.takes(packed, time.monotonic())
+
+    def _answer_limited(self, data: bytes, packed: bytes) -> bytes | None:
+        """Say little, or nothing, to a source that has had too many answers; strangers hear nothing."""
+        self._over_limit.inc()
+        if self._limiter is None or not self._allows(packed):
+            return None
+        return self.answers.limited(data, packed, slips=self._limiter.slips())
+
+    def _answers_to(self, data: bytes, packed: bytes, *, over_tcp: bool) -> Iterator[bytes]:
+        """Return the answers to one query: none to what deserves none, many to a transfer over TCP."""
+
+        def plainly(query: bytes, reserve: int, is_signed: bool) -> bytes | None:
+            if not is_signed and not self._allows(packed):
+                self._refusals.inc()
+                return prohibited(query)
+            answer = self.answers.answer(query, over_tcp=over_tcp, reserve=reserve, source=packed)
+            # What others say is not ours to sign.
+            return prohibited(query) if is_signed and answer == FORWARD else answer
+
+        if self._second_look.wants(data):
+            yield from self._second_look.answers(data, packed, plainly, over_tcp=over_tcp)
+        elif (answer := plainly(data, 0, False)) is not None:
+            yield answer
 
     def _allows(self, packed: bytes) -> bool:
         allowed = self._is_allowed.get(packed)
@@ -135,51 +214,87 @@ class Server:
     # TCP
 
     def _admits(self, sock: socket.socket, host: str) -> bool:
-        if not self._allows(socket.inet_aton(host)):
+        is_allowed = self._allows(socket.inet_aton(host))
+        if not is_allowed and not self._second_look.keys:
             self._refusals.inc()
-        elif len(self._connections) >= TCP_CONNECTIONS_MAX:
+        elif (
+            len(self._connections) >= (TCP_CONNECTIONS_MAX if is_allowed else TCP_STRANGERS_MAX)
+            or self._clients[host] >= TCP_CONNECTIONS_PER_CLIENT_MAX
+        ):
             self._too_many.inc()
         else:
             sock.setblocking(False)
             self._connections.add(sock)
+            self._clients[host] += 1
             DNS_CONNECTIONS.set(len(self._connections))
             return True
         sock.close()
         return False
 
-    async def _serve_connection(self, sock: socket.socket) -> None:
+    async def _serve_connection(self, sock: socket.socket, host: str) -> None:
         try:
-            await self._serve_queries(sock)
+            await self._serve_queries(sock, socket.inet_aton(host))
         except (OSError, TimeoutError):
-            # The client went away, or was idle for too long: that is how every such connection ends.
+            # The client went away, or was too slow: that is how every such connection ends.
             pass
         finally:
             self._connections.discard(sock)
+            self._clients[host] -= 1
+            if not self._clients[host]:
+                del self._clients[host]
             DNS_CONNECTIONS.set(len(self._connections))
             sock.close()
 
-    async def _serve_queries(self, sock: socket.socket) -> None:
-        """Answer query after query in order, each read's worth in one write."""
+    async def _serve_queries(self, sock: socket.socket, address: bytes) -> None:
+        """Answer query after query in order, a run of them in one write."""
         loop = asyncio.get_running_loop()
         received = bytearray()
+        deadline = loop.time() + TCP_IDLE_SECONDS
         while True:
-            async with asyncio.timeout(TCP_IDLE_SECONDS):
+            async with asyncio.timeout_at(deadline):
                 data = await loop.sock_recv(sock, TCP_READ_BYTES)
             if not data:
                 return
+            had_begun = bool(received)
             received += data
-            answers = bytearray()
-            for query in _take_queries(received):
-                self._tcp_queries.inc()
-                answer = self.answers.answer(query, over_tcp=True)
-                if answer is None:
-                    # Who sends no DNS over a connection of its own gets nothing more (RFC 7766 8).
-                    self._no_answer.inc()
+            queries = _take_queries(received)
+            for start in range(0, len(queries), TCP_QUERIES_AT_ONCE):
+                run = queries[start : start + TCP_QUERIES_AT_ONCE]
+                if not await self._answer_run(sock, run, address):
                     return
-                answers += _LENGTH.pack(len(answer)) + answer
-            if answers:
-                async with asyncio.timeout(TCP_SEND_SECONDS):
-                    await loop.sock_sendall(sock, answers)
+                # A client that never stops asking must not keep the others waiting.
+                await asyncio.sleep(0)
+            if queries or not had_begun:
+                patience = min(TCP_MESSAGE_SECONDS, TCP_IDLE_SECONDS) if received else TCP_IDLE_SECONDS
+                deadline = loop.time() + patience
+
+    async def _answer_run(self, sock: socket.socket, queries: Sequence[bytes], address: bytes) -> bool:
+        """Answer in order; False after what is no DNS: who sends that gets no more (RFC 7766 8)."""
+        written = bytearray()
+        for query in queries:
+            self._tcp_queries.inc()
+            is_answered = False
+            for answer in self._answers_to(query, address, over_tcp=True):
+                is_answered = True
+                told = answer or await self._upstream_answer(query, over_tcp=True)
+                written += _LENGTH.pack(len(told)) + told
+                if len(written) >= TCP_SEND_BYTES:
+                    await _send(sock, written)
+            if not is_answered:
+                self._no_answer.inc()
+                await _send(sock, written)
+                return False
+        await _send(sock, written)
+        return True
+
+
+async def _send(sock: socket.socket, written: bytearray) -> None:
+    """Write what is there; a client that does not take it in time is no client any more."""
+    async with asyncio.timeout(TCP_SEND_SECONDS):
+        await asyncio.get_running_loop().sock_sendall(sock, bytes(written))
+    written.clear()
+    # A write that need not wait does not let others go on, and a transfer is many of them.
+    await asyncio.sleep(0)
 
 
 def _take_queries(received: bytearray) -> list[bytes]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from ipaddress import AddressValueError, IPv4Address
 
 import msgspec
 
@@ -17,6 +18,8 @@ from ztna.names import ConnectorId, ServiceName
 
 PORTS_META = "ztna-ports"
 CONNECTOR_META = "ztna-connector"
+VIRTUAL_IP_META = "ztna-virtual-ip"
+WILDCARD_META = "ztna-wildcard"
 PORTS_PER_SERVICE_MAX = 64
 
 _PROTOCOLS: Mapping[str, Protocol] = {"tcp": "tcp", "udp": "udp", "icmp": "icmp"}
@@ -25,12 +28,19 @@ _PORT = re.compile(r"(tcp|udp|icmp):(\d{1,5})")
 
 
 class Service(msgspec.Struct, frozen=True):
-    """A service of the catalog. With a `problem` it has no ports and is not served; the text says why."""
+    """A service of the catalog. With a `problem` it has no ports and is not served; the text says why.
+
+    `virtual_ip` is the address its definition asks for; `virtual_ip_problem` says why that cannot be told.
+    With `wildcard`, every name under the service's leads to it, too.
+    """
 
     name: str
     ports: tuple[Port, ...]
     instances: tuple[Instance, ...]
     problem: str | None = None
+    virtual_ip: IPv4Address | None = None
+    virtual_ip_problem: str | None = None
+    wildcard: bool = False
 
 
 def describe(name: str, instances: tuple[Instance, ...]) -> Service:
@@ -51,7 +61,9 @@ def describe(name: str, instances: tuple[Instance, ...]) -> Service:
         )
         return Service(name, (), instances, f"instances disagree on the ports: {said}")
     (ports,) = published
-    return Service(name, ports, instances)
+    asked, unclear = _virtual_ip(instances)
+    wildcard = any(instance.meta.get(WILDCARD_META) == "true" for instance in instances)
+    return Service(name, ports, instances, None, asked, unclear, wildcard)
 
 
 def describe_all(
@@ -76,6 +88,27 @@ def connectors(service: Service) -> Iterator[tuple[ConnectorId, Instance]]:
                 yield ConnectorId(connector), instance
             except BadName:
                 continue
+
+
+def _virtual_ip(instances: tuple[Instance, ...]) -> tuple[IPv4Address | None, str | None]:
+    """Return the address that the definitions ask for, or why that is unclear.
+
+    Instances that ask for none are silent; a wish that is unclear does not stop the service.
+    """
+    asked = {
+        instance.meta[VIRTUAL_IP_META]: instance.instance_id
+        for instance in instances
+        if instance.meta.get(VIRTUAL_IP_META)
+    }
+    if len(asked) > 1:
+        said = "; ".join(f"{instance_id} says {text!r}" for text, instance_id in sorted(asked.items()))
+        return None, f"instances ask for different virtual addresses: {said}"
+    for text, instance_id in asked.items():
+        try:
+            return IPv4Address(text), None
+        except AddressValueError:
+            return None, f"instance {instance_id!r} asks for {text!r}, which is no IPv4 address"
+    return None, None
 
 
 def _ports(instance: Instance) -> tuple[Port, ...]:

@@ -6,15 +6,18 @@ Pure, and immutable once built. Knows nothing of DNS messages: dnsd.answer puts 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from enum import Enum, auto
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import msgspec
 
+from dnsd.index import Index
 from dnsd.services import Service, connectors
 from ztna.dns import Data, HostData, SoaData, SrvData, Type
 from ztna.leases import Lease
 from ztna.names import Zone
+from ztna.reasons import Reason
 
 SRV_RECORDS_MAX = 500
 """Records of one SRV answer: more would not fit a DNS message over TCP with their addresses."""
@@ -29,10 +32,17 @@ FRESH_TTL_SECONDS = 1
 CONNECTOR_LABEL = "connector"
 NAMESERVER_LABEL = "ns"
 FRESH_LABEL = "_fresh"
-_SERVICE_LIST = ("_services", "_dns-sd", "_udp")
+NO_SUBJECT = ""
+"""The subject of an answer that depends on more than one service or connector."""
+_BROWSING = ("b", "db", "lb")
+_DNS_SD = "_dns-sd"
+_HEX = "0123456789abcdef"
+_NIBBLES_OF_ADDRESS = 8
+_NAME_LABELS_OF_IPV6 = 34
 _EMPTY_NON_TERMINALS = frozenset({(CONNECTOR_LABEL,), ("_tcp",), ("_udp",), ("_dns-sd", "_udp")})
 
 Labels = tuple[str, ...]
+Address = IPv4Address | IPv6Address
 
 
 class Outcome(Enum):
@@ -47,13 +57,18 @@ class Outcome(Enum):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """`nameserver` is the address behind `ns.<domain>`, when it is known."""
+    """`nameserver` is the address behind `ns.<domain>`, when it is known; `more` are further pools.
+
+    With `ula`, a /96, each leased address has an IPv6 one beside it: the network's 96 bits, then its own 32.
+    """
 
     domain: Zone
     pool: IPv4Network
     ttl_s: int
     negative_ttl_s: int
     nameserver: IPv4Address | None = None
+    more: tuple[IPv4Network, ...] = ()
+    ula: IPv6Network | None = None
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -65,7 +80,7 @@ class Found(msgspec.Struct, frozen=True):
     outcome: Outcome
     apex: str = ""
     records: tuple[Data, ...] = ()
-    additional: tuple[tuple[str, tuple[IPv4Address, ...]], ...] = ()
+    additional: tuple[tuple[str, tuple[Address, ...]], ...] = ()
 
 
 class ZoneData:
@@ -77,18 +92,27 @@ class ZoneData:
         services: Mapping[str, Service],
         leases: Mapping[str, Lease],
         serial: int = 1,
+        fresh_at: int = 0,
     ) -> None:
+        """`fresh_at` is what secondaries say of `_fresh`: Unix seconds, as of this serial."""
         self.settings = settings
         self.services = services
         self.leases = leases
         self.serial = serial
+        self.fresh_at = fresh_at
+        self.follows: int | None = None
+        """The serial of the state before this one, when `changed` tells the difference."""
+        self.changed: frozenset[str] = frozenset()
+        """The subjects whose answers are others than in the state before."""
         self._domain = tuple(settings.domain.split("."))
-        self._reverse = reverse_zones(settings.pool)
-        self._connectors = _connector_addresses(services)
-        self._addresses = {
-            str(lease.ip): name for name, lease in leases.items() if not _has_problem(services.get(name))
-        }
-        self._octets = _octet_prefixes(self._addresses)
+        # Two small pools may share a reverse zone.
+        self._reverse = tuple(
+            dict.fromkeys(zone for pool in (settings.pool, *settings.more) for zone in reverse_zones(pool))
+        )
+        if settings.ula is not None:
+            self._reverse += (ula_zone(settings.ula),)
+        everything = services.keys() | leases.keys()
+        self._index, _ = Index().updated(everything, ({}, {}), (services, leases))
 
     def soa(self, apex: str) -> SoaData:
         """Return the SOA of the zone or of one of its reverse zones."""
@@ -103,12 +127,72 @@ class ZoneData:
             settings.negative_ttl_s,
         )
 
+    @property
+    def apexes(self) -> tuple[Labels, ...]:
+        """The zone and its reverse zones."""
+        return (self._domain, *self._reverse)
+
+    def under(self, serial: int, fresh_at: int) -> ZoneData:
+        """Return this state under another serial and freshness; what it is made of is shared."""
+        zone = copy(self)
+        zone.serial, zone.fresh_at = serial, fresh_at
+        return zone
+
+    def renumbered(self, serial: int, fresh_at: int) -> ZoneData:
+        """Return a state that follows this one and says the same."""
+        zone = self.under(serial, fresh_at)
+        zone.follows, zone.changed = self.serial, frozenset()
+        return zone
+
+    def followed_by(
+        self, services: Mapping[str, Service], leases: Mapping[str, Lease], serial: int
+    ) -> ZoneData:
+        """Return the next state of the zone, put together from this one and what is different."""
+        zone = copy(self)
+        zone.services, zone.leases, zone.serial = services, leases, serial
+        changed = {
+            name
+            for before, after in ((self.services, services), (self.leases, leases))
+            for name in before.keys() | after.keys()
+            if before.get(name) is not after.get(name) and before.get(name) != after.get(name)
+        }
+        zone._index, moved = self._index.updated(changed, (self.services, self.leases), (services, leases))
+        zone.follows, zone.changed = self.serial, self._subjects(changed, moved)
+        return zone
+
+    def _subjects(self, changed: set[str], moved: frozenset[str]) -> frozenset[str]:
+        """Return the subjects of changed services and moved connectors, and of all that these connectors serve."""
+        # Who was not there before serves only services that changed.
+        known = {connector for connector in moved if connector in self._index.addresses}
+        served = {
+            name
+            for name, service in (self.services.items() if known else ())
+            if any(connector in known for connector, _ in connectors(service))
+        }
+        return frozenset(changed | served | {f"{connector}.{CONNECTOR_LABEL}" for connector in moved})
+
+    def subject(self, labels: Labels) -> str:
+        """Return the service or the connector on which alone an answer about this name depends, or NO_SUBJECT."""
+        depth = len(self._domain)
+        if labels[-depth:] != self._domain:
+            return self._index.names.get(_address_named(labels), (NO_SUBJECT,))[0]
+        match labels[:-depth]:
+            case (str(name),) if name != NAMESERVER_LABEL:
+                return name
+            case (str(connector), "connector"):
+                return f"{connector}.{CONNECTOR_LABEL}"
+            case (*_, str(name), "_tcp" | "_udp") if name.startswith("_") and name != _DNS_SD:
+                return name[1:]
+            case (_, *_, str(name)) if self._is_wildcard(name):
+                return name
+        return NO_SUBJECT
+
     def find(self, labels: Labels, kind: int) -> Found:
         """Return what the zone has for a name (lower-case labels, the root left out) and a record type."""
         depth = len(self._domain)
         if labels[-depth:] == self._domain:
             return self._find_forward(labels[:-depth], kind)
-        if labels[-2:] == ("in-addr", "arpa"):
+        if labels[-1:] == ("arpa",):
             return self._find_reverse(labels, kind)
         return Found(Outcome.OUTSIDE)
 
@@ -141,8 +225,8 @@ class ZoneData:
         match relative:
             case (str(name),) if name in self.services or name in self.leases:
                 return self._service_records(name)
-            case (str(connector), "connector") if connector in self._connectors:
-                return {Type.A: self._connectors[connector]}
+            case (str(connector), "connector") if connector in self._index.addresses:
+                return {Type.A: self._index.addresses[connector]}
             case (str(name), "_tcp" | "_udp" as protocol) if name.startswith("_"):
                 return self._program_records(name[1:], protocol[1:])
             case ("ns",):
@@ -150,19 +234,38 @@ class ZoneData:
                 return {Type.A: (address,)} if address else {}
             case ("_services", "_dns-sd", "_udp"):
                 return {Type.PTR: self._service_list()}
+            case (str(name), "_dns-sd", "_udp") if name in _BROWSING:
+                # RFC 6763 11: where to browse.
+                return {Type.PTR: (HostData(self.settings.domain),)}
+            case (str(name), str(kind), "_tcp" | "_udp" as protocol) if kind == f"_{name}":
+                return self._browsed_records(name, protocol[1:])
+            case (_, *_, str(name)) if self._is_wildcard(name):
+                records = self._service_records(name)
+                return {kind: records[kind] for kind in (Type.A, Type.AAAA) if kind in records}
         return None
 
     def _service_records(self, name: str) -> Mapping[int, tuple[Data, ...]]:
         service, lease = self.services.get(name), self.leases.get(name)
-        if _has_problem(service):
-            return {}
+        if service is not None and service.problem is not None:
+            return {Type.TXT: (_told("problem", service.problem),)}
         records: dict[int, tuple[Data, ...]] = {}
+        told: tuple[bytes, ...] = _txt(lease) if lease is not None else ()
         if service is not None:
-            records[Type.SRV] = self._relay_records(service)
+            records[Type.SRV] = relayed = self._relay_records(service)
+            if not relayed:
+                # A name that resolves and does not answer is hard to understand: say why.
+                told += _told("reason", Reason.NO_HEALTHY_CONNECTOR)
+        if told:
+            records[Type.TXT] = (told,)
         if lease is not None:
             records[Type.A] = (lease.ip,)
-            records[Type.TXT] = (_txt(lease),)
+            if self.settings.ula is not None:
+                records[Type.AAAA] = (beside(self.settings.ula, lease.ip),)
         return records
+
+    def _is_wildcard(self, name: str) -> bool:
+        service = self.services.get(name)
+        return service is not None and service.wildcard
 
     def _relay_records(self, service: Service) -> tuple[SrvData, ...]:
         """Return what relays pull: one record per passing instance that has a connector."""
@@ -180,7 +283,15 @@ class ZoneData:
             return None
         target = f"{name}.{self.settings.domain}"
         ports = tuple(SrvData(0, 1, port.port, target) for port in lease.ports if port.protocol == protocol)
-        return {Type.SRV: ports} if ports else None
+        instance = HostData(f"{name}._{name}._{protocol}.{self.settings.domain}")
+        return {Type.SRV: ports, Type.PTR: (instance,)} if ports else None
+
+    def _browsed_records(self, name: str, protocol: str) -> Mapping[int, tuple[Data, ...]] | None:
+        """Return the one instance that browsing a service finds (RFC 6763 4 to 6): the service itself."""
+        records = self._program_records(name, protocol)
+        if records is None:
+            return None
+        return {Type.SRV: records[Type.SRV], Type.TXT: self._service_records(name)[Type.TXT]}
 
     def _service_list(self) -> tuple[HostData, ...]:
         """Return every service and protocol with a lease (RFC 6763 9), as many as a message holds."""
@@ -195,8 +306,8 @@ class ZoneData:
         )
         return tuple(map(HostData, names[:SERVICES_LISTED_MAX]))
 
-    def _additional(self, records: Sequence[Data]) -> tuple[tuple[str, tuple[IPv4Address, ...]], ...]:
-        names: dict[str, tuple[IPv4Address, ...]] = {}
+    def _additional(self, records: Sequence[Data]) -> tuple[tuple[str, tuple[Address, ...]], ...]:
+        names: dict[str, tuple[Address, ...]] = {}
         for record in records:
             target = ""
             if isinstance(record, SrvData):
@@ -208,16 +319,17 @@ class ZoneData:
                 names[target] = addresses
         return tuple(names.items())
 
-    def _addresses_of(self, target: str) -> tuple[IPv4Address, ...]:
+    def _addresses_of(self, target: str) -> tuple[Address, ...]:
         first, _, rest = target.partition(".")
         if rest == f"{CONNECTOR_LABEL}.{self.settings.domain}":
-            return self._connectors.get(first, ())
+            return self._index.addresses.get(first, ())
         if rest != self.settings.domain:
             return ()
         if first == NAMESERVER_LABEL:
             return (self.settings.nameserver,) if self.settings.nameserver else ()
-        lease = self.leases.get(first)
-        return (lease.ip,) if lease else ()
+        # Who is told to go to a service by name is told its lease.
+        ip = self.leases[first].ip
+        return (ip, beside(self.settings.ula, ip)) if self.settings.ula else (ip,)
 
     def _find_reverse(self, labels: Labels, kind: int) -> Found:
         apex = next((zone for zone in self._reverse if labels[-len(zone) :] == zone), None)
@@ -226,14 +338,27 @@ class ZoneData:
         apex_name = ".".join(apex)
         if labels == apex:
             return self._find_apex(apex_name, kind)
-        address = ".".join(reversed(labels[:-2]))
-        name = self._addresses.get(address)
-        if name is None:
-            return Found(Outcome.NODATA if address in self._octets else Outcome.NXDOMAIN, apex_name)
+        names = self._index.names.get(_address_named(labels))
+        if names is None:
+            exists = self._is_between(labels, len(apex))
+            return Found(Outcome.NODATA if exists else Outcome.NXDOMAIN, apex_name)
         if kind != Type.PTR:
             return Found(Outcome.NODATA, apex_name)
-        host = HostData(f"{name}.{self.settings.domain}")
+        host = HostData(f"{names[0]}.{self.settings.domain}")
         return Found(Outcome.ANSWER, apex_name, (host,))
+
+    def _is_between(self, labels: Labels, depth: int) -> bool:
+        """Say whether a leased address lies under a reverse name: it exists without records (RFC 8020)."""
+        if labels[-2] == "in-addr":
+            return ".".join(reversed(labels[:-2])) in self._index.octets
+        below = labels[:-depth]
+        if len(below) >= _NIBBLES_OF_ADDRESS or not _are_nibbles(below):
+            return False
+        nibbles = "".join(reversed(below))
+        # Octets are two nibbles: half of one stands for sixteen.
+        whole = [nibbles] if len(nibbles) % 2 == 0 else [nibbles + half for half in _HEX]
+        known = self._index.names if len(whole[0]) == _NIBBLES_OF_ADDRESS else self._index.octets
+        return any(_dotted(each) in known for each in whole)
 
 
 def rebuilt(
@@ -245,8 +370,7 @@ def rebuilt(
     """
     if services == previous.services and leases == previous.leases:
         return previous
-    serial = max(previous.serial + 1, int(now)) & 0xFFFFFFFF
-    return ZoneData(previous.settings, services, leases, serial)
+    return previous.followed_by(services, leases, max(previous.serial + 1, int(now)) & 0xFFFFFFFF)
 
 
 def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:
@@ -262,28 +386,35 @@ def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:
     )
 
 
+def ula_zone(ula: IPv6Network) -> Labels:
+    """Return the ip6.arpa zone of a /96 (RFC 3596 2.5)."""
+    return (*reversed(ula.network_address.exploded.replace(":", "")[:-_NIBBLES_OF_ADDRESS]), "ip6", "arpa")
+
+
+def beside(ula: IPv6Network, address: IPv4Address) -> IPv6Address:
+    """Return the IPv6 address of a lease: the /96, then the 32 bits of its IPv4 address."""
+    return IPv6Address(int(ula.network_address) | int(address))
+
+
+def _address_named(labels: Labels) -> str:
+    """Return the leased address that a reverse name means, as the index has it; "" for what means none."""
+    if labels[-2:] == ("in-addr", "arpa"):
+        return ".".join(reversed(labels[:-2]))
+    own = labels[:_NIBBLES_OF_ADDRESS]
+    is_whole = len(labels) == _NAME_LABELS_OF_IPV6 and _are_nibbles(own)
+    return _dotted("".join(reversed(own))) if is_whole else ""
+
+
+def _are_nibbles(labels: Labels) -> bool:
+    return all(len(label) == 1 and label in _HEX for label in labels)
+
+
+def _dotted(nibbles: str) -> str:
+    return ".".join(str(int(nibbles[at : at + 2], 16)) for at in range(0, len(nibbles), 2))
+
+
 def _has_problem(service: Service | None) -> bool:
     return service is not None and service.problem is not None
-
-
-def _connector_addresses(services: Mapping[str, Service]) -> Mapping[str, tuple[IPv4Address, ...]]:
-    found: dict[str, set[IPv4Address]] = {}
-    for service in services.values():
-        for connector, instance in connectors(service):
-            try:
-                found.setdefault(connector, set()).add(IPv4Address(instance.address))
-            except AddressValueError:
-                continue
-    return {connector: tuple(sorted(addresses)) for connector, addresses in found.items()}
-
-
-def _octet_prefixes(addresses: Mapping[str, str]) -> frozenset[str]:
-    """Return the names between the reverse zone and its records: they exist without records (RFC 8020)."""
-    prefixes: set[str] = set()
-    for address in addresses:
-        first, second, third, _ = address.split(".")
-        prefixes |= {first, f"{first}.{second}", f"{first}.{second}.{third}"}
-    return frozenset(prefixes)
 
 
 def _txt(lease: Lease) -> tuple[bytes, ...]:
@@ -295,3 +426,7 @@ def _txt(lease: Lease) -> tuple[bytes, ...]:
             lines.append("ports=")
         lines[-1] += text if lines[-1].endswith("=") else f",{text}"
     return (*(line.encode() for line in lines), f"epoch={lease.epoch}".encode())
+
+
+def _told(key: str, text: str) -> tuple[bytes, ...]:
+    return (f"{key}={text}".encode()[:TXT_BYTES_MAX],)

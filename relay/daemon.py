@@ -31,6 +31,7 @@ from relay.commands import (
     Send,
 )
 from relay.forwarder import Forwarder
+from relay.notified import Notified
 from relay.policy import SrvTable
 from relay.sessions import Sessions
 from relay.splicer import Splicer
@@ -39,6 +40,7 @@ from ztna import quic, udp
 from ztna.ca import write_private
 from ztna.config import Endpoint, RelayConfig
 from ztna.credentials import Credentials
+from ztna.dns_keys import load_key
 from ztna.errors import ConfigError, ProtocolError, ZtnaError
 from ztna.identity import Identity
 from ztna.names import SessionId, Zone
@@ -46,6 +48,7 @@ from ztna.reasons import Reason
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import dropped, logger, refused
+from ztna.tsig import Key
 from ztna.udp import SockAddr
 from ztna.udp_bulk import BulkSocket
 from ztna.wire import control, datagram
@@ -113,12 +116,12 @@ def check_resolvers(config: RelayConfig, daemon: Daemon) -> None:
             raise ConfigError(
                 f"relay.resolvers: {resolver}: expected a numeric IP address and a port"
             ) from None
-        if local:
+        if local or config.dns_key is not None:
             continue
         if not config.dns_insecure:
             raise ConfigError(
                 f"relay.resolvers: {resolver} is not on loopback, and whoever answers DNS decides permission; "
-                "run a dnsd or a secondary here, or set relay.dns_insecure: true"
+                "run a dnsd or a secondary here, sign with relay.dns_key, or set relay.dns_insecure: true"
             )
         daemon.readiness.warn("dns_insecure", f"unauthenticated DNS from {resolver} decides permission")
 
@@ -178,19 +181,21 @@ class Relay:
             reset_key=reset_key(config.reset_key_file, credentials),
             where=WHERE,
         )
+        key = load_key(config.dns_key, "relay.dns_key") if config.dns_key else None
+        resolver = Resolver(config.resolvers, RESOLVER_SECONDS, key)
+        self.puller = SrvPuller(resolver, zone, config.srv_hold_s, self._table_changed)
         self._socket = udp.UdpSocket.open((config.listen.host, config.listen.port), self._packets_received)
+        self._notified: Notified | None = None
         try:
+            self._notified = self._hear_changes(zone, key)
             listener, raw = _forwarder_sockets(config.forwarder)
         except ZtnaError:
-            self._socket.close()
+            self._close_sockets()
             raise
         self.forwarder = Forwarder(raw)
         self.splicer = Splicer(listener, self._agent_waiting)
         self.server = quic.Server(
             self._socket, credentials, settings, admit=self._admit, factory=self._established
-        )
-        self.puller = SrvPuller(
-            Resolver(config.resolvers, RESOLVER_SECONDS), zone, config.srv_hold_s, self._table_changed
         )
         _log.info(
             "listening",
@@ -198,6 +203,18 @@ class Relay:
             control="{}:{}".format(*self.address),
             forwarder="{}:{}".format(*self.forwarder.address),
         )
+
+    def _hear_changes(self, zone: Zone, key: Key | None) -> Notified | None:
+        listen = self._config.notify_listen
+        if listen is None:
+            return None
+        sources = [resolver.host for resolver in self._config.resolvers]
+        return Notified(listen, zone, sources, key, self.puller.ask_all_soon)
+
+    def _close_sockets(self) -> None:
+        self._socket.close()
+        if self._notified is not None:
+            self._notified.close()
 
     @property
     def address(self) -> SockAddr:
@@ -237,7 +254,7 @@ class Relay:
         if self._timer is not None:
             self._timer.cancel()
         self.server.close()
-        self._socket.close()
+        self._close_sockets()
         self.forwarder.close()
         self.splicer.close()
 
@@ -369,9 +386,13 @@ class Relay:
             },
             "connections": self._connections,
             "sessions": self._sessions_shown,
-            "srv": self.puller.status,
+            "srv": lambda: self.puller.status() | self._notified_status(),
+            "conflicts": self._conflicts,
             "forwarder": lambda: {"udp": self.forwarder.status(), "tcp": self.splicer.status()},
         }
+
+    def _notified_status(self) -> dict[str, object]:
+        return {} if self._notified is None else {"notified": self._notified.heard}
 
     def _connections(self) -> list[dict[str, object]]:
         return [
@@ -386,6 +407,14 @@ class Relay:
             }
             for key, peer in self._sessions.peers.items()
             if key in self._peers
+        ]
+
+    def _conflicts(self) -> list[dict[str, object]]:
+        """Return what agents said of their pools, for `ztna leases conflicts`."""
+        return [
+            {"agent": peer.identity.name, "cidr": each.cidr, "with": each.with_, "detail": each.detail}
+            for peer in self._sessions.peers.values()
+            for each in peer.conflicts.values()
         ]
 
     def _sessions_shown(self) -> list[dict[str, object]]:

@@ -59,6 +59,8 @@ class _Name:
     drop_at: float | None = None
     due_at: float = 0.0
     asking: bool = False
+    again: bool = False
+    """There was news while it was being asked for."""
 
 
 class SrvPuller:
@@ -109,7 +111,13 @@ class SrvPuller:
         name = self._names.get(service)
         if name is not None:
             name.repeats = 0
+            name.again = name.asking
             self._schedule(service, name, 0.0)
+
+    def ask_all_soon(self) -> None:
+        """Ask for everything again at once: the zone has changed."""
+        for service in self._names:
+            self.ask_soon(service)
 
     async def run(self) -> None:
         """Pull until cancelled."""
@@ -164,7 +172,8 @@ class SrvPuller:
         else:
             delay = self._answered(service, name, answer)
         name.asking = False
-        self._schedule(service, name, delay)
+        self._schedule(service, name, 0.0 if name.again else delay)
+        name.again = False
 
     def _answered(self, service: ServiceName, name: _Name, answer: SrvAnswer) -> float:
         self._works()

@@ -8,7 +8,7 @@ that a configuration names: certificates, keys and tokens are their users'.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -84,13 +84,61 @@ class LogConfig(Section, frozen=True, kw_only=True):
     ] = "auto"
 
 
+class TsigKeyConfig(Section, frozen=True, kw_only=True):
+    """A secret that signs DNS messages (RFC 8945); both sides name it alike."""
+
+    name: Annotated[str, about("The key's name, as the other side calls it.", "transfer.ztna")]
+    secret_file: Annotated[
+        str,
+        about("File with the secret in base64, 16 bytes or more; mode 0600 or 0400.", "/etc/ztna/dns.key"),
+    ]
+    algorithm: Annotated[
+        Literal["hmac-sha256", "hmac-sha384", "hmac-sha512"],
+        about("hmac-sha256, hmac-sha384 or hmac-sha512."),
+    ] = "hmac-sha256"
+
+
+class NotifyConfig(Section, frozen=True, kw_only=True):
+    """Who is told when names change (RFC 1996)."""
+
+    address: Annotated[Endpoint, about("Where it listens, a numeric address.", "192.0.2.53:53")]
+    key: Annotated[
+        str | None, about("Name of the key that signs what it is told; unset: unsigned.", "transfer.ztna")
+    ] = None
+
+
+class TransferConfig(Section, frozen=True, kw_only=True):
+    """Other servers that serve the zone, with dnsd as their hidden primary (AXFR, IXFR, NOTIFY)."""
+
+    allow: Annotated[
+        tuple[IPv4Network, ...],
+        about("Who may transfer the zone without a signature; with one of dnsd.keys anybody may."),
+    ] = ()
+    notify: Annotated[
+        tuple[NotifyConfig, ...], about("The secondaries and relays that are told when names change.")
+    ] = ()
+
+
 class PoolConfig(Section, frozen=True, kw_only=True):
     """The addresses that leases are taken from."""
 
     cidr: Annotated[IPv4Network, about("The network that virtual addresses are leased from.")] = IPv4Network(
         "10.100.0.0/16"
     )
-    reserved: Annotated[tuple[IPv4Network, ...], about("Parts of it that are never leased.")] = ()
+    more: Annotated[
+        tuple[IPv4Network, ...], about("Further networks, each used once those before it are full.")
+    ] = ()
+    reserved: Annotated[
+        tuple[IPv4Network, ...],
+        about("What is never leased, a gateway for one; network and broadcast addresses never are."),
+    ] = ()
+    ula: Annotated[
+        IPv6Network | None,
+        about(
+            "A /96 that gives each lease an IPv6 address in DNS, for clients that route it; unset: IPv4 only.",
+            "fd12:3456:789a::/96",
+        ),
+    ] = None
 
 
 class DnsdConfig(Section, frozen=True, kw_only=True):
@@ -103,6 +151,11 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
     allow: Annotated[tuple[IPv4Network, ...], about("Who may ask; everybody else is refused.")] = (
         IPv4Network("127.0.0.0/8"),
     )
+    keys: Annotated[
+        tuple[TsigKeyConfig, ...],
+        about("TSIG keys; who signs with one may ask and transfer, wherever they are."),
+    ] = ()
+    transfer: Annotated[TransferConfig, about("Secondaries of the zone.")] = TransferConfig()
     pool: Annotated[PoolConfig, about("The addresses that leases are taken from.")] = PoolConfig()
     keeper: Annotated[bool, about("Stand for election as the keeper of the leases.")] = True
     ttl_s: Annotated[Annotated[int, msgspec.Meta(ge=0, le=86400)], about("TTL of answers, in seconds.")] = 5
@@ -110,6 +163,31 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
         Annotated[int, msgspec.Meta(ge=0, le=86400)],
         about("How long a name that does not exist may be remembered, in seconds."),
     ] = 10
+    upstreams: Annotated[
+        tuple[Endpoint, ...],
+        about("Who is asked for names outside the zone, in this order; empty: those are refused."),
+    ] = ()
+    upstream_timeout_s: Annotated[Seconds, about("How long each upstream may take, in seconds.")] = 1.5
+    rate_limit: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=1_000_000)],
+        about("Answers a second to one address over UDP, but for valid cookies; 0: no limit."),
+    ] = 2000.0
+    rate_limit_loopback: Annotated[bool, about("Hold programs on this machine to rate_limit, too.")] = False
+    nsid: Annotated[
+        str | None, about("Name of this server, told to who asks (NSID, CH TXT id.server).", "dns-1")
+    ] = None
+    version_bind: Annotated[bool, about("Tell the version of ztna-dnsd to CH TXT version.bind.")] = False
+    snapshot: Annotated[
+        str | None,
+        about(
+            "File that keeps the last names over a restart; unset: none are kept.",
+            "/var/lib/ztna/dnsd.names",
+        ),
+    ] = None
+    stale_max_s: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=86400)],
+        about("How long names that Consul does not confirm are served, marked as stale; a day at most."),
+    ] = 86400.0
     quarantine_s: Annotated[
         Seconds, about("How long a freed address is kept from other services; more than any TTL.")
     ] = 3600.0
@@ -142,8 +220,20 @@ class RelayConfig(Section, frozen=True, kw_only=True):
     )
     resolvers: Annotated[
         tuple[Endpoint, ...],
-        about("The dnsd's (or secondaries) asked for SRV records; on loopback unless dns_insecure."),
+        about(
+            "The dnsd's (or secondaries) asked for SRV records; on loopback unless dns_key or dns_insecure."
+        ),
     ] = (Endpoint("127.0.0.1", 5533),)
+    dns_key: Annotated[
+        TsigKeyConfig | None, about("Signs what is asked; only answers signed with it are believed.")
+    ] = None
+    notify_listen: Annotated[
+        Endpoint | None,
+        about(
+            "Where it is told that names changed (NOTIFY, UDP), by a resolver or with dns_key.",
+            "127.0.0.1:5534",
+        ),
+    ] = None
     dns_insecure: Annotated[
         bool, about("Accept resolvers that are not on loopback: whoever answers DNS decides permission.")
     ] = False
@@ -206,6 +296,11 @@ class RouteConfig(Section, frozen=True, kw_only=True):
         Annotated[int, msgspec.Meta(ge=1, le=65535)],
         about("Weight among the service's instances (RFC 2782)."),
     ] = 1
+    wildcard: Annotated[bool, about("Let every name under the service's lead to it, too.")] = False
+    virtual_ip: Annotated[
+        IPv4Address | None,
+        about("The virtual address it asks for; given if nobody else has it.", "10.100.0.80"),
+    ] = None
 
 
 class ConnectorConfig(Section, frozen=True, kw_only=True):
@@ -255,6 +350,9 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     pool: Annotated[IPv4Network, about("The network of virtual addresses; the same as dnsd's.")] = (
         IPv4Network("10.100.0.0/16")
     )
+    more_pools: Annotated[
+        tuple[IPv4Network, ...], about("Further networks of virtual addresses; those of dnsd.pool.more.")
+    ] = ()
     direct: Annotated[bool, about("Try connectors directly before forwarding through a relay.")] = True
     private_candidates: Annotated[
         bool, about("Offer and try private addresses (RFC 1918) too when looking for a direct path.")

@@ -57,7 +57,7 @@ class Type(IntEnum):
 
 
 class Code(IntEnum):
-    """Response codes (RFC 1035 4.1.1, RFC 6891 9)."""
+    """Response codes (RFC 1035 4.1.1, RFC 6891 9, RFC 7873 8)."""
 
     NOERROR = 0
     FORMERR = 1
@@ -66,6 +66,7 @@ class Code(IntEnum):
     NOTIMP = 4
     REFUSED = 5
     BADVERS = 16
+    BADCOOKIE = 23
 
 
 class SrvData(msgspec.Struct, frozen=True, order=True):

@@ -18,6 +18,7 @@ from ztna.names import ServiceName
 
 SERVICE_PREFIX = "ztna/vip/service/"
 ADDRESS_PREFIX = "ztna/vip/ip/"
+WISH_PREFIX = "ztna/vip/wish/"
 VIP_PREFIX = "ztna/vip/"
 KEEPER_KEY = "ztna/vip/keeper"
 SCHEMA_KEY = "ztna/schema"
@@ -52,6 +53,33 @@ class Holding(msgspec.Struct, frozen=True):
     released_at: float | None = None
 
 
+WishKind = Literal["pin", "unpin", "release", "move"]
+
+
+class WishAnswer(msgspec.Struct, frozen=True):
+    """What the keeper made of a wish, in words, and when (Unix seconds)."""
+
+    ok: bool
+    what: str
+    at: float
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """KV `ztna/vip/wish/<service>`: what an operator wants changed; `id` tells one asking from the next.
+
+    `ip` is the address for `pin` and `move`, when it matters which. `force` overrides what only protects
+    the programs that still remember a former holder.
+    """
+
+    kind: WishKind
+    id: str
+    ip: IPv4Address | None = None
+    force: bool = False
+    asked_by: str = ""
+    asked_at: float = 0.0
+    answer: WishAnswer | None = None
+
+
 def service_key(service: ServiceName) -> str:
     """Return the KV key of a service's lease."""
     return SERVICE_PREFIX + service
@@ -62,7 +90,12 @@ def address_key(address: IPv4Address) -> str:
     return ADDRESS_PREFIX + str(address)
 
 
-T = TypeVar("T", bound=Lease | Holding)
+def wish_key(service: ServiceName) -> str:
+    """Return the KV key of the wish about a service."""
+    return WISH_PREFIX + service
+
+
+T = TypeVar("T", bound=Lease | Holding | Wish)
 
 
 class Stored(msgspec.Struct, Generic[T], frozen=True):
@@ -73,11 +106,16 @@ class Stored(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """Every lease and every holding. `unreadable` says by key what is wrong with a record nobody may touch."""
+    """Every lease, holding and wish. `unreadable` says by key what is wrong with a record nobody may touch.
+
+    `subjects` has by key whose record it is: reading keys costs more than the rest of a table that stays.
+    """
 
     leases: Mapping[ServiceName, Stored[Lease]] = {}
     holdings: Mapping[IPv4Address, Stored[Holding]] = {}
+    wishes: Mapping[ServiceName, Stored[Wish]] = {}
     unreadable: Mapping[str, str] = {}
+    subjects: Mapping[str, ServiceName | IPv4Address] = {}
 
 
 def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Table:
@@ -85,18 +123,33 @@ def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Ta
     before = previous or Table()
     leases: dict[ServiceName, Stored[Lease]] = {}
     holdings: dict[IPv4Address, Stored[Holding]] = {}
+    wishes: dict[ServiceName, Stored[Wish]] = {}
     unreadable: dict[str, str] = {}
+    subjects: dict[str, ServiceName | IPv4Address] = {}
     for key, pair in pairs.items():
         try:
-            if key.startswith(SERVICE_PREFIX):
-                service = ServiceName(key[len(SERVICE_PREFIX) :])
-                leases[service] = _stored(pair, before.leases.get(service), _LEASE)
-            elif key.startswith(ADDRESS_PREFIX):
-                address = IPv4Address(key[len(ADDRESS_PREFIX) :])
-                holdings[address] = _stored(pair, before.holdings.get(address), _HOLDING)
+            subject = before.subjects.get(key) or _subject(key)
+            if subject is None:
+                continue
+            subjects[key] = subject
+            if isinstance(subject, IPv4Address):
+                holdings[subject] = _stored(pair, before.holdings.get(subject), _HOLDING)
+            elif key.startswith(SERVICE_PREFIX):
+                leases[subject] = _stored(pair, before.leases.get(subject), _LEASE)
+            else:
+                wishes[subject] = _stored(pair, before.wishes.get(subject), _WISH)
         except (BadName, AddressValueError, ProtocolError) as error:
             unreadable[key] = str(error)
-    return Table(leases=leases, holdings=holdings, unreadable=unreadable)
+    return Table(leases=leases, holdings=holdings, wishes=wishes, unreadable=unreadable, subjects=subjects)
+
+
+def _subject(key: str) -> ServiceName | IPv4Address | None:
+    """Return whose record a key holds, None when it is no record. Raises BadName or AddressValueError."""
+    if key.startswith(SERVICE_PREFIX):
+        return ServiceName(key[len(SERVICE_PREFIX) :])
+    if key.startswith(ADDRESS_PREFIX):
+        return IPv4Address(key[len(ADDRESS_PREFIX) :])
+    return ServiceName(key[len(WISH_PREFIX) :]) if key.startswith(WISH_PREFIX) else None
 
 
 def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decoder[T]) -> Stored[T]:
@@ -107,6 +160,7 @@ def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decode
 
 _LEASE = msgspec.json.Decoder(Lease, dec_hook=decode_hook)
 _HOLDING = msgspec.json.Decoder(Holding, dec_hook=decode_hook)
+_WISH = msgspec.json.Decoder(Wish, dec_hook=decode_hook)
 
 
 def audit(table: Table) -> tuple[str, ...]:

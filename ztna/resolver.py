@@ -9,14 +9,17 @@ import asyncio
 import contextlib
 import secrets
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 
 import msgspec
 
+from ztna import tsig
 from ztna.config import Endpoint
 from ztna.dns import Code, Message, Record, SoaData, SrvData, Type, decode, encode_query
 from ztna.errors import ProtocolError, ResolverUnavailable
+from ztna.tsig import Key
 
 UDP_PAYLOAD_BYTES = 1232
 """Fits any path without fragments (DNS flag day 2020)."""
@@ -65,8 +68,12 @@ class TxtAnswer(msgspec.Struct, frozen=True):
 class Resolver:
     """Asks the servers in turn, beginning with the one that answered last."""
 
-    def __init__(self, servers: Sequence[Endpoint], timeout_s: float) -> None:
-        """`timeout_s` bounds a whole question, all servers and rounds together; servers are numeric."""
+    def __init__(self, servers: Sequence[Endpoint], timeout_s: float, key: Key | None = None) -> None:
+        """`timeout_s` bounds a whole question, all servers and rounds together; servers are numeric.
+
+        With a key every question is signed, and only answers that are signed with it too are believed.
+        """
+        self._key = key
         self._servers = tuple(servers)
         self._timeout_s = timeout_s
         self._first = 0
@@ -134,11 +141,13 @@ class Resolver:
             for attempt in range(ROUNDS * len(self._servers)):
                 place = (self._first + attempt) % len(self._servers)
                 server = self._servers[place]
+                disbelieved: list[str] = []
                 try:
                     async with asyncio.timeout(patience_s):
-                        message = await self._exchange(server, name, kind)
+                        message = await self._exchange(server, name, kind, disbelieved)
                 except TimeoutError:
-                    failures.append(f"{server}: no answer within {patience_s:.1f} s")
+                    told = f", only {disbelieved[0]}" if disbelieved else ""
+                    failures.append(f"{server}: no answer within {patience_s:.1f} s{told}")
                 except (OSError, EOFError, ProtocolError) as error:
                     failures.append(f"{server}: {str(error) or type(error).__name__}")
                 else:
@@ -150,13 +159,20 @@ class Resolver:
             f"{kind.name} of {name}: no DNS server answered ({'; '.join(failures) or 'none is configured'})"
         )
 
-    async def _exchange(self, server: Endpoint, name: str, kind: Type) -> Message:
-        message = await self._over_udp(server, name, kind)
+    async def _exchange(self, server: Endpoint, name: str, kind: Type, disbelieved: list[str]) -> Message:
+        message = await self._over_udp(server, name, kind, disbelieved)
         return await self._over_tcp(server, name, kind) if message.truncated else message
 
-    async def _over_udp(self, server: Endpoint, name: str, kind: Type) -> Message:
+    def _signed(self, query: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
+        """Return the query as it is sent, and what takes the signature off its answer or raises ProtocolError."""
+        if self._key is None:
+            return query, bytes
+        data, exchange = tsig.begin(query, self._key, time.time())
+        return data, lambda answer: exchange.verify(answer, time.time())
+
+    async def _over_udp(self, server: Endpoint, name: str, kind: Type, disbelieved: list[str]) -> Message:
         message_id = secrets.randbits(16)
-        query = encode_query(message_id, name, kind, UDP_PAYLOAD_BYTES)
+        query, unsigned = self._signed(encode_query(message_id, name, kind, UDP_PAYLOAD_BYTES))
         loop = asyncio.get_running_loop()
         # A fresh socket, so a fresh source port, for each question: RFC 5452 9.2.
         transport, answers = await loop.create_datagram_endpoint(
@@ -166,20 +182,22 @@ class Resolver:
             transport.sendto(query)
             while True:
                 data = await answers.next()
-                with contextlib.suppress(ProtocolError):
-                    return _matching(data, message_id, name, kind)
+                try:
+                    return _matching(unsigned(data), message_id, name, kind)
+                except ProtocolError as error:
+                    disbelieved.append(str(error))
                 self.malformed += 1
         finally:
             transport.close()
 
     async def _over_tcp(self, server: Endpoint, name: str, kind: Type) -> Message:
         message_id = secrets.randbits(16)
-        query = encode_query(message_id, name, kind, UDP_PAYLOAD_BYTES)
+        query, unsigned = self._signed(encode_query(message_id, name, kind, UDP_PAYLOAD_BYTES))
         reader, writer = await asyncio.open_connection(server.host, server.port)
         try:
             writer.write(_LENGTH.pack(len(query)) + query)
             (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-            message = _matching(await reader.readexactly(length), message_id, name, kind)
+            message = _matching(unsigned(await reader.readexactly(length)), message_id, name, kind)
         finally:
             writer.close()
         if message.truncated:

@@ -96,6 +96,8 @@ class Daemon:
     status_sources: dict[str, Callable[[], object]] = field(default_factory=dict)
     admin_address: tuple[str, int] = ("", 0)
     started_at: float = field(default_factory=time.monotonic)
+    reread: Callable[[], Config] | None = None
+    """Reads the configuration again, from where it came. Raises ConfigError; None when it came from nowhere."""
 
 
 Body = Callable[[Daemon], Awaitable[None]]
@@ -120,8 +122,11 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
     @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
     @click.version_option(version("ztna-mesh"), prog_name=name)
     def command(file: Path | None, settings: tuple[str, ...], log_level: str | None) -> None:
+        def read() -> Config:
+            return configuration.load(file, os.environ, dict(_pairs(settings, log_level)), section)
+
         try:
-            config = configuration.load(file, os.environ, dict(_pairs(settings, log_level)), section)
+            config = read()
             own = getattr(config, section)
             if own is None:
                 raise ConfigError(
@@ -130,13 +135,20 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
         except ConfigError as error:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(EXIT_USAGE)
-        sys.exit(run(name, body, config=config, admin=own.admin))
+        sys.exit(run(name, body, config=config, admin=own.admin, reread=read))
 
-    command.help = f"Run {name} until SIGTERM; SIGHUP reads certificates again."
+    command.help = f"Run {name} until SIGTERM; SIGHUP reads certificates, or dnsd's pool, again."
     return command
 
 
-def run(daemon_name: str, body: Body, *, config: Config, admin: Endpoint) -> int:
+def run(
+    daemon_name: str,
+    body: Body,
+    *,
+    config: Config,
+    admin: Endpoint,
+    reread: Callable[[], Config] | None = None,
+) -> int:
     """Run a daemon until its body returns; return the exit status.
 
     0 after a clean end, 2 for a ConfigError, 1 for anything else. A ZtnaError is one line in the log; only
@@ -146,7 +158,7 @@ def run(daemon_name: str, body: Body, *, config: Config, admin: Endpoint) -> int
     telemetry.BUILD.labels(daemon_name, version("ztna-mesh")).set(1)
     raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(daemon_name, body, config, admin))
+        return runner.run(_run(daemon_name, body, config, admin, reread))
 
 
 async def sleep_or_stop(daemon: Daemon, seconds: float) -> bool:
@@ -177,12 +189,14 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _run(daemon_name: str, body: Body, config: Config, admin: Endpoint) -> int:
+async def _run(
+    daemon_name: str, body: Body, config: Config, admin: Endpoint, reread: Callable[[], Config] | None
+) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_unexpected)
     try:
         async with asyncio.TaskGroup() as tasks:
-            daemon = Daemon(daemon_name, config, tasks)
+            daemon = Daemon(daemon_name, config, tasks, reread=reread)
             _install_signals(loop, daemon)
             runner = await _serve_admin(daemon, admin)
             _log.info("started", daemon=daemon_name, admin=_endpoint_text(daemon.admin_address))

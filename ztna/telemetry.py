@@ -48,11 +48,34 @@ UNLEASED = Gauge(
     "Services the keeper could not give an address, or that are not served.",
     registry=REGISTRY,
 )
+POOL = Gauge(
+    "ztna_pool_addresses",
+    "Addresses of the pool, by state: leased, resting (not yet free again) or free; only on the keeper.",
+    ("state",),
+    registry=REGISTRY,
+)
 DNS_QUERIES = Counter("ztna_dns_queries", "DNS queries taken.", ("transport",), registry=REGISTRY)
+DNS_FORWARDED = Counter(
+    "ztna_dns_forwarded",
+    "DNS queries handed on to upstreams: answered, failed, or too_many at once.",
+    ("outcome",),
+    registry=REGISTRY,
+)
 DNS_CONNECTIONS = Gauge("ztna_dns_tcp_connections", "Open DNS connections over TCP.", registry=REGISTRY)
+NOTIFIES = Counter(
+    "ztna_dns_notifies", "NOTIFY messages by what became of them.", ("outcome",), registry=REGISTRY
+)
+TRANSFERS = Counter(
+    "ztna_dns_transfers", "Zone transfers by kind: axfr, ixfr or refused.", ("kind",), registry=REGISTRY
+)
 CONFIRMED = Gauge(
     "ztna_catalog_confirmed_seconds",
     "Unix time when Consul last confirmed the names served.",
+    registry=REGISTRY,
+)
+SERVED = Gauge(
+    "ztna_dns_served",
+    "Whether names are served: 2 confirmed, 1 stale (Consul is away), 0 not.",
     registry=REGISTRY,
 )
 

@@ -8,6 +8,10 @@ key_prefix "ztna/vip/wish/" {
   policy = "write"
 }
 
+key_prefix "ztna/conflict/" {
+  policy = "read"
+}
+
 key "ztna/schema" {
   policy = "read"
 }

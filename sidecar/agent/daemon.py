@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
-from sidecar.agent.anyip import check_pool, local_route, runtime_directory
+from sidecar.agent.anyip import check_pool, runtime_directory
 from sidecar.agent.broker import Broker, Outside
 from sidecar.agent.datagrams import Datagrams
 from sidecar.agent.leases import LeaseFollower
 from sidecar.agent.links import Links
 from sidecar.agent.listeners import Listeners
+from sidecar.agent.ranges import Ranges
 from sidecar.agent.sessions import LeaseIs, Received, RelayDown, RelayUp, Session, Sessions
 from sidecar.agent.streams import Streams
 from sidecar.link.control import RelayClient
@@ -27,7 +28,7 @@ from ztna.names import ServiceName
 from ztna.reasons import Reason
 from ztna.runtime import Daemon, Readiness
 from ztna.telemetry import logger
-from ztna.wire.control import AnyMessage, DialToken, Drain, LeaseRef, StartPunching
+from ztna.wire.control import AnyMessage, Conflict, DialToken, Drain, LeaseRef, StartPunching
 
 _log = logger(__name__)
 
@@ -38,17 +39,21 @@ async def body(daemon: Daemon) -> None:
     assert config is not None, "daemon_command refuses a configuration without the section"
     daemon.readiness.awaiting("relay", "no relay is connected yet")
     daemon.readiness.awaiting("leases", "not yet read from Consul")
-    check_pool(config.mode, config.pool)
+    pools = (config.pool, *config.more_pools)
+    for pool in pools:
+        check_pool(config.mode, pool)
     if not config.relays:
         raise ConfigError("agent.relays: expected at least one relay")
     credentials = Credentials.load(config.tls)
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(ConsulClient(daemon.config.consul))
-        if config.mode == "anyip":
-            await stack.enter_async_context(local_route(config.pool, runtime_directory()))
+        routes_in = runtime_directory() if config.mode == "anyip" else None
+        name = credentials.identity.name
+        ranges = Ranges(client, name, pools, daemon.readiness, routes_in=routes_in)
+        await stack.enter_async_context(ranges)
         try:
             async with asyncio.TaskGroup() as tasks:
-                await Agent(daemon, config, credentials, client, tasks).run()
+                await Agent(daemon, config, credentials, client, ranges, tasks).run()
                 raise _Stopped
         except* _Stopped:
             pass
@@ -63,9 +68,11 @@ class Agent:
         config: AgentConfig,
         credentials: Credentials,
         client: ConsulClient,
+        ranges: Ranges,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._daemon = daemon
+        self._ranges = ranges
         self._config = config
         self._tasks = tasks
         self._relays = {
@@ -102,10 +109,12 @@ class Agent:
         self._follower = LeaseFollower(
             client,
             credentials.identity.agent,
-            config.pool,
+            (config.pool, *config.more_pools),
             changed=self._leases_changed,
             read=self._lease_read,
         )
+        ranges.tell = self._tell_relays
+        ranges.leases = lambda: {name: lease.ip for name, lease in self._follower.leases.items()}
 
     async def run(self) -> None:
         """Serve until the daemon stops, then let what runs finish for a while."""
@@ -113,7 +122,7 @@ class Agent:
         self._daemon.on_reload.append(self._reload)
         for label, client in self._relays.items():
             self._tasks.create_task(client.run(), name=f"relay {label}")
-        for what in (self._follower, self._listeners, self._datagrams, self._links):
+        for what in (self._follower, self._listeners, self._datagrams, self._links, self._ranges):
             self._tasks.create_task(what.run(), name=type(what).__name__)
         await self._daemon.stopping.wait()
         await self._drain()
@@ -125,6 +134,7 @@ class Agent:
         return {
             "mode": self._config.mode,
             "pool": str(self._config.pool),
+            "ranges": self._ranges.status(),
             "relays": [
                 {
                     "relay": label,
@@ -171,6 +181,8 @@ class Agent:
         _log.info("relay_connected", relay=self._labels[client])
         self._daemon.readiness.done("relay")
         self._broker.handle(RelayUp(self._labels[client]))
+        for conflict in self._ranges.conflicts():
+            client.send(conflict)
 
     def _lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
@@ -195,6 +207,10 @@ class Agent:
     def _send(self, relay: str, message: AnyMessage) -> None:
         # When it is not connected the loss of all its sessions is reported by on_lost.
         self._relays[relay].send(message)
+
+    def _tell_relays(self, conflict: Conflict) -> None:
+        for relay in self._relays:
+            self._send(relay, conflict)
 
     # --- sessions and leases
 

@@ -33,7 +33,7 @@ class LeaseFollower:
         self,
         client: ConsulClient,
         grants: Grants,
-        pool: IPv4Network,
+        pools: tuple[IPv4Network, ...],
         *,
         changed: Callable[[Mapping[ServiceName, Lease]], None],
         read: Callable[[ServiceName, Lease | None], None],
@@ -42,7 +42,7 @@ class LeaseFollower:
         self.watch = KvWatch(client, SERVICE_PREFIX)
         self._client = client
         self._grants = grants
-        self._pool = pool
+        self._pools = pools
         self._changed = changed
         self._read = read
         self._wanted: asyncio.Queue[ServiceName] = asyncio.Queue(READS_WAITING_MAX)
@@ -123,14 +123,15 @@ class LeaseFollower:
     def _lease(
         self, service: ServiceName, pair: KvPair, known_odd: Mapping[str, str] | None = None
     ) -> Lease | None:
-        """Return the record if it can be served. An address outside the pool is never bound, whoever wrote it."""
+        """Return the record if it can be served. An address outside the pools is never bound, whoever wrote it."""
         try:
             lease = from_json(pair.value, Lease)
         except ProtocolError as error:
             self._note_odd(pair.key, str(error), known_odd or self._odd)
             return None
-        if lease.ip not in self._pool:
-            self._note_odd(pair.key, f"{lease.ip} is outside agent.pool {self._pool}", known_odd or self._odd)
+        if not any(lease.ip in pool for pool in self._pools):
+            outside = f"{lease.ip} is outside agent.pool {', '.join(map(str, self._pools))}"
+            self._note_odd(pair.key, outside, known_odd or self._odd)
             return None
         return lease
 

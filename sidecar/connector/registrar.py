@@ -18,6 +18,8 @@ from ztna.wire.control import Address
 
 META_CONNECTOR = "ztna-connector"
 META_PORTS = "ztna-ports"
+META_VIRTUAL_IP = "ztna-virtual-ip"
+META_WILDCARD = "ztna-wildcard"
 VIRTUAL = "virtual"
 OUTPUT_CHARACTERS = 512
 
@@ -83,7 +85,7 @@ def registration(desired: Desired, registrant: Registrant) -> Registration:
         address=registrant.link.ip,
         port=registrant.link.port,
         tags=(MESH_TAG,),
-        meta={META_CONNECTOR: connector_id, META_PORTS: published(desired.routes.ports)},
+        meta=_meta(desired.routes, connector_id),
         tagged_addresses=_virtual(desired),
         weight_passing=desired.routes.weight,
         weight_warning=desired.routes.weight,
@@ -130,6 +132,15 @@ def _is_ours(service: AgentService, connector_id: ConnectorId) -> bool:
         and service.meta.get(META_CONNECTOR) == connector_id
         and MESH_TAG in service.tags
     )
+
+
+def _meta(routes: ServiceRoutes, connector_id: ConnectorId) -> dict[str, str]:
+    meta = {META_CONNECTOR: str(connector_id), META_PORTS: published(routes.ports)}
+    if routes.virtual_ip is not None:
+        meta[META_VIRTUAL_IP] = str(routes.virtual_ip)
+    if routes.wildcard:
+        meta[META_WILDCARD] = "true"
+    return meta
 
 
 def _virtual(desired: Desired) -> dict[str, TaggedAddress]:

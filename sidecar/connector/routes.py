@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 
 from ztna.config import CheckConfig, Endpoint, RouteConfig
 from ztna.errors import ConfigError
@@ -32,11 +33,13 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class ServiceRoutes:
-    """All routes of one service, in the order of their ports."""
+    """All routes of one service, in the order of their ports; `virtual_ip` is the address it asks for."""
 
     service: ServiceName
     routes: tuple[Route, ...]
     weight: int
+    virtual_ip: IPv4Address | None = None
+    wildcard: bool = False
 
     @property
     def ports(self) -> tuple[Port, ...]:
@@ -95,13 +98,19 @@ def _service_routes(service: ServiceName, group: list[RouteConfig]) -> ServiceRo
         raise ConfigError(
             f"connector.routes: {service}: expected one weight, got {', '.join(map(str, sorted(weights)))}"
         )
+    asked = {config.virtual_ip for config in group if config.virtual_ip is not None}
+    if len(asked) > 1:
+        raise ConfigError(
+            f"connector.routes: {service}: expected one virtual_ip, got {', '.join(map(str, sorted(asked)))}"
+        )
     routes = sorted(map(_route, group), key=lambda route: route.port)
     for first, second in itertools.pairwise(routes):
         if first.port == second.port:
             raise ConfigError(
                 f"connector.routes: {service}: {first.port.protocol} port {first.port.port} is routed twice"
             )
-    return ServiceRoutes(service, tuple(routes), group[0].weight)
+    wildcard = any(config.wildcard for config in group)
+    return ServiceRoutes(service, tuple(routes), group[0].weight, next(iter(asked), None), wildcard)
 
 
 def _route(config: RouteConfig) -> Route:

@@ -22,6 +22,10 @@ from tests.bench.harness import Result, Row, run_row
 
 ROWS = {
     "dns": "tests.bench.rows_dns",
+    "dns-size": "tests.bench.rows_dns_size",
+    "dns-tail": "tests.bench.rows_dns_tail",
+    "leases": "tests.bench.rows_leases",
+    "change": "tests.bench.rows_leases:change_row",
     "forwarder-udp": "tests.bench.rows_forwarder_udp",
     "tcp": "tests.bench.rows_tcp",
     "tcp-relay": "tests.bench.rows_tcp_relay",
@@ -68,7 +72,8 @@ def main() -> int:
     console, failed, kept = Console(width=140), [], {}
     with tempfile.TemporaryDirectory(prefix="ztna-bench-") as directory:
         for name in arguments.rows or ROWS:
-            make: Callable[[Path], Row] = importlib.import_module(ROWS[name]).row
+            module, _, function = ROWS[name].partition(":")
+            make: Callable[[Path], Row] = getattr(importlib.import_module(module), function or "row")
             row = make(Path(directory))
             console.print(f"[bold]{row.name}[/]")
             results = run_row(row, arguments.rounds, lambda text: console.print(text, highlight=False))

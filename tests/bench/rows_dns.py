@@ -63,6 +63,34 @@ def row(directory: Path) -> Row:
     )
 
 
+def queried(pid: int, port: int, queries: Path) -> Measure:
+    """Return what asks a server all these queries for a while and tells its CPU time for each."""
+    dnsperf = need("dnsperf", "dnsperf")
+    argv = [dnsperf, "-s", "127.0.0.1", "-p", str(port), "-d", str(queries), "-l", str(SECONDS)]
+
+    def measure() -> Figures:
+        before = cpu_seconds([pid])
+        done = subprocess.run(
+            [*argv, "-c", "4", "-T", "1", "-q", "100"], capture_output=True, text=True, timeout=SECONDS + 60
+        )
+        spent = cpu_seconds([pid]) - before
+        completed = re.search(r"Queries completed:\s+(\d+)", done.stdout)
+        codes = re.search(r"Response codes:\s+(.*)", done.stdout)
+        if completed is None or codes is None or "NOERROR " not in codes.group(1):
+            raise CannotMeasure(f"dnsperf: {done.stdout[-400:]}{done.stderr[-400:]}")
+        count = int(completed.group(1))
+        return {"CPU us/query": spent / count * 1e6, "queries/s": count / SECONDS}
+
+    return measure
+
+
+def answers_at(port: int, name: str, kind: str = "A") -> bool:
+    """Whether the server at a port of loopback has a record for a name."""
+    argv = ["dig", "@127.0.0.1", "-p", str(port), "+short", "+time=1", "+tries=1", name, kind]
+    said = subprocess.run(argv, capture_output=True, timeout=5).stdout
+    return said.strip() != b"" and b";;" not in said
+
+
 class Dns:
     """Starts each server with the same names and measures it with dnsperf."""
 
@@ -77,45 +105,11 @@ class Dns:
         path.write_text(text)
         return path
 
-    def _measure(self, pid: int, port: int, queries: Path | None = None, code: str = "NOERROR") -> Measure:
-        dnsperf = need("dnsperf", "dnsperf")
-        argv = [dnsperf, "-s", "127.0.0.1", "-p", str(port), "-d", str(queries or self._queries)]
-
-        def measure() -> Figures:
-            before = cpu_seconds([pid])
-            done = subprocess.run(
-                [*argv, "-l", str(SECONDS), "-c", "4", "-T", "1", "-q", "100"],
-                capture_output=True,
-                text=True,
-                timeout=SECONDS + 60,
-            )
-            spent = cpu_seconds([pid]) - before
-            completed = re.search(r"Queries completed:\s+(\d+)", done.stdout)
-            codes = re.search(r"Response codes:\s+(.*)", done.stdout)
-            if completed is None or codes is None or f"{code} " not in codes.group(1):
-                raise CannotMeasure(f"dnsperf: {done.stdout[-400:]}{done.stderr[-400:]}")
-            count = int(completed.group(1))
-            return {"CPU us/query": spent / count * 1e6, "queries/s": count / SECONDS}
-
-        return measure
-
     @contextlib.contextmanager
     def _serving(self, argv: list[str], port: int, log: str, **environment: str) -> Iterator[Measure]:
         with running(argv, self.directory / f"{log}.log", **environment) as pid:
-            probe = [
-                "dig",
-                "@127.0.0.1",
-                "-p",
-                str(port),
-                "+short",
-                "+time=1",
-                "+tries=1",
-                f"{names()[-1]}.ztna.local",
-            ]
-            wait_until(
-                log, lambda: subprocess.run(probe, capture_output=True, timeout=5).stdout.strip() != b""
-            )
-            yield self._measure(pid, port)
+            wait_until(log, lambda: answers_at(port, f"{names()[-1]}.ztna.local"))
+            yield queried(pid, port, self._queries)
 
     @contextlib.contextmanager
     def _consul(self) -> Iterator[int]:
@@ -165,7 +159,7 @@ class Dns:
         gcc, port, binary = need("gcc", "gcc"), free_port(), self.directory / "echo"
         subprocess.run([gcc, "-O2", "-o", str(binary), str(_HERE / "echo_floor.c")], check=True, timeout=60)
         with running([str(binary), str(port)], self.directory / "echo.log") as pid:
-            yield self._measure(pid, port)
+            yield queried(pid, port, self._queries)
 
     def _zone(self) -> Path:
         head = "$ORIGIN ztna.local.\n@ 5 SOA ns admin 1 60 60 60 5\n@ 5 NS ns\nns 5 A 127.0.0.1\n"
@@ -237,4 +231,4 @@ class Dns:
         queries = self._write("consul-queries", "".join(f"{name}.service.consul A\n" for name in names()))
         with self._consul() as pid:
             wait_until("Consul DNS", lambda: accepts(self._consul_dns))
-            yield self._measure(pid, self._consul_dns, queries)
+            yield queried(pid, self._consul_dns, queries)

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,13 @@ def server_argv(
     serf: int | None = None,
     server: int | None = None,
     acl: bool = False,
+    joins: Sequence[str] = (),
+    node: str | None = None,
 ) -> list[str]:
-    """Return the command of a one-node server that keeps its data and elects itself within two seconds."""
+    """Return the command of a server that keeps its data and elects itself within two seconds.
+
+    With `joins`, the Serf addresses of others, it waits for all of them before the first election.
+    """
     version = tuple(int(part) for part in binary_version(binary).split("."))
     ports = {"http": http, "dns": -1, "grpc": -1, "serf_lan": serf or http + 1, "serf_wan": -1}
     ports["server"] = server or http + 2
@@ -101,7 +106,9 @@ def server_argv(
         ports["grpc_tls"] = -1
     settings: dict[str, Any] = {
         "server": True,
-        "bootstrap_expect": 1,
+        "bootstrap_expect": 1 + len(joins),
+        "retry_join": list(joins),
+        "retry_interval": "500ms",
         "data_dir": str(data),
         "bind_addr": bind,
         "client_addr": bind,
@@ -113,6 +120,8 @@ def server_argv(
         "log_level": "warn",
         "ports": ports,
     }
+    if node is not None:
+        settings["node_name"] = node
     if acl:
         initial = "initial_management" if version >= (1, 11) else "master"
         tokens = {initial: MANAGEMENT_TOKEN, "agent": MANAGEMENT_TOKEN}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
@@ -28,6 +29,8 @@ def instance(
     status: Status = "passing",
     weight: int = 1,
     tags: Sequence[str] = ("ztna",),
+    virtual_ip: str | None = None,
+    wildcard: str = "",
 ) -> Instance:
     """One instance; no `ztna-connector` when `connector` is empty, no `ztna-ports` when `ports` is None."""
     meta: dict[str, str] = {}
@@ -35,6 +38,10 @@ def instance(
         meta["ztna-connector"] = connector
     if ports is not None:
         meta["ztna-ports"] = ports
+    if wildcard:
+        meta["ztna-wildcard"] = wildcard
+    if virtual_ip is not None:
+        meta["ztna-virtual-ip"] = virtual_ip
     return Instance(
         service=service,
         instance_id=f"{service}@{connector}",
@@ -73,6 +80,21 @@ def query(name: str, kind: str = "A", *, message_id: int = 0x1234) -> bytes:
     record = DNSRecord.question(name, kind)
     record.header.id = message_id
     return bytes(record.pack())
+
+
+def with_opt(
+    data: bytes,
+    *,
+    size: int = 1232,
+    version: int = 0,
+    flags: int = 0,
+    options: bytes = b"",
+    name: bytes = b"\0",
+) -> bytes:
+    """Add an OPT record to a query."""
+    opt = name + struct.pack("!HHIH", 41, size, version << 16 | flags, len(options)) + options
+    count = int.from_bytes(data[10:12]) + 1
+    return data[:10] + struct.pack("!H", count) + data[12:] + opt
 
 
 def ask(answers: Answers, data: bytes, *, over_tcp: bool = False) -> DNSRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Address
 
 from dnsd.keeper import CatalogRead, Plan, Pool, Rules, View, plan, transactions
 from dnsd.services import Service
@@ -16,7 +17,9 @@ from ztna.catalog import (
     KvSet,
     TxnOp,
 )
-from ztna.leases import Table, read_table
+from ztna.jsontypes import to_json
+from ztna.leases import Table, Wish, WishAnswer, WishKind, read_table, wish_key
+from ztna.names import ServiceName
 
 
 class FakeKv:
@@ -71,17 +74,36 @@ class Lab:
         self.kv = FakeKv()
         self.rules = Rules(pool, grace_s, quarantine_s)
         self.gone_since: Mapping[str, float] = {}
+        self.epoch_floor = 0
+
+    def wish(self, service: str, kind: WishKind, ip: str | None = None, *, force: bool = False) -> None:
+        """Ask the keeper for a change, as `ztna leases` does."""
+        wanted = Wish(kind, "w1", IPv4Address(ip) if ip else None, force)
+        self.kv.put(wish_key(ServiceName(service)), to_json(wanted))
+
+    def answer(self, service: str) -> WishAnswer:
+        """What the keeper answered."""
+        answer = self.kv.table.wishes[ServiceName(service)].record.answer
+        assert answer is not None
+        return answer
 
     def plan(self, services: Mapping[str, Service], now: float, *, read_at: float | None = None) -> Plan:
         """Plan from what is in KV; with `read_at`, after a consistent read of the catalog at that time."""
         read = None if read_at is None else CatalogRead(frozenset(services), read_at)
-        view = View(services=services, table=self.kv.table, gone_since=self.gone_since, catalog_read=read)
+        view = View(
+            services=services,
+            table=self.kv.table,
+            gone_since=self.gone_since,
+            catalog_read=read,
+            epoch_floor=self.epoch_floor,
+        )
         return plan(view, self.rules, now)
 
     def keep(self, services: Mapping[str, Service], now: float) -> Plan:
         """Plan with a fresh read and carry everything out."""
         decided = self.plan(services, now, read_at=now)
         self.gone_since = decided.gone_since
+        self.epoch_floor = decided.epoch_floor
         for operations in transactions(decided.changes, "me"):
             assert self.kv.carry_out(operations), "a plan must fit the table it was made from"
         return decided

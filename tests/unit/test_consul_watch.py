@@ -219,3 +219,55 @@ async def test_a_silent_change_is_found_by_a_sweep(monkeypatch: pytest.MonkeyPat
                 while snapshot.services["a"][0].port != port:
                     snapshot = await watch.changed(snapshot)
         task.cancel()
+
+
+class HeldCatalog(Catalog):
+    """A catalog that holds the second read of one service until it is let go."""
+
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        self._held = held
+        self.is_held = asyncio.Event()
+        self.let_go = asyncio.Event()
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        found = await super().__call__(request)
+        if request.path.endswith(f"/{self._held}") and self.reads.count(self._held) == 2:
+            self.is_held.set()
+            await self.let_go.wait()
+        return found
+
+
+async def test_what_changes_amid_a_sweep_does_not_wait_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watches, "SWEEP_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(watches, "SWEEP_SERVICES_AT_ONCE", 1)
+    catalog = HeldCatalog("s03")
+    names = [f"s{number:02}" for number in range(20)]
+    for name in names:
+        catalog.services[name] = ["ztna"]
+        catalog.checks.append(check(name))
+        catalog.instances[name] = [instance(name)]
+    async with server(catalog) as address, ConsulClient(ConsulConfig(address=address)) as client:
+        watch = CatalogWatch(client)
+        task = asyncio.create_task(watch.run())
+        async with asyncio.timeout(5):
+            first = await watch.changed()
+            catalog.reads.clear()
+            catalog.reads.append("s03")
+            catalog.change()
+            await catalog.is_held.wait()
+            catalog.checks[-1] = check("s19", "critical", index=9)
+            catalog.instances["s19"] = [instance("s19", "critical")]
+            catalog.change()
+            while "s19" not in watch._dirty:
+                await asyncio.sleep(0)
+            catalog.let_go.set()
+            snapshot = await watch.changed(first)
+            assert snapshot.services["s19"][0].status == "critical"
+            assert "s06" not in catalog.reads
+            # Half a sweep confirms nothing; the whole one does.
+            assert snapshot.confirmed_at == first.confirmed_at
+            while snapshot.confirmed_at == first.confirmed_at:
+                snapshot = await watch.changed(snapshot)
+            assert set(names) <= set(catalog.reads)
+        task.cancel()

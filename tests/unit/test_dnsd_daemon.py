@@ -11,20 +11,27 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dnsd.daemon
+from dnsd.answer import Answers
 from dnsd.daemon import run
+from dnsd.server import Server
+from dnsd.zone import Settings as ZoneSettings
 from tests.support.consul import ConsulUnderTest, free_ports
+from tests.support.dns import POOL, lease, zone
+from tests.support.dns_serving import serving
 from ztna import config as configuration
 from ztna.catalog import Registration
 from ztna.config import Config, ConsulConfig, DnsdConfig, Endpoint, PoolConfig
 from ztna.consul.client import ConsulClient
 from ztna.dns import Code, Type, decode, encode_query
 from ztna.errors import ConfigError, ResolverUnavailable, ZtnaError
+from ztna.names import Zone
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon
 
@@ -56,11 +63,11 @@ class Running:
 
 
 def settings(consul: ConsulConfig, port: int, **keys: object) -> Config:
+    pool = PoolConfig(cidr=IPv4Network("127.100.0.0/29"))
     section = DnsdConfig(
         listen=Endpoint("127.0.0.1", port),
         admin=Endpoint("127.0.0.1", 0),
-        pool=PoolConfig(cidr=IPv4Network("127.100.0.0/29")),
-        **keys,  # type: ignore[arg-type]
+        **({"pool": pool} | keys),  # type: ignore[arg-type]
     )
     return Config(consul=consul, dnsd=section)
 
@@ -72,7 +79,8 @@ async def running(consul: ConsulConfig, **keys: object) -> AsyncIterator[Running
         daemon = Daemon("ztna-dnsd", settings(consul, port, **keys), tasks)
         task = tasks.create_task(run(daemon))
         await asyncio.sleep(0)
-        assert set(daemon.readiness.report()["awaiting"]) == {"catalog", "leases"}
+        if "snapshot" not in keys:
+            assert set(daemon.readiness.report()["awaiting"]) == {"catalog", "leases"}
         yield Running(daemon, port)
         daemon.stopping.set()
         async with asyncio.timeout(5):
@@ -180,6 +188,51 @@ async def test_names_outlive_consul_are_marked_stale_and_end(
         await until("back without a restart", lambda: has(here, "web"))
 
 
+async def test_names_outlive_a_restart_without_consul(
+    consul: ConsulUnderTest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dnsd.daemon, "TICK_SECONDS", 0.05)
+    file = tmp_path / "names"
+    await register(consul, "web")
+    async with running(consul.config(), snapshot=str(file), ttl_s=300) as here:
+        await until("served", lambda: has(here, "web"))
+        assert (await here.ask("web.ztna.local", Type.A)).answers[0].ttl_s == 300  # type: ignore[attr-defined]
+        serial = here.daemon.status_sources["dns"]()["serial"]  # type: ignore[index]
+    await asyncio.to_thread(consul.stop)
+    async with running(consul.config(), snapshot=str(file), ttl_s=300) as here:
+        answer = await here.ask("web.ztna.local", Type.A)
+        assert (answer.stale, answer.answers[0].ttl_s) == (True, 5)  # type: ignore[attr-defined]
+        assert here.daemon.readiness.ready
+        assert here.daemon.status_sources["dns"]()["serial"] >= serial  # type: ignore[index]
+        await until("told", lambda: "names" in here.daemon.readiness.report()["warnings"])
+        await until("why", lambda: "consul" in here.daemon.readiness.report()["warnings"])
+        await asyncio.to_thread(consul.start)
+
+        async def confirmed() -> bool:
+            return not (await here.ask("web.ztna.local", Type.A)).stale  # type: ignore[attr-defined, no-any-return]
+
+        await until("confirmed again", confirmed)
+        await until("taken back", lambda: "names" not in here.daemon.readiness.report()["warnings"])
+
+
+async def test_names_on_disk_end_at_their_bound(
+    consul: ConsulUnderTest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dnsd.daemon, "TICK_SECONDS", 0.05)
+    file = tmp_path / "names"
+    await register(consul, "web")
+    async with running(consul.config(), snapshot=str(file)) as here:
+        await until("served", lambda: has(here, "web"))
+    await asyncio.to_thread(consul.stop)
+    async with running(consul.config(), snapshot=str(file), stale_max_s=0.001) as here:
+        answer = await here.ask("web.ztna.local", Type.A)
+        assert (answer.code, answer.edns.options) == (Code.SERVFAIL, ((15, b"\0\x16"),))  # type: ignore[attr-defined]
+        await until(
+            "told", lambda: "not served" in here.daemon.readiness.report()["warnings"].get("names", "")
+        )
+        assert not here.daemon.readiness.ready
+
+
 async def test_it_waits_for_consul_and_answers_servfail_meanwhile() -> None:
     (nobody,) = free_ports(1)
     async with running(ConsulConfig(address=f"http://127.0.0.1:{nobody}", timeout_s=0.5)) as here:
@@ -203,6 +256,47 @@ async def test_settings_that_contradict_each_other_and_taken_ports_are_refused()
         daemon = Daemon("ztna-dnsd", settings(ConsulConfig(), taken.getsockname()[1]), asyncio.TaskGroup())
         with pytest.raises(ZtnaError, match=str(taken.getsockname()[1])):
             await run(daemon)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"pool": PoolConfig(ula=IPv6Network("fd12::/64"))}, r"dnsd\.pool\.ula"),
+        ({"pool": PoolConfig(ula=IPv6Network("2001:db8::/96"))}, r"dnsd\.pool\.ula"),
+        ({"nsid": "x" * 129}, r"dnsd\.nsid"),
+        ({"upstreams": (Endpoint("dns.example.com", 53),)}, r"dnsd\.upstreams"),
+        (
+            {"listen": Endpoint("127.0.0.1", 53), "upstreams": (Endpoint("127.0.0.1", 53),)},
+            r"dnsd\.upstreams",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(keys: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        dnsd.daemon._check(DnsdConfig(**keys))
+
+
+async def test_what_an_operator_chooses_is_told(consul: ConsulUnderTest) -> None:
+    pool = PoolConfig(cidr=IPv4Network("127.100.0.0/29"), ula=IPv6Network("fd12:3456:789a::/96"))
+    wide = (IPv4Network("127.0.0.0/8"), IPv4Network("192.0.2.0/24"))
+    async with running(consul.config(), pool=pool, allow=wide, nsid="dns-1", version_bind=True) as here:
+        await register(consul, "web")
+        await until("served", lambda: has(here, "web"))
+        answer = await here.ask("web.ztna.local", Type.AAAA)
+        assert str(answer.answers[0].data).startswith("fd12:3456:789a::7f64:")  # type: ignore[attr-defined]
+        assert "192.0.2.0/24" in here.daemon.readiness.report()["warnings"]["allow"]
+
+
+async def test_names_outside_are_asked_of_upstreams_even_without_consul() -> None:
+    (nobody,) = free_ports(1)
+    example = zone({}, {"www": lease("203.0.113.1")}, ZoneSettings(Zone("example.com"), POOL, 5, 10))
+    with serving({"upstream": Server((IPv4Network("127.0.0.0/8"),), Answers(example))}) as ports:
+        upstreams = (Endpoint("127.0.0.1", ports["upstream"]),)
+        away = ConsulConfig(address=f"http://127.0.0.1:{nobody}", timeout_s=0.5)
+        async with running(away, upstreams=upstreams) as here:
+            answer = await here.ask("www.example.com", Type.A)
+            assert str(answer.answers[0].data) == "203.0.113.1"  # type: ignore[attr-defined]
+            assert (await here.ask("web.ztna.local", Type.A)).code == Code.SERVFAIL  # type: ignore[attr-defined]
 
 
 def test_an_unspecified_or_foreign_address_names_no_nameserver() -> None:

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from dnsd.keeper import CATALOG_READ_SECONDS_MAX, UNREADABLE, Pool, transactions
+from dnsd.keeper import CATALOG_READ_SECONDS_MAX, EMPTY_CATALOG_SECONDS, UNREADABLE, Pool, transactions
 from dnsd.services import Service
 from tests.support.dns import catalog, instance
 from tests.support.leasing import Lab, kinds
@@ -270,6 +270,115 @@ def test_a_lease_outside_todays_pool_is_kept() -> None:
     assert here.keep(services("web"), NOW).changes == ()
 
 
+def test_a_lease_outside_todays_pool_is_reported_until_it_is_moved() -> None:
+    here = lab(Pool(IPv4Network("10.0.0.0/24")))
+    here.keep(services("web"), NOW)
+    was = here.address("web")
+    here.rules = lab(FOUR).rules
+    shrunk = here.keep(services("web"), NOW + 1)
+    assert IPv4Address(str(was)) not in FOUR, "the name must hash outside the shrunk pool"
+    assert shrunk.changes == ()
+    (problem,) = shrunk.problems
+    assert (problem.service, problem.kind) == ("web", "outside_pool")
+    assert f"{was} is outside the pool (10.0.0.0/29)" in problem.what
+    assert "`ztna leases move web`" in problem.what
+    here.wish("web", "move")
+    assert here.keep(services("web"), NOW + 2).problems == ()
+    assert here.keep(services("web"), NOW + 3).problems == ()
+    assert IPv4Address(str(here.address("web"))) in FOUR
+    assert audit(here.kv.table) == ()
+
+
+# Several networks, and how full they are
+
+
+def test_a_full_network_flows_over_into_the_next_and_the_pool_may_grow() -> None:
+    here = lab(FOUR)
+    names = [f"s{number}" for number in range(8)]
+    first = here.keep(services(*names), NOW)
+    assert (len(first.changes), len(first.problems)) == (4, 4)
+    before = dict(here.kv.table.leases)
+    more = IPv4Network("10.9.0.0/29")
+    here.rules = lab(Pool(IPv4Network("10.0.0.0/29"), [IPv4Network("10.0.0.4/31")], [more])).rules
+    grown = here.keep(services(*names), NOW + 1)
+    assert (len(grown.changes), grown.problems) == (4, ())
+    assert all(change.address in more for change in grown.changes)
+    assert before.items() <= here.kv.table.leases.items()
+    assert (grown.pool.size, grown.pool.leased, grown.pool.is_scarce) == (10, 8, False)
+    assert audit(here.kv.table) == ()
+
+
+def test_the_use_of_a_pool_counts_what_rests_until_it_has_rested() -> None:
+    here = lab(FOUR, grace_s=1, quarantine_s=100)
+    outside = Holding(service="old", epoch=1, state="quarantined", released_at=NOW)
+    here.kv.put("ztna/vip/ip/192.0.2.1", to_json(outside))
+    use = here.keep(services("a", "b", "c"), NOW).pool
+    assert (use.size, use.leased, use.resting, use.is_scarce) == (4, 3, 0, False)
+    here.keep(services("a", "b"), NOW + 1)
+    here.keep(services("a", "b"), NOW + 3)
+    resting = here.keep(services("a", "b", "d"), NOW + 4).pool
+    assert (resting.leased, resting.resting, resting.is_scarce) == (3, 1, True)
+    assert here.keep(services("a", "b", "d"), NOW + 103).pool.resting == 0
+
+
+# A registry that lost its mind
+
+
+def test_a_catalog_that_is_suddenly_empty_does_not_empty_the_table() -> None:
+    here = lab(grace_s=300)
+    here.keep(services("web", "db"), NOW)
+    before = here.kv.table.leases
+    here.keep({}, NOW + 1)
+    doubted = here.keep({}, NOW + 400)
+    assert (doubted.changes, doubted.due_at) == ((), NOW + 1 + EMPTY_CATALOG_SECONDS)
+    (problem,) = doubted.problems
+    assert (problem.service, problem.kind) == ("every service", "catalog_empty")
+    assert "while 2 have leases" in problem.what
+    back = here.keep(services("web", "db"), NOW + 500)
+    assert (back.changes, back.problems, here.kv.table.leases) == ((), (), before)
+
+
+def test_an_empty_catalog_is_believed_in_the_end_and_on_an_operators_word() -> None:
+    here = lab(grace_s=300)
+    here.keep(services("web", "db"), NOW)
+    here.keep({}, NOW + 1)
+    here.wish("web", "release")
+    assert kinds(here.keep({}, NOW + 400))[0].startswith("released web")
+    assert here.address("db") is not None
+    here.keep(services("other"), NOW + 400)
+    assert here.address("db") is None
+    here.keep(services("other", "db"), NOW + 401)
+    here.keep({}, NOW + 402)
+    here.keep({}, NOW + 402 + EMPTY_CATALOG_SECONDS - 1)
+    assert len(here.kv.table.leases) == 2
+    here.keep({}, NOW + 402 + EMPTY_CATALOG_SECONDS)
+    assert here.kv.table.leases == {}
+
+
+# Epochs when KV was lost
+
+
+def test_epochs_rise_over_a_lost_kv_although_the_clock_went_back() -> None:
+    here = lab()
+    here.keep(services("web", "db"), NOW)
+    here.keep(services("web", "db"), NOW)
+    before = here.kv.table.leases
+    here.kv.pairs.clear()
+    here.keep(services("web", "db"), NOW - 86_400)
+    after = here.kv.table.leases
+    assert after.keys() == before.keys()
+    for name in before:
+        assert after[name].record.ip == before[name].record.ip
+        assert after[name].record.epoch > before[name].record.epoch
+
+
+def test_an_epoch_counts_as_seen_also_when_it_was_given_last_thing_before_the_loss() -> None:
+    here = lab()
+    given = here.keep(services("web"), NOW)
+    assert given.epoch_floor == here.kv.table.leases[WEB].record.epoch
+    assert here.keep({}, NOW).epoch_floor == given.epoch_floor
+
+
 # Mending what somebody else broke
 
 
@@ -301,8 +410,9 @@ def test_of_two_leases_on_one_address_the_holder_keeps_it_else_the_older(holder:
     here.kv.put(service_key(DB), to_json(Lease(address, 5)))
     if holder is not None:
         here.kv.put(address_key(address), to_json(Holding(service=holder, epoch=7, state="leased")))
-    here.keep(services("web", "db"), NOW)
+    decided = here.keep(services("web", "db"), NOW)
     keeps = holder or "db"
+    assert f"{address} is held by {keeps}" in {change.why for change in decided.changes}
     assert here.address(keeps) == str(address)
     assert here.address("web" if keeps == "db" else "db") not in (None, str(address))
     assert audit(here.kv.table) == ()

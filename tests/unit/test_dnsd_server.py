@@ -15,6 +15,7 @@ from dnslib import RCODE, DNSRecord
 
 import dnsd.server
 from dnsd.answer import Answers
+from dnsd.limits import Limiter
 from dnsd.server import Server
 from tests.support.dns import catalog, instance, lease, query, told, zone
 from ztna.config import Endpoint
@@ -32,9 +33,9 @@ def answers(connectors: int = 2) -> Answers:
 
 @asynccontextmanager
 async def serving(
-    allow: tuple[IPv4Network, ...] = LOOPBACK, connectors: int = 2
+    allow: tuple[IPv4Network, ...] = LOOPBACK, connectors: int = 2, **chosen: object
 ) -> AsyncIterator[tuple[Server, SockAddr]]:
-    server = Server(allow, answers(connectors))
+    server = Server(allow, answers(connectors), **chosen)  # type: ignore[arg-type]
     address = server.listen(Endpoint("127.0.0.1", 0))
     task = asyncio.ensure_future(server.run())
     try:
@@ -180,3 +181,122 @@ async def test_many_sources_are_remembered_only_so_far(monkeypatch: pytest.Monke
     assert server._allows(socket.inet_aton("127.0.0.1"))
     assert not server._allows(socket.inet_aton("192.0.2.1"))
     assert len(server._is_allowed) == 1
+
+
+# Bounds
+
+
+async def test_a_query_that_drips_in_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dnsd.server, "TCP_MESSAGE_SECONDS", 0.5)
+    async with serving() as (server, address):
+        reader, writer = await asyncio.open_connection(*address)
+        slow = framed(query("web.ztna.local"))
+        writer.write(slow + slow[:1])
+        assert told(DNSRecord.parse(await read_tcp(reader))) == ["A 10.100.1.2"]
+        begun = asyncio.get_running_loop().time()
+        closed = asyncio.ensure_future(reader.read())
+        for byte in slow[1:]:
+            writer.write(bytes((byte,)))
+            await asyncio.wait([closed], timeout=0.05)
+            if closed.done():
+                break
+        with contextlib.suppress(ConnectionError):
+            assert await closed == b""
+        assert asyncio.get_running_loop().time() - begun < 1.5
+        writer.close()
+        async with asyncio.timeout(5):
+            while server.status["tcp_connections"]:
+                await asyncio.sleep(0.01)
+
+
+async def test_one_client_cannot_have_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dnsd.server, "TCP_CONNECTIONS_PER_CLIENT_MAX", 2)
+    async with serving() as (server, address):
+        held = [await asyncio.open_connection(*address) for _ in range(2)]
+        for _, writer in held:
+            writer.write(framed(query("web.ztna.local")))
+        for reader, _ in held:
+            await read_tcp(reader)
+        refused, writer = await asyncio.open_connection(*address)
+        async with asyncio.timeout(5):
+            assert await refused.read() == b""
+        writer.close()
+        reader, other = await asyncio.open_connection(*address, local_addr=("127.0.0.2", 0))
+        other.write(framed(query("web.ztna.local")))
+        assert await read_tcp(reader)
+        for writer in (other, *(writer for _, writer in held)):
+            writer.close()
+        async with asyncio.timeout(5):
+            while server.status["tcp_connections"]:
+                await asyncio.sleep(0.01)
+        assert not server._clients
+
+
+async def test_a_client_that_asks_without_end_leaves_the_others_their_turn() -> None:
+    async with serving(connectors=100) as (_, address):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(framed(query("web.ztna.local", "SRV")) * 1000)
+        reading = asyncio.ensure_future(reader.readexactly(200_000))
+        async with asyncio.timeout(5):
+            (got,) = await ask_udp(address, query("web.ztna.local"))
+        assert told(DNSRecord.parse(got)) == ["A 10.100.1.2"]
+        async with asyncio.timeout(20):
+            await reading
+        writer.close()
+
+
+async def test_what_follows_no_dns_on_a_connection_is_not_read() -> None:
+    async with serving() as (_, address):
+        reader, writer = await asyncio.open_connection(*address)
+        good = framed(query("web.ztna.local"))
+        writer.write(good + framed(b"junk") + good)
+        assert await read_tcp(reader)
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_source_past_its_limit_hears_little_and_others_all() -> None:
+    async with serving(limiter=Limiter(2), limits_loopback=True) as (server, address):
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.connect(address)
+            for message_id in range(20):
+                sock.send(query("web.ztna.local", message_id=message_id))
+            got = []
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    async with asyncio.timeout(1):
+                        got.append(DNSRecord.parse(await loop.sock_recv(sock, 4096)))
+        whole = [record for record in got if record.rr]
+        assert 4 <= len(whole) <= 5
+        assert {record.header.tc for record in got if not record.rr} == {1}
+        assert len(got) - len(whole) in (7, 8)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.setblocking(False)
+            other.bind(("127.0.0.2", 0))
+            other.connect(address)
+            other.send(query("web.ztna.local"))
+            async with asyncio.timeout(5):
+                assert DNSRecord.parse(await loop.sock_recv(other, 4096)).rr
+        assert server._is_known == {}
+
+
+async def test_programs_on_this_machine_have_no_limit_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(limiter=Limiter(2)) as (server, address):
+        got = await ask_udp(address, *(query("web.ztna.local", message_id=n) for n in range(100)))
+        assert all(DNSRecord.parse(data).rr for data in got)
+        assert server._is_known == {socket.inet_aton("127.0.0.1"): True}
+        monkeypatch.setattr(dnsd.server, "SOURCES_REMEMBERED_MAX", 1)
+        assert server._is_within_limit(socket.inet_aton("127.0.0.2"))
+        assert len(server._is_known) == 1
+
+
+def test_strangers_past_their_limit_hear_nothing() -> None:
+    server = Server(LOOPBACK, answers(), limiter=Limiter(1))
+    stranger = bytes(4) + socket.inet_aton("192.0.2.1") + bytes(8)
+    heard = [server._answer_udp(query("web.ztna.local"), stranger) for _ in range(4)]
+    assert [answer is not None for answer in heard] == [True, True, False, False]

@@ -91,3 +91,10 @@ def test_what_did_not_change_is_the_very_same_object() -> None:
     assert after["web"] is before["web"]
     assert after["db"].ports == (Port("tcp", 1),)
     assert describe_all({"web": web}, before)["web"] is before["web"]
+
+
+def test_one_instance_may_ask_for_every_name_under_the_services() -> None:
+    asked = describe("web", (instance("web", "c1"), instance("web", "c2", wildcard="true")))
+    assert asked.wildcard
+    for text in ("", "false", "yes"):
+        assert not describe("web", (instance("web", wildcard=text),)).wildcard

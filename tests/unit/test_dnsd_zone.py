@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from dnsd.zone import (
+    NO_SUBJECT,
     SERVICES_LISTED_MAX,
     SRV_RECORDS_MAX,
     Found,
@@ -194,3 +197,191 @@ def test_an_unchanged_zone_stays_the_same_object_and_a_changed_one_has_a_higher_
 )
 def test_reverse_zones_are_cut_at_the_octet(pool: str, zones: list[str]) -> None:
     assert [".".join(labels) for labels in reverse_zones(IPv4Network(pool))] == zones
+
+
+# What changed
+
+
+@pytest.mark.parametrize(
+    ("name", "subject"),
+    [
+        ("web.ztna.local", "web"),
+        ("_web._tcp.ztna.local", "web"),
+        ("_web._udp.ztna.local", "web"),
+        ("c1.connector.ztna.local", "c1.connector"),
+        ("2.1.100.10.in-addr.arpa", "web"),
+        ("1.100.10.in-addr.arpa", NO_SUBJECT),
+        ("_services._dns-sd._udp.ztna.local", NO_SUBJECT),
+        ("ns.ztna.local", NO_SUBJECT),
+        ("ztna.local", NO_SUBJECT),
+        ("a.b.web.ztna.local", NO_SUBJECT),
+    ],
+)
+def test_an_answer_depends_on_one_subject_or_on_more(here: ZoneData, name: str, subject: str) -> None:
+    assert here.subject(tuple(name.split("."))) == subject
+
+
+def test_the_next_state_tells_what_changed(here: ZoneData) -> None:
+    assert (here.follows, here.changed) == (None, frozenset())
+    gone = {name: found for name, found in LEASES.items() if name != "leaving"}
+    leaving = rebuilt(here, SERVICES, gone, 9e8)
+    assert leaving.follows == 7
+    assert leaving.changed == {"leaving"}
+    same = leaving.renumbered(900_000_001, 5)
+    assert (same.follows, same.serial, same.fresh_at) == (900_000_000, 900_000_001, 5)
+    assert not same.changed
+    added = rebuilt(here, {**SERVICES, **catalog(instance("new", "c9"))}, LEASES, 9e8)
+    assert added.changed == {"new", "c9.connector"}
+
+
+def test_a_connector_that_moves_changes_all_that_it_serves(here: ZoneData) -> None:
+    services = {**SERVICES, **catalog(instance("other", "c1"))}
+    before = rebuilt(here, services, LEASES, 9e8)
+    moved = {**services, **catalog(instance("other", "c1", address="192.0.2.77"))}
+    after = rebuilt(before, moved, LEASES, 9e8)
+    # "db" is critical and "quarrel" has a problem: what they say is put together from c1 just the same.
+    assert after.changed >= {"other", "web", "c1.connector"}
+    found = find(after, "c1.connector.ztna.local", Type.A)
+    assert found.records == (IPv4Address("192.0.2.1"), IPv4Address("192.0.2.77"))
+
+
+def test_states_in_a_row_are_what_they_would_be_alone(here: ZoneData) -> None:
+    steps = [(SERVICES, {}), ({}, LEASES), ({}, {}), (SERVICES, LEASES)]
+    names = ["web.ztna.local", "c1.connector.ztna.local", "2.1.100.10.in-addr.arpa", "1.100.10.in-addr.arpa"]
+    for services, leases in steps:
+        here = rebuilt(here, services, leases, 9e8)
+        alone = zone(services, leases)
+        for name in names:
+            for kind in (Type.A, Type.SRV, Type.PTR):
+                assert find(here, name, kind) == find(alone, name, kind)
+
+
+def test_a_second_pool_has_its_reverse_zone_and_two_in_one_share_theirs() -> None:
+    more = (IPv4Network("127.101.0.0/16"), IPv4Network("127.102.3.0/29"), IPv4Network("127.102.3.8/29"))
+    leases = {"web": lease("127.101.0.9")}
+    here = zone({}, leases, msgspec.structs.replace(SETTINGS, more=more))
+    found = here.find(("9", "0", "101", "127", "in-addr", "arpa"), Type.PTR)
+    assert found.records == (HostData("web.ztna.local"),)
+    assert [".".join(apex) for apex in here.apexes] == [
+        "ztna.local",
+        "100.10.in-addr.arpa",
+        "101.127.in-addr.arpa",
+        "3.102.127.in-addr.arpa",
+    ]
+
+
+# What a service may say of itself
+
+
+def test_a_service_without_a_passing_instance_keeps_its_address_and_says_why(here: ZoneData) -> None:
+    assert find(here, "db.ztna.local", Type.A).records == (IPv4Address("10.100.1.3"),)
+    assert find(here, "db.ztna.local", Type.SRV).outcome is Outcome.NODATA
+    told = (b"ports=tcp:8080", b"epoch=1", b"reason=no_healthy_connector")
+    assert find(here, "db.ztna.local", Type.TXT).records == (told,)
+    critical = zone(catalog(instance("new", status="critical")), {})
+    assert find(critical, "new.ztna.local", Type.TXT).records == ((b"reason=no_healthy_connector",),)
+
+
+def test_a_service_that_is_not_served_says_why(here: ZoneData) -> None:
+    ((told,),) = find(here, "quarrel.ztna.local", Type.TXT).records  # type: ignore[misc]
+    assert told.startswith(b"problem=instances disagree on the ports")  # type: ignore[union-attr]
+    many = catalog(*(instance("web", f"c{n}", ports=f"tcp:{n}") for n in range(1, 99)))
+    ((cut,),) = find(zone(many, {}), "web.ztna.local", Type.TXT).records  # type: ignore[misc]
+    assert len(cut) == 255  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["x.web", "*.web", "a.b.c.web", "_x.web"])
+def test_every_name_under_a_wildcard_service_leads_to_it(name: str) -> None:
+    here = zone(catalog(instance("web", wildcard="true")), {"web": lease("10.100.1.2")})
+    assert find(here, f"{name}.ztna.local", Type.A).records == (IPv4Address("10.100.1.2"),)
+    assert find(here, f"{name}.ztna.local", Type.AAAA).outcome is Outcome.NODATA
+    assert find(here, f"{name}.ztna.local", Type.SRV).outcome is Outcome.NODATA
+    assert here.subject((*name.split("."), "ztna", "local")) == "web"
+
+
+def test_wildcards_are_asked_for_and_never_beside_a_service() -> None:
+    here = zone(
+        catalog(instance("web", wildcard="false"), instance("new", wildcard="true")),
+        {"web": lease("10.100.1.2")},
+    )
+    assert find(here, "x.web.ztna.local", Type.A).outcome is Outcome.NXDOMAIN
+    assert find(here, "x.new.ztna.local", Type.A).outcome is Outcome.NODATA
+    assert find(here, "x.nobody.ztna.local", Type.A).outcome is Outcome.NXDOMAIN
+
+
+# Browsing
+
+
+def test_browsing_leads_from_the_domain_to_the_address(here: ZoneData) -> None:
+    def pointed(name: str) -> str:
+        (record,) = find(here, name, Type.PTR).records
+        assert isinstance(record, HostData)
+        return record.host
+
+    assert [pointed(f"{name}._dns-sd._udp.ztna.local") for name in ("b", "db", "lb")] == ["ztna.local"] * 3
+    found = pointed("_web._udp.ztna.local")
+    assert found == "web._web._udp.ztna.local"
+    assert find(here, found, Type.SRV).records == (SrvData(0, 1, 53, "web.ztna.local"),)
+    assert find(here, found, Type.TXT).records == find(here, "web.ztna.local", Type.TXT).records
+    assert here.subject(tuple(found.split("."))) == "web"
+    for name in ("db._web._tcp", "db._db._udp", "nobody._nobody._tcp", "x._dns-sd._udp"):
+        assert find(here, f"{name}.ztna.local", Type.SRV).outcome is Outcome.NXDOMAIN
+
+
+# IPv6
+
+ULA = IPv6Network("fd12:3456:789a::/96")
+APEX = "0.0.0.0.0.0.0.0.0.0.0.0.a.9.8.7.6.5.4.3.2.1.d.f.ip6.arpa"
+
+
+@pytest.fixture
+def dual() -> ZoneData:
+    return zone(SERVICES, LEASES, replace(SETTINGS, ula=ULA))
+
+
+def test_each_lease_has_an_ipv6_address_beside_it(dual: ZoneData) -> None:
+    address = IPv6Address("fd12:3456:789a::10.100.1.2")
+    assert find(dual, "web.ztna.local", Type.AAAA).records == (address,)
+    assert find(dual, "_web._tcp.ztna.local", Type.SRV).additional == (
+        ("web.ztna.local", (IPv4Address("10.100.1.2"), address)),
+    )
+    assert find(dual, "c1.connector.ztna.local", Type.AAAA).outcome is Outcome.NODATA
+    assert find(dual, "ztna.local", Type.NS).additional[0][1] == (IPv4Address("192.0.2.53"),)
+
+
+def test_ipv6_addresses_lead_back(dual: ZoneData) -> None:
+    name = IPv6Address("fd12:3456:789a::10.100.1.2").reverse_pointer
+    found = find(dual, name, Type.PTR)
+    assert (found.records, found.apex) == ((HostData("web.ztna.local"),), APEX)
+    assert dual.subject(tuple(name.split("."))) == "web"
+    assert find(dual, APEX, Type.SOA).outcome is Outcome.ANSWER
+    assert tuple(APEX.split(".")) in dual.apexes
+
+
+@pytest.mark.parametrize(
+    ("below", "outcome"),
+    [
+        ("2.0.1.0.4.6.a.0", Outcome.ANSWER),
+        ("0.1.0.4.6.a.0", Outcome.NODATA),
+        ("1.0.4.6.a.0", Outcome.NODATA),
+        ("0.4.6.a.0", Outcome.NODATA),
+        ("a.0", Outcome.NODATA),
+        ("0", Outcome.NODATA),
+        ("1", Outcome.NXDOMAIN),
+        ("1.1.0.4.6.a.0", Outcome.NXDOMAIN),
+        ("9.0.1.0.4.6.a.0", Outcome.NXDOMAIN),
+        ("1.2.0.1.0.4.6.a.0", Outcome.NXDOMAIN),
+        ("g.0", Outcome.NXDOMAIN),
+        ("aa.0", Outcome.NXDOMAIN),
+        ("g.0.1.0.4.6.a.0", Outcome.NXDOMAIN),
+    ],
+)
+def test_reverse_names_between_zone_and_address_exist(dual: ZoneData, below: str, outcome: Outcome) -> None:
+    assert find(dual, f"{below}.{APEX}", Type.PTR).outcome is outcome
+
+
+def test_other_reverse_names_are_not_ours(dual: ZoneData, here: ZoneData) -> None:
+    for name in ("1.0.ip6.arpa", "ip6.arpa", "arpa", "x.home.arpa"):
+        assert find(dual, name, Type.PTR).outcome is Outcome.OUTSIDE
+    assert find(here, APEX, Type.SOA).outcome is Outcome.OUTSIDE
+    assert here.subject(("arpa",)) == NO_SUBJECT

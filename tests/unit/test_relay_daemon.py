@@ -15,7 +15,7 @@ from tests.support.certificates import Pki
 from tests.support.quic import Dialling, settings
 from tests.support.relay import SERVICE, Peer, RunningRelay, forged_session, refusals, running_relay
 from ztna import quic
-from ztna.config import Endpoint, RelayConfig
+from ztna.config import Endpoint, RelayConfig, TsigKeyConfig
 from ztna.errors import ConfigError, LinkError
 from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
@@ -625,6 +625,9 @@ def test_resolvers_are_on_loopback_unless_told(tmp_path: Path) -> None:
     insecure = config_of(tmp_path / "2", resolvers=remote, dns_insecure=True)
     relay_daemon.check_resolvers(insecure, daemon)  # type: ignore[arg-type]
     assert "192.0.2.53" in daemon.readiness.report()["warnings"]["dns_insecure"]
+    key = TsigKeyConfig(name="relay.ztna", secret_file="/nowhere")
+    signing = config_of(tmp_path / "4", resolvers=remote, dns_key=key)
+    relay_daemon.check_resolvers(signing, daemon)  # type: ignore[arg-type]
     named = config_of(tmp_path / "3", resolvers=(Endpoint("localhost", 53),))
     with pytest.raises(ConfigError, match="numeric"):
         relay_daemon.check_resolvers(named, daemon)  # type: ignore[arg-type]

@@ -162,3 +162,27 @@ async def test_status_shows_the_table(pulling: Pulling) -> None:
     await pulling.until(lambda: pulling.connectors() == ["con-x"])
     status = pulling.puller.status()
     assert status["services"]["web"]["connectors"] == [{"id": "con-x", "priority": 0, "weight": 7}]  # type: ignore[index]
+
+
+async def test_everything_is_asked_again_at_once_when_the_zone_changed(pulling: Pulling) -> None:
+    pulling.dns.ttl_s = 300
+    pulling.dns.routes = {"web": [(0, 1, "con-x")], "db": [(0, 1, "con-x")]}
+    pulling.puller.watch([WEB, DB])
+    await pulling.until(lambda: pulling.connectors() == pulling.connectors(DB) == ["con-x"])
+    pulling.dns.routes = {"web": [(0, 1, "con-y")], "db": [(0, 1, "con-y")]}
+    pulling.puller.ask_all_soon()
+    await pulling.until(lambda: pulling.connectors() == pulling.connectors(DB) == ["con-y"])
+
+
+async def test_news_while_a_name_is_asked_for_is_not_lost(pulling: Pulling) -> None:
+    pulling.dns.ttl_s = 300
+    pulling.dns.silent = True
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB])
+    async with asyncio.timeout(DEADLINE_S):
+        while not pulling.puller._names[WEB].asking:
+            await asyncio.sleep(0.01)
+    pulling.puller.ask_all_soon()
+    pulling.dns.silent = False
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    assert not pulling.puller._names[WEB].again

@@ -58,6 +58,19 @@ def test_registration_is_as_the_design_says() -> None:
     assert registration(desired(lease=None), ME).tagged_addresses == {}
 
 
+def test_the_address_it_asks_for_is_in_its_meta() -> None:
+    asked = RouteConfig(
+        service=WEB,
+        backend=Endpoint("127.0.0.1", 1),
+        port=80,
+        virtual_ip=IPv4Address("10.100.0.80"),
+        wildcard=True,
+    )
+    made = registration(Desired(RouteTable([asked]).services[WEB], "passing", 0.0, ""), ME)
+    assert made.meta["ztna-virtual-ip"] == "10.100.0.80"
+    assert made.meta["ztna-wildcard"] == "true"
+
+
 def test_nothing_to_do_when_consul_knows() -> None:
     done = plan([desired()], known(), ME, 1000.0)
     assert (done.register, done.deregister, done.waiting) == ((), (), ())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from ipaddress import IPv4Address
 
 import pytest
 
@@ -41,6 +42,13 @@ def test_picks_by_published_port() -> None:
     assert table.pick(ServiceName("db"), "tcp", 80) is None
 
 
+def test_one_route_may_ask_for_the_address_of_all() -> None:
+    asked = IPv4Address("10.100.0.80")
+    table = RouteTable([route(virtual_ip=asked), route(port=81), route("db", port=5432)])
+    assert table.services[WEB].virtual_ip == asked
+    assert table.services[ServiceName("db")].virtual_ip is None
+
+
 @pytest.mark.parametrize(
     ("routes", "said"),
     [
@@ -48,6 +56,10 @@ def test_picks_by_published_port() -> None:
         ([route(protocol="icmp")], r"routes\[0\]\.protocol"),
         ([route(), route()], "tcp port 80 is routed twice"),
         ([route(weight=1), route(port=81, weight=2)], "one weight, got 1, 2"),
+        (
+            [route(virtual_ip=IPv4Address("10.0.0.2")), route(port=81, virtual_ip=IPv4Address("10.0.0.1"))],
+            r"one virtual_ip, got 10\.0\.0\.1, 10\.0\.0\.2",
+        ),
     ],
 )
 def test_refuses_what_cannot_be_used(routes: list[RouteConfig], said: str) -> None:

@@ -14,6 +14,8 @@ _COMMANDS = {
     "up": "ztna.cli.up:up",
     "ca": "ztna.cli.ca:ca",
     "leases": "ztna.cli.leases:leases",
+    "dns": "ztna.cli.dns:dns",
+    "doctor": "ztna.cli.doctor:doctor",
     "check-config": "ztna.cli.check_config:check_config",
 }
 

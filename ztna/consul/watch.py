@@ -31,6 +31,8 @@ SERVICE_READS_AT_ONCE = 8
 SWEEP_SECONDS_MIN = 0.5
 SWEEP_COST_FACTOR = 10.0
 """Sweeps pause this many times their own duration: they never take more than a tenth of the time."""
+SWEEP_SERVICES_AT_ONCE = 64
+"""A sweep reads so many before what has changed meanwhile is read: that does not wait for the whole sweep."""
 
 S = TypeVar("S", CatalogSnapshot, KvSnapshot)
 
@@ -146,12 +148,15 @@ class CatalogWatch(Watch[CatalogSnapshot]):
         self._checks_of: dict[str, frozenset[_Check]] = {}
         self._node_checks: frozenset[_Check] = frozenset()
         self._instances: dict[str, tuple[Instance, ...]] = {}
+        self._has_news = False
         self._dirty: set[str] = set()
         self._work = asyncio.Event()
         self._services_index = 0
         self._services_confirmed = 0.0
         self._checks_confirmed = 0.0
         self._sweep_wanted = False
+        self._sweep_left: list[str] = []
+        self._sweep_cost_s = 0.0
         self._next_sweep = 0.0
 
     async def run(self) -> None:
@@ -197,56 +202,57 @@ class CatalogWatch(Watch[CatalogSnapshot]):
             confirmed = min(self._services_confirmed, self._checks_confirmed)
             if confirmed == 0.0:
                 continue
-            names, sweeping = self._take_work()
+            names, swept = self._take_work()
             started = time.monotonic()
             try:
                 await self._read_services(names)
             except ConsulError as error:
                 self.problem = error
                 self._dirty |= names
-                self._sweep_wanted |= sweeping
                 self._work.set()
                 await asyncio.sleep(_backoff(failures))
                 failures += 1
                 continue
             failures = 0
-            if sweeping:
+            if swept:
                 now = time.monotonic()
-                self._next_sweep = now + max(SWEEP_SECONDS_MIN, SWEEP_COST_FACTOR * (now - started))
-            self._publish_instances(bool(names), confirmed)
+                self._sweep_cost_s += now - started
+                self._next_sweep = now + max(SWEEP_SECONDS_MIN, SWEEP_COST_FACTOR * self._sweep_cost_s)
+            self._publish_instances(confirmed)
 
     async def _wait_for_work(self) -> None:
-        """Return when a query said something, or when a sweep is wanted and may begin."""
-        try:
-            until_sweep = max(0.0, self._next_sweep - time.monotonic())
-            async with asyncio.timeout(until_sweep if self._sweep_wanted and self.latest else None):
-                await self._work.wait()
-        except TimeoutError:
-            return
+        """Return when a query said something, or when a sweep goes on or is wanted and may begin."""
+        if not self._sweep_left:
+            try:
+                until_sweep = max(0.0, self._next_sweep - time.monotonic())
+                async with asyncio.timeout(until_sweep if self._sweep_wanted and self.latest else None):
+                    await self._work.wait()
+            except TimeoutError:
+                return
         self._work.clear()
 
     def _take_work(self) -> tuple[set[str], bool]:
-        sweeping = self._sweep_wanted and time.monotonic() >= self._next_sweep
-        names, self._dirty = self._dirty, set()
-        if sweeping:
-            self._sweep_wanted = False
-            names |= self._tags_of.keys()
-        return names, sweeping
+        """Return the names to read now, and whether some of them are the sweep's."""
+        if self._sweep_wanted and not self._sweep_left and time.monotonic() >= self._next_sweep:
+            self._sweep_wanted, self._sweep_cost_s = False, 0.0
+            self._sweep_left = sorted(self._tags_of)
+        swept, self._sweep_left = (
+            self._sweep_left[:SWEEP_SERVICES_AT_ONCE],
+            self._sweep_left[SWEEP_SERVICES_AT_ONCE:],
+        )
+        names, self._dirty = self._dirty | set(swept), set()
+        return names, bool(swept)
 
     async def _read_services(self, names: set[str]) -> None:
         """Read the named services into the table; those that have gone leave it."""
         for name in names - self._tags_of.keys():
-            self._instances.pop(name, None)
+            self._put(name, ())
         wanted = iter(sorted(names & self._tags_of.keys()))
 
         async def read() -> None:
             # All readers share the one iterator, so each name is read once.
             for name in wanted:
-                found = await self._client.service_instances(name, tag=self._tag)
-                if found:
-                    self._instances[name] = found
-                else:
-                    self._instances.pop(name, None)
+                self._put(name, await self._client.service_instances(name, tag=self._tag))
 
         failures: list[Exception] = []
         try:
@@ -258,13 +264,19 @@ class CatalogWatch(Watch[CatalogSnapshot]):
         if failures:
             raise failures[0]
 
-    def _publish_instances(self, something_read: bool, confirmed: float) -> None:
+    def _put(self, name: str, found: tuple[Instance, ...]) -> None:
+        if found != self._instances.get(name, ()):
+            self._has_news = True
+            if found:
+                self._instances[name] = found
+            else:
+                del self._instances[name]
+
+    def _publish_instances(self, confirmed: float) -> None:
         known = self.latest
-        if known is not None and (not something_read or known.services == self._instances):
-            services: Mapping[str, tuple[Instance, ...]] = known.services
-        else:
-            services = dict(self._instances)
-        if self._dirty or self._sweep_wanted:
+        services = known.services if known is not None and not self._has_news else dict(self._instances)
+        self._has_news = False
+        if self._dirty or self._sweep_wanted or self._sweep_left:
             # Something is known to be out of date: show what was read, but do not call it confirmed.
             confirmed = known.confirmed_at if known is not None else confirmed
         if known is None or services is not known.services or confirmed != known.confirmed_at:
