@@ -157,11 +157,14 @@ class ZoneData:
             if before.get(name) is not after.get(name) and before.get(name) != after.get(name)
         }
         zone._index, moved = self._index.updated(changed, (self.services, self.leases), (services, leases))
-        zone.follows, zone.changed = self.serial, self._subjects(changed, moved)
+        zone.follows, zone.changed = self.serial, self._subjects(changed, moved, leases)
         return zone
 
-    def _subjects(self, changed: set[str], moved: frozenset[str]) -> frozenset[str]:
-        """Return the subjects of changed services and moved connectors, and of all that these connectors serve."""
+    def _subjects(
+        self, changed: set[str], moved: frozenset[str], leases: Mapping[str, Lease]
+    ) -> frozenset[str]:
+        """Return the subjects of changed services, with the addresses they had and have under these leases,
+        of moved connectors, and of all that these connectors serve."""
         # Who was not there before serves only services that changed.
         known = {connector for connector in moved if connector in self._index.addresses}
         served = {
@@ -169,13 +172,17 @@ class ZoneData:
             for name, service in (self.services.items() if known else ())
             if any(connector in known for connector, _ in connectors(service))
         }
-        return frozenset(changed | served | {f"{connector}.{CONNECTOR_LABEL}" for connector in moved})
+        addresses = {
+            str(table[name].ip) for table in (self.leases, leases) for name in changed & table.keys()
+        }
+        return frozenset(changed | served | addresses | {f"{each}.{CONNECTOR_LABEL}" for each in moved})
 
     def subject(self, labels: Labels) -> str:
-        """Return the service or the connector on which alone an answer about this name depends, or NO_SUBJECT."""
+        """Return the service, connector or address on which alone an answer depends, or NO_SUBJECT."""
         depth = len(self._domain)
         if labels[-depth:] != self._domain:
-            return self._index.names.get(_address_named(labels), (NO_SUBJECT,))[0]
+            address = _address_named(labels)
+            return address if address in self._index.names else NO_SUBJECT
         match labels[:-depth]:
             case (str(name),) if name != NAMESERVER_LABEL:
                 return name

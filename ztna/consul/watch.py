@@ -31,7 +31,7 @@ SERVICE_READS_AT_ONCE = 8
 SWEEP_SECONDS_MIN = 0.5
 SWEEP_COST_FACTOR = 10.0
 """Sweeps pause this many times their own duration: they never take more than a tenth of the time."""
-SWEEP_SERVICES_AT_ONCE = 64
+SWEEP_SERVICES_AT_ONCE = 16
 """A sweep reads so many before what has changed meanwhile is read: that does not wait for the whole sweep."""
 
 S = TypeVar("S", CatalogSnapshot, KvSnapshot)
