@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -221,6 +222,11 @@ def watch(file: Path | None, address: str | None, as_json: bool) -> None:
     """Print every lease, then each change as it comes, until interrupted."""
 
     async def follow(client: ConsulClient) -> None:
+        # Handled, not left to KeyboardInterrupt: whoever is started with SIGINT ignored gets none (POSIX 2.11).
+        ending = asyncio.current_task()
+        assert ending is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, ending.cancel)
         # The watch itself never gives up, so what is wrong from the start is told here.
         await client.kv_get(SCHEMA_KEY)
         async with asyncio.TaskGroup() as tasks:
@@ -235,7 +241,7 @@ def watch(file: Path | None, address: str | None, as_json: bool) -> None:
                 before = now
                 snapshot = await watched.changed(snapshot)
 
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(asyncio.CancelledError):
         _with_consul(file, address, follow)
 
 
