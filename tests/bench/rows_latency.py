@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bench.harness import CannotMeasure, Contender, Figures, Measure, Row, free_port, running
+from tests.bench.harness import Contender, Figures, Measure, Row, free_port, running, wait_until
 from tests.bench.mesh import bench_mesh
 from tests.support.lab import udp_ask, udp_route
 from tests.support.namespaces import LocalHost
@@ -45,26 +45,33 @@ def echoes(address: str, port: int) -> Figures:
 
 
 class Latency:
-    """One echo backend, asked through the mesh and directly."""
+    """Echo backends, asked through the mesh and directly."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir()
-        self.port = free_port()
 
     @contextlib.contextmanager
     def ours(self) -> Iterator[Measure]:
         """Through agent, forwarder and connector."""
-        argv = [sys.executable, "-m", "tests.support.backends", "--udp", str(self.port)]
-        with running(argv, self.directory / "echo.log"):
-            routes = [udp_route("echo", Endpoint("127.0.0.1", self.port))]
+        with self._backend() as port:
+            routes = [udp_route("echo", Endpoint("127.0.0.1", port))]
             with bench_mesh(self.directory / "ours", routes, direct=False) as mesh:
                 vip, host = mesh.address("echo"), LocalHost("here", "", "127.0.0.1")
-                if not any(udp_ask(host, vip, 7, PAYLOAD) for _ in range(15)):
-                    raise CannotMeasure("no echo through the mesh")
+                wait_until("an echo through the mesh", lambda: udp_ask(host, vip, 7, PAYLOAD) == PAYLOAD)
                 yield lambda: echoes(vip, 7)
 
     @contextlib.contextmanager
     def direct(self) -> Iterator[Measure]:
-        """The backend, which the contender before started."""
-        yield lambda: echoes("127.0.0.1", self.port)
+        """A backend of the same kind."""
+        with self._backend() as port:
+            host = LocalHost("here", "", "127.0.0.1")
+            wait_until("the echo", lambda: udp_ask(host, "127.0.0.1", port, PAYLOAD) == PAYLOAD)
+            yield lambda: echoes("127.0.0.1", port)
+
+    @contextlib.contextmanager
+    def _backend(self) -> Iterator[int]:
+        port = free_port()
+        argv = [sys.executable, "-m", "tests.support.backends", "--udp", str(port)]
+        with running(argv, self.directory / "echo.log"):
+            yield port
