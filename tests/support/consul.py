@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,9 @@ class ConsulUnderTest:
 
     def _ready(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
+            # An old server speaks "in legacy mode" until its leader has gone over to the new ACLs.
+            if self._acl and self.request("GET", "/v1/acl/policies")[0] != HTTPStatus.OK:
+                return False
             return bool(self.request("GET", "/v1/health/state/passing")[1])
         return False
 
@@ -235,15 +239,17 @@ class ConsulUnderTest:
         """Return a new token with exactly the rules of a policy file (a path, or a name in docs/policies)."""
         file = policy if isinstance(policy, Path) else POLICIES / policy
         name = f"{file.stem}-{uuid.uuid4().hex[:8]}"
-        made = self.request("PUT", "/v1/acl/policy", {"Name": name, "Rules": file.read_text()})
-        assert made[0] == 200, made
+        self._taken("/v1/acl/policy", {"Name": name, "Rules": file.read_text()})
+        return str(self._taken("/v1/acl/token", {"Policies": [{"Name": name}]})["SecretID"])
+
+    def _taken(self, path: str, body: object) -> Any:
+        """Write an ACL object until it is taken: a server just started under load refuses them for a moment."""
         end = time.monotonic() + START_SECONDS
         while True:
-            status, token, _ = self.request("PUT", "/v1/acl/token", {"Policies": [{"Name": name}]})
-            if status == 200:
-                return str(token["SecretID"])
-            # A server that has just started under load refuses tokens for a moment after it takes policies.
-            assert time.monotonic() < end, token
+            status, answer, _ = self.request("PUT", path, body)
+            if status == HTTPStatus.OK:
+                return answer
+            assert time.monotonic() < end, (path, status, answer)
             time.sleep(0.1)  # a process of its own clock
 
 
