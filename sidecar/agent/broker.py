@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sidecar.agent.sessions import (
+from sidecar.agent.commands import (
     Cause,
     Command,
     Ended,
@@ -23,10 +23,10 @@ from sidecar.agent.sessions import (
     Retry,
     Send,
     Session,
-    Sessions,
     Tick,
     Want,
 )
+from sidecar.agent.sessions import Sessions
 from ztna.errors import Refused
 from ztna.names import ServiceName
 from ztna.reasons import Reason

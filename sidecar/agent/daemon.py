@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sidecar.agent.anyip import check_pool, runtime_directory
 from sidecar.agent.broker import Broker, Outside
+from sidecar.agent.commands import LeaseIs, Received, RelayDown, RelayUp, Session
 from sidecar.agent.datagrams import Datagrams
 from sidecar.agent.leases import LeaseFollower
 from sidecar.agent.links import Links
 from sidecar.agent.listeners import Listeners
 from sidecar.agent.ranges import Ranges
-from sidecar.agent.sessions import LeaseIs, Received, RelayDown, RelayUp, Session, Sessions
+from sidecar.agent.sessions import Sessions
 from sidecar.agent.streams import Streams
 from sidecar.link.control import RelayClient
 from ztna.config import AgentConfig, RelayTarget

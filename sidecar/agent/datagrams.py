@@ -15,9 +15,9 @@ from functools import partial
 from ipaddress import ip_address
 
 from sidecar.agent.broker import Broker
+from sidecar.agent.commands import Cause, Session
 from sidecar.agent.links import Link, Links
 from sidecar.agent.listeners import UdpPort
-from sidecar.agent.sessions import Cause, Session
 from ztna.errors import PacketError
 from ztna.names import ServiceName
 from ztna.packet import (

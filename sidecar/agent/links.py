@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from sidecar.agent.sessions import Session, SessionKey
+from sidecar.agent.commands import Session, SessionKey
 from sidecar.link.packet import PacketLink
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused

@@ -13,12 +13,43 @@ links nor sockets, and not whether a flow is TCP or UDP. Source: protocol.md, Co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
-from ztna.names import ServiceName, SessionId
+from sidecar.agent.commands import (
+    Cause,
+    Command,
+    Ended,
+    Event,
+    Fail,
+    LeaseIs,
+    Proceed,
+    ReadLease,
+    Received,
+    RelayDown,
+    RelayUp,
+    Release,
+    Retry,
+    Send,
+    ServiceView,
+    Session,
+    SessionKey,
+    Tick,
+    Want,
+)
+from sidecar.agent.state import (
+    IDLE,
+    BackingOff,
+    Flow,
+    Idle,
+    Live,
+    Opening,
+    Ready,
+    Resolving,
+    Service,
+    State,
+)
+from ztna.names import ServiceName
 from ztna.reasons import Reason
-from ztna.wire.control import AnyMessage, Closed, Denied, Drain, Health, LeaseRef, Open, Opened
+from ztna.wire.control import Closed, Denied, Drain, Health, Open, Opened
 
 OPEN_SECONDS = 5.0
 """How long one relay may take to answer an `open`; it gives each connector 1 s."""
@@ -35,221 +66,6 @@ connector that denies it by then has forgotten it (it was restarted) rather than
 
 HEALTHY_STATES = frozenset({"passing", "warning"})
 
-SessionKey = tuple[str, SessionId]
-"""A relay's name and the session it made: two relays may draw the same id."""
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A session as a relay opened it, under the lease it was asked for with."""
-
-    relay: str
-    lease: LeaseRef
-    opened: Opened
-    since: float
-
-    @property
-    def key(self) -> SessionKey:
-        """The relay and the id."""
-        return (self.relay, self.opened.session)
-
-    @property
-    def service(self) -> ServiceName:
-        """The one service it carries."""
-        return self.opened.service
-
-
-class Cause(Enum):
-    """Why a flow gives its session back."""
-
-    STALE = Reason.STALE_EPOCH
-    """The connector knows a newer lease."""
-    FAILED = Reason.PEER_GONE
-    """The connector cannot be reached, or its link fell silent."""
-    DENIED = Reason.CLOSED_BY_PEER
-    """The connector does not take the session."""
-
-    @property
-    def reason(self) -> Reason:
-        """What is said of it on the wire and in logs."""
-        return Reason(self.value)
-
-
-@dataclass(frozen=True, slots=True)
-class RelayUp:
-    """The control connection to a relay stands."""
-
-    relay: str
-
-
-@dataclass(frozen=True, slots=True)
-class RelayDown:
-    """It has gone, and all its sessions with it."""
-
-    relay: str
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A relay said something; messages that are none of this module's are ignored."""
-
-    relay: str
-    message: AnyMessage
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseIs:
-    """A service has this lease now, or none any more."""
-
-    service: ServiceName
-    lease: LeaseRef | None
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A new flow needs a session; its number is the caller's and unique while the flow lives."""
-
-    flow: int
-    service: ServiceName
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """A flow that was told to proceed could not; it wants another try."""
-
-    flow: int
-    cause: Cause
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A flow has ended, whatever it was doing."""
-
-    flow: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """The time of `next_timer()` has come."""
-
-
-Event = RelayUp | RelayDown | Received | LeaseIs | Want | Retry | Release | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a message to a relay."""
-
-    relay: str
-    message: Open | Closed
-
-
-@dataclass(frozen=True, slots=True)
-class Proceed:
-    """The flow may use the session until it releases it."""
-
-    flow: int
-    session: Session
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """There is no session for the flow, which is forgotten: tell the local program at once."""
-
-    flow: int
-    reason: Reason
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A session is no more; what rides it ends as protocol.md, Ending, says for the reason."""
-
-    session: Session
-    reason: Reason
-
-
-@dataclass(frozen=True, slots=True)
-class ReadLease:
-    """Read the service's lease again and answer with LeaseIs."""
-
-    service: ServiceName
-
-
-Command = Send | Proceed | Fail | Ended | ReadLease
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceView:
-    """What `/status` shows of a service."""
-
-    service: ServiceName
-    state: str
-    session: Session | None
-    reason: Reason | None
-    waiting: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Idle:
-    name = "idle"
-
-
-@dataclass(frozen=True, slots=True)
-class _Opening:
-    request: int
-    relay: str
-    lease: LeaseRef
-    until: float
-    tried: frozenset[str]
-    name = "opening"
-
-
-@dataclass(frozen=True, slots=True)
-class _Resolving:
-    until: float
-    name = "resolving"
-
-
-@dataclass(frozen=True, slots=True)
-class _Open:
-    session: Session
-    name = "open"
-
-
-@dataclass(frozen=True, slots=True)
-class _Denied:
-    reason: Reason
-    until: float
-    name = "denied"
-
-
-_State = _Idle | _Opening | _Resolving | _Open | _Denied
-_IDLE = _Idle()
-
-
-@dataclass(slots=True)
-class _Service:
-    name: ServiceName
-    lease: LeaseRef
-    state: _State = _IDLE
-    waiting: dict[int, float] = field(default_factory=dict)  # flow -> deadline, oldest first
-    failures: int = 0
-
-
-@dataclass(slots=True)
-class _Flow:
-    service: ServiceName
-    session: SessionKey | None = None
-    attempts: int = 1
-    resolved: bool = False
-
-
-@dataclass(slots=True)
-class _Live:
-    session: Session
-    uses: int = 0
-    retired: Reason | None = None
-
 
 class Sessions:
     """All sessions of one agent and the flows that wait for or use them."""
@@ -258,9 +74,9 @@ class Sessions:
         """Take the relays' names, preferred first, and how many flows there may be at once."""
         self._relays: dict[str, str] = dict.fromkeys(relays, "down")
         self._flows_max = flows_max
-        self._services: dict[ServiceName, _Service] = {}
-        self._flows: dict[int, _Flow] = {}
-        self._live: dict[SessionKey, _Live] = {}
+        self._services: dict[ServiceName, Service] = {}
+        self._flows: dict[int, Flow] = {}
+        self._live: dict[SessionKey, Live] = {}
         self._unused: dict[SessionKey, float] = {}  # since when, longest first
         self._busy: dict[ServiceName, None] = {}  # those with a timer: opening, resolving or waited for
         self._request = 0
@@ -326,10 +142,10 @@ class Sessions:
         elif len(self._flows) >= self._flows_max or len(service.waiting) >= WAITING_PER_SERVICE_MAX:
             self._fail(event.flow, Reason.LIMIT_REACHED)
         else:
-            self._flows[event.flow] = _Flow(event.service)
+            self._flows[event.flow] = Flow(event.service)
             self._queue(service, event.flow, now)
 
-    def _queue(self, service: _Service, number: int, now: float) -> None:
+    def _queue(self, service: Service, number: int, now: float) -> None:
         service.waiting[number] = now + FLOW_WAIT_SECONDS
         self._advance(service, now)
 
@@ -351,7 +167,7 @@ class Sessions:
         self._queue(service, event.flow, now)
 
     @staticmethod
-    def _final(flow: _Flow, live: _Live | None, cause: Cause, now: float) -> bool:
+    def _final(flow: Flow, live: Live | None, cause: Cause, now: float) -> bool:
         """Say whether the flow has had its tries.
 
         A denial by a connector that accepted the session just now is about the flow (a budget is used up), so
@@ -363,7 +179,7 @@ class Sessions:
             return True
         return flow.attempts >= FLOW_ATTEMPTS_MAX
 
-    def _give_up(self, live: _Live, cause: Cause, now: float, *, resolve: bool) -> None:
+    def _give_up(self, live: Live, cause: Cause, now: float, *, resolve: bool) -> None:
         """Use the session for no new flow; those that run on it may go on as long as they can."""
         service = self._services[live.session.service]
         self._retire(service, live.session, cause.reason)
@@ -372,7 +188,7 @@ class Sessions:
             return
         service.failures = 1 if _is_steady(live.session, now) else service.failures + 1
         if service.failures > 1:
-            service.state = _Denied(cause.reason, now + _backoff(service.failures - 1))
+            service.state = BackingOff(cause.reason, now + _backoff(service.failures - 1))
 
     def _release(self, number: int, now: float) -> None:
         flow = self._flows.get(number)
@@ -402,7 +218,7 @@ class Sessions:
         self._flows.pop(number, None)
         self._commands.append(Fail(number, reason))
 
-    def _fail_waiting(self, service: _Service, reason: Reason) -> None:
+    def _fail_waiting(self, service: Service, reason: Reason) -> None:
         for number in service.waiting:
             self._fail(number, reason)
         service.waiting.clear()
@@ -436,15 +252,15 @@ class Sessions:
             self._commands.append(Send(relay, Closed(message.session, Reason.CLOSED_BY_PEER)))
             return
         state = service.state
-        assert isinstance(state, _Opening)
+        assert isinstance(state, Opening)
         if state.lease != service.lease:
             self._commands.append(Send(relay, Closed(message.session, Reason.STALE_EPOCH)))
-            service.state = _IDLE
+            service.state = IDLE
         else:
             session = Session(relay, state.lease, message, now)
-            self._live[key] = _Live(session)
+            self._live[key] = Live(session)
             self._unused[key] = now
-            service.state = _Open(session)
+            service.state = Ready(session)
         self._advance(service, now)
 
     def _denied(self, relay: str, message: Denied, now: float) -> None:
@@ -459,7 +275,7 @@ class Sessions:
         else:
             self._next_relay(service, message.reason, now)
 
-    def _stale(self, service: _Service, now: float) -> None:
+    def _stale(self, service: Service, now: float) -> None:
         """Resolve again for the flows that did not yet; the others have had their try."""
         for number in tuple(service.waiting):
             flow = self._flows[number]
@@ -472,27 +288,27 @@ class Sessions:
         else:
             self._deny(service, Reason.STALE_EPOCH, now)
 
-    def _resolve(self, service: _Service, now: float) -> None:
-        service.state = _Resolving(now + RESOLVE_SECONDS)
+    def _resolve(self, service: Service, now: float) -> None:
+        service.state = Resolving(now + RESOLVE_SECONDS)
         self._note_busy(service)
         self._commands.append(ReadLease(service.name))
 
-    def _next_relay(self, service: _Service, reason: Reason, now: float) -> None:
+    def _next_relay(self, service: Service, reason: Reason, now: float) -> None:
         """Ask a relay that was not asked yet; when all have said no, that is it for a while.
 
         A grant is in our certificate and the same everywhere, so `no_grant` is final.
         """
         state = service.state
-        assert isinstance(state, _Opening)
+        assert isinstance(state, Opening)
         relay = None if reason is Reason.NO_GRANT else self._relay(state.tried)
         if relay is None:
             self._deny(service, reason, now)
         else:
             self._ask(service, relay, state.tried, now)
 
-    def _deny(self, service: _Service, reason: Reason, now: float) -> None:
+    def _deny(self, service: Service, reason: Reason, now: float) -> None:
         service.failures += 1
-        service.state = _Denied(reason, now + _backoff(service.failures))
+        service.state = BackingOff(reason, now + _backoff(service.failures))
         self._fail_waiting(service, reason)
         self._note_busy(service)
 
@@ -513,8 +329,8 @@ class Sessions:
 
     def _health(self, message: Health, now: float) -> None:
         service = self._services.get(message.service)
-        if service and isinstance(service.state, _Denied) and message.state in HEALTHY_STATES:
-            service.state, service.failures = _IDLE, 0
+        if service and isinstance(service.state, BackingOff) and message.state in HEALTHY_STATES:
+            service.state, service.failures = IDLE, 0
             self._advance(service, now)
 
     def _relay_down(self, relay: str, now: float) -> None:
@@ -522,8 +338,8 @@ class Sessions:
         for live in [live for key, live in self._live.items() if key[0] == relay]:
             self._end(live, Reason.PEER_GONE, tell=False)
         for service in self._services.values():
-            if isinstance(service.state, _Opening) and service.state.relay == relay:
-                service.state = _IDLE
+            if isinstance(service.state, Opening) and service.state.relay == relay:
+                service.state = IDLE
         self._advance_all(now)
 
     def _relay(self, tried: frozenset[str]) -> str | None:
@@ -542,17 +358,17 @@ class Sessions:
             if service is not None:
                 self._vanish(service)
         elif service is None:
-            self._services[event.service] = _Service(event.service, event.lease)
+            self._services[event.service] = Service(event.service, event.lease)
         else:
-            if service.lease != event.lease and isinstance(service.state, _Open):
+            if service.lease != event.lease and isinstance(service.state, Ready):
                 self._retire(service, service.state.session, Reason.STALE_EPOCH)
             service.lease = event.lease
-            if isinstance(service.state, _Resolving):
-                service.state = _IDLE
+            if isinstance(service.state, Resolving):
+                service.state = IDLE
             self._advance(service, now)
 
-    def _vanish(self, service: _Service) -> None:
-        if isinstance(service.state, _Open):
+    def _vanish(self, service: Service) -> None:
+        if isinstance(service.state, Ready):
             self._retire(service, service.state.session, Reason.CLOSED_BY_PEER)
         self._fail_waiting(service, Reason.NO_SUCH_SERVICE)
         del self._services[service.name]
@@ -564,22 +380,22 @@ class Sessions:
         for name in tuple(self._busy):
             self._advance(self._services[name], now)
 
-    def _advance(self, service: _Service, now: float) -> None:
+    def _advance(self, service: Service, now: float) -> None:
         """Do what can be done for the flows that wait: proceed, fail or ask a relay."""
         state = service.state
-        if isinstance(state, _Denied) and now >= state.until:
-            state = service.state = _IDLE
-        if isinstance(state, _Open):
+        if isinstance(state, BackingOff) and now >= state.until:
+            state = service.state = IDLE
+        if isinstance(state, Ready):
             self._proceed(service, state.session)
-        elif isinstance(state, _Denied):
+        elif isinstance(state, BackingOff):
             self._fail_waiting(service, state.reason)
-        elif isinstance(state, _Idle) and service.waiting:
+        elif isinstance(state, Idle) and service.waiting:
             relay = self._relay(frozenset())
             if relay is not None:
                 self._ask(service, relay, frozenset(), now)
         self._note_busy(service)
 
-    def _proceed(self, service: _Service, session: Session) -> None:
+    def _proceed(self, service: Service, session: Session) -> None:
         live = self._live[session.key]
         for number in service.waiting:
             self._flows[number].session = session.key
@@ -589,27 +405,27 @@ class Sessions:
             self._unused.pop(session.key, None)
         service.waiting.clear()
 
-    def _ask(self, service: _Service, relay: str, tried: frozenset[str], now: float) -> None:
+    def _ask(self, service: Service, relay: str, tried: frozenset[str], now: float) -> None:
         self._request += 1
         lease = service.lease
-        service.state = _Opening(self._request, relay, lease, now + OPEN_SECONDS, tried | {relay})
+        service.state = Opening(self._request, relay, lease, now + OPEN_SECONDS, tried | {relay})
         self._note_busy(service)
         self._commands.append(Send(relay, Open(self._request, service.name, lease)))
 
-    def _retire(self, service: _Service, session: Session, reason: Reason) -> None:
+    def _retire(self, service: Service, session: Session, reason: Reason) -> None:
         """Give the service's session to no new flow, and end it once none uses it."""
         live = self._live[session.key]
         live.retired = reason
-        service.state = _IDLE
+        service.state = IDLE
         if live.uses == 0:
             self._end(live, reason, tell=True)
 
-    def _end(self, live: _Live, reason: Reason, *, tell: bool) -> None:
+    def _end(self, live: Live, reason: Reason, *, tell: bool) -> None:
         session = live.session
         del self._live[session.key]
         self._unused.pop(session.key, None)
         if live.retired is None:  # then, and only then, it is its service's current one
-            self._services[session.service].state = _IDLE
+            self._services[session.service].state = IDLE
         if tell:
             self._commands.append(Send(session.relay, Closed(session.opened.session, reason)))
         self._commands.append(Ended(session, reason))
@@ -620,9 +436,9 @@ class Sessions:
         for name in tuple(self._busy):
             service = self._services[name]
             self._expire_flows(service, now)
-            if isinstance(service.state, _Resolving) and now >= service.state.until:
+            if isinstance(service.state, Resolving) and now >= service.state.until:
                 self._deny(service, Reason.STALE_EPOCH, now)
-            elif isinstance(service.state, _Opening) and now >= service.state.until:
+            elif isinstance(service.state, Opening) and now >= service.state.until:
                 self._next_relay(service, Reason.POLICY_UNKNOWN, now)
             self._note_busy(service)
         for key, since in tuple(self._unused.items()):
@@ -630,7 +446,7 @@ class Sessions:
                 break
             self._end(self._live[key], Reason.CLOSED_BY_PEER, tell=True)
 
-    def _expire_flows(self, service: _Service, now: float) -> None:
+    def _expire_flows(self, service: Service, now: float) -> None:
         late = [number for number, deadline in service.waiting.items() if now >= deadline]
         for number in late:
             del service.waiting[number]
@@ -639,33 +455,33 @@ class Sessions:
     def _timers(self) -> Iterator[float]:
         for name in self._busy:
             service = self._services[name]
-            if isinstance(service.state, _Opening | _Resolving):
+            if isinstance(service.state, Opening | Resolving):
                 yield service.state.until
             if service.waiting:
                 yield next(iter(service.waiting.values()))
         if self._unused:
             yield next(iter(self._unused.values())) + SESSION_IDLE_SECONDS
 
-    def _note_busy(self, service: _Service) -> None:
-        if service.waiting or isinstance(service.state, _Opening | _Resolving):
+    def _note_busy(self, service: Service) -> None:
+        if service.waiting or isinstance(service.state, Opening | Resolving):
             self._busy[service.name] = None
         else:
             self._busy.pop(service.name, None)
 
-    def _view(self, service: _Service) -> ServiceView:
+    def _view(self, service: Service) -> ServiceView:
         state = service.state
         return ServiceView(
             service=service.name,
             state=state.name,
-            session=state.session if isinstance(state, _Open) else None,
-            reason=state.reason if isinstance(state, _Denied) else None,
+            session=state.session if isinstance(state, Ready) else None,
+            reason=state.reason if isinstance(state, BackingOff) else None,
             waiting=len(service.waiting),
         )
 
 
-def _answers(state: _State, relay: str, request: int) -> bool:
+def _answers(state: State, relay: str, request: int) -> bool:
     """Say whether this relay's answer to this request is what the service waits for."""
-    return isinstance(state, _Opening) and state.relay == relay and state.request == request
+    return isinstance(state, Opening) and state.relay == relay and state.request == request
 
 
 def _is_steady(session: Session, now: float) -> bool:

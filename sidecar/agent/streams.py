@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from sidecar.agent.broker import Broker
+from sidecar.agent.commands import Cause, Session, SessionKey
 from sidecar.agent.listeners import VirtualPort
-from sidecar.agent.sessions import Cause, Session, SessionKey
 from sidecar.link.budget import Budget
 from sidecar.link.flow import TcpFlow, abort
 from sidecar.link.stream import Carrier, FlowRefused

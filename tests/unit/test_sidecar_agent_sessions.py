@@ -6,15 +6,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from sidecar.agent.sessions import (
-    BACKOFF_FIRST_SECONDS,
-    BACKOFF_MAX_SECONDS,
-    FLOW_WAIT_SECONDS,
-    OPEN_SECONDS,
-    RESOLVE_SECONDS,
-    SESSION_IDLE_SECONDS,
-    STEADY_SECONDS,
-    WAITING_PER_SERVICE_MAX,
+from sidecar.agent.commands import (
     Cause,
     Command,
     Ended,
@@ -30,9 +22,19 @@ from sidecar.agent.sessions import (
     Retry,
     Send,
     Session,
-    Sessions,
     Tick,
     Want,
+)
+from sidecar.agent.sessions import (
+    BACKOFF_FIRST_SECONDS,
+    BACKOFF_MAX_SECONDS,
+    FLOW_WAIT_SECONDS,
+    OPEN_SECONDS,
+    RESOLVE_SECONDS,
+    SESSION_IDLE_SECONDS,
+    STEADY_SECONDS,
+    WAITING_PER_SERVICE_MAX,
+    Sessions,
 )
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason

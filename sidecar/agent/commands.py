@@ -1,0 +1,166 @@
+"""What sidecar.agent.sessions is told and what it decides, as values: events in, commands out.
+
+Pure; does nothing itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ztna.names import ServiceName, SessionId
+from ztna.reasons import Reason
+from ztna.wire.control import AnyMessage, Closed, LeaseRef, Open, Opened
+
+SessionKey = tuple[str, SessionId]
+"""A relay's name and the session it made: two relays may draw the same id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session as a relay opened it, under the lease it was asked for with."""
+
+    relay: str
+    lease: LeaseRef
+    opened: Opened
+    since: float
+
+    @property
+    def key(self) -> SessionKey:
+        """The relay and the id."""
+        return (self.relay, self.opened.session)
+
+    @property
+    def service(self) -> ServiceName:
+        """The one service it carries."""
+        return self.opened.service
+
+
+class Cause(Enum):
+    """Why a flow gives its session back."""
+
+    STALE = Reason.STALE_EPOCH
+    """The connector knows a newer lease."""
+    FAILED = Reason.PEER_GONE
+    """The connector cannot be reached, or its link fell silent."""
+    DENIED = Reason.CLOSED_BY_PEER
+    """The connector does not take the session."""
+
+    @property
+    def reason(self) -> Reason:
+        """What is said of it on the wire and in logs."""
+        return Reason(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class RelayUp:
+    """The control connection to a relay stands."""
+
+    relay: str
+
+
+@dataclass(frozen=True, slots=True)
+class RelayDown:
+    """It has gone, and all its sessions with it."""
+
+    relay: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A relay said something; messages that are none of this module's are ignored."""
+
+    relay: str
+    message: AnyMessage
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseIs:
+    """A service has this lease now, or none any more."""
+
+    service: ServiceName
+    lease: LeaseRef | None
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A new flow needs a session; its number is the caller's and unique while the flow lives."""
+
+    flow: int
+    service: ServiceName
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A flow that was told to proceed could not; it wants another try."""
+
+    flow: int
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A flow has ended, whatever it was doing."""
+
+    flow: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time of `next_timer()` has come."""
+
+
+Event = RelayUp | RelayDown | Received | LeaseIs | Want | Retry | Release | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to a relay."""
+
+    relay: str
+    message: Open | Closed
+
+
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """The flow may use the session until it releases it."""
+
+    flow: int
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """There is no session for the flow, which is forgotten: tell the local program at once."""
+
+    flow: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A session is no more; what rides it ends as protocol.md, Ending, says for the reason."""
+
+    session: Session
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLease:
+    """Read the service's lease again and answer with LeaseIs."""
+
+    service: ServiceName
+
+
+Command = Send | Proceed | Fail | Ended | ReadLease
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceView:
+    """What `/status` shows of a service."""
+
+    service: ServiceName
+    state: str
+    session: Session | None
+    reason: Reason | None
+    waiting: int
