@@ -32,6 +32,7 @@ from relay.commands import (
 )
 from relay.forwarder import Forwarder
 from relay.notified import Notified
+from relay.peers import WHERE, ControlPeer
 from relay.policy import SrvTable
 from relay.sessions import Sessions
 from relay.splicer import Splicer
@@ -41,41 +42,29 @@ from ztna.ca import write_private
 from ztna.config import Endpoint, RelayConfig
 from ztna.credentials import Credentials
 from ztna.dns_keys import load_key
-from ztna.errors import ConfigError, ProtocolError, ZtnaError
+from ztna.errors import ConfigError, ZtnaError
 from ztna.identity import Identity
 from ztna.names import SessionId, Zone
 from ztna.reasons import Reason
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon, sleep_or_stop
-from ztna.telemetry import dropped, logger, refused
+from ztna.telemetry import logger, refused
 from ztna.tsig import Key
 from ztna.udp import SockAddr
 from ztna.udp_bulk import BulkSocket
-from ztna.wire import control, datagram
+from ztna.wire import control
 from ztna.wire.control import Address
 
 ALPN = "ztna-v2"
-WHERE = "relay"
 UDP_PAYLOAD_BYTES = 1200
 UDP_PAYLOAD_PROBED_BYTES = 1350
-CONNECTOR_UDP_PAYLOAD_BYTES = 1360
 PING_SECONDS = 10.0
 RESOLVER_SECONDS = 3.0
 TICK_SECONDS = 1.0
 GONE_SECONDS = 5.0
 """A connector pings each 3 s: so much silence ends its sessions as `peer_gone`, long before the idle timeout."""
-CONTROL_STREAM = 0
-SIGNALING_UNSENT_BYTES_MAX = 256 * 1024
-"""Beyond it a peer is passed no more of what others say about paths: they must not be able to fill its stream."""
 PORT_ATTEMPTS = 20
 STATUS_SESSIONS_MAX = 1_000
-
-SIGNALING = (
-    control.CandidateOffer,
-    control.CandidateAnswer,
-    control.StartPunching,
-    control.PunchingResult,
-)
 
 _log = logger(__name__)
 
@@ -165,7 +154,7 @@ class Relay:
         self._advertised = advertised(config)
         self._doorkeeper = Doorkeeper()
         self._sessions = Sessions(config.sessions_per_identity, config.sessions_total, os.urandom)
-        self._peers: dict[ConnectionKey, _Peer] = {}
+        self._peers: dict[ConnectionKey, ControlPeer] = {}
         self._next_key = 0
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -276,11 +265,9 @@ class Relay:
 
     def _established(self, connection: quic.Connection) -> quic.Handler:
         self._next_key += 1
-        peer = self._peers[self._next_key] = _Peer(self, self._next_key, connection)
+        peer = self._peers[self._next_key] = ControlPeer(self, self._next_key, connection)
         identity = connection.identity
         self._doorkeeper.entered(identity)
-        if identity.connector:
-            connection.use_udp_payload(CONNECTOR_UDP_PAYLOAD_BYTES)
         try:
             forwarder = self._advertised or _reached_from(
                 connection.peer_address[0], self.forwarder.address[1]
@@ -291,10 +278,10 @@ class Relay:
             peer.disconnect(Reason.LIMIT_REACHED)
         expires_at = time.monotonic() + identity.not_after.timestamp() - time.time()
         self.carry_out(self._sessions.connected(peer.key, identity, forwarder, expires_at))
-        peer.tell_address()
+        peer.begin()
         return peer
 
-    def message_received(self, peer: _Peer, message: control.AnyMessage) -> None:
+    def message_received(self, peer: ControlPeer, message: control.AnyMessage) -> None:
         """Take a whole message of a connection. Raises ProtocolError."""
         self.carry_out(self._sessions.message(peer.key, message, time.monotonic()))
         if isinstance(message, control.Register):
@@ -302,7 +289,7 @@ class Relay:
             for service in {offering.name for offering in message.services} & self._sessions.services:
                 self.puller.ask_soon(service)
 
-    def connection_closed(self, peer: _Peer, reason: Reason) -> None:
+    def connection_closed(self, peer: ControlPeer, reason: Reason) -> None:
         """Hear that a connection is over."""
         del self._peers[peer.key]
         self._doorkeeper.left(peer.connection.identity)
@@ -429,67 +416,6 @@ class Relay:
             }
             for each in shown
         ]
-
-
-class _Peer:
-    """One connection's control stream: the handler that ztna.quic calls."""
-
-    def __init__(self, relay: Relay, key: ConnectionKey, connection: quic.Connection) -> None:
-        self.key = key
-        self.connection = connection
-        self._relay = relay
-        self._frames = control.FrameReader()
-        self._ending: Reason | None = None
-
-    def send(self, message: control.AnyMessage) -> None:
-        """Send a message; a peer that does not read its stream is disconnected, but never for the words of others."""
-        others_word = isinstance(message, SIGNALING)
-        if others_word and self.connection.unsent_bytes(CONTROL_STREAM) >= SIGNALING_UNSENT_BYTES_MAX:
-            dropped(WHERE, "signaling_queue_full")
-            return
-        sent = self.connection.send_stream(CONTROL_STREAM, control.encode(message))
-        if not sent and self.connection.is_open:
-            self.disconnect(Reason.LIMIT_REACHED)
-
-    def disconnect(self, reason: Reason) -> None:
-        """Close the connection for the reason."""
-        if self.connection.is_open:
-            self._ending = reason
-            refused(WHERE, reason)
-            self.connection.close(quic.CLOSE_PROTOCOL_ERROR, str(reason))
-
-    def tell_address(self) -> None:
-        """Tell the peer where it is seen (QAD)."""
-        host, port = self.connection.peer_address
-        self.connection.send_datagram(datagram.encode(datagram.Qad(host, port)))
-
-    def datagram_received(self, data: bytes) -> None:
-        """Count what v2 peers have no reason to send."""
-        dropped(WHERE, "unexpected_datagram")
-
-    def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
-        """Take bytes of the control stream, the only one there is."""
-        if stream_id != CONTROL_STREAM:
-            raise ProtocolError(f"stream {stream_id}: only the control stream 0 is used")
-        for message in self._frames.feed(data):
-            if isinstance(message, control.UnknownMessage):
-                dropped(WHERE, "unknown_message")
-            elif self.connection.is_open:
-                self._relay.message_received(self, message)
-        if end and self.connection.is_open:
-            self.connection.close(quic.CLOSE_OK, "control stream ended")
-
-    def peer_address_changed(self, address: SockAddr) -> None:
-        """Tell the peer its new address; authority is the connection's, so nothing else changes."""
-        self.tell_address()
-        if not self.connection.identity.connector:
-            self.connection.restart_path()
-
-    def connection_closed(self, code: int, reason: str) -> None:
-        """End what hung on the connection."""
-        said_so = code == quic.CLOSE_OK and reason != quic.STATELESS_RESET
-        natural = Reason.CLOSED_BY_PEER if said_so else Reason.PEER_GONE
-        self._relay.connection_closed(self, self._ending or natural)
 
 
 def advertised(config: RelayConfig) -> Address | None:
