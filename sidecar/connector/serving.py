@@ -1,4 +1,4 @@
-"""What agents get from this connector: their sessions, links, UDP flows and the sockets of their TCP flows.
+"""What agents get from this connector: their sessions, links and the sockets of their TCP flows.
 
 Each new flow is checked against its session, the peer's certificate and the lease; what that comes to is
 sidecar.connector.sessions' to decide. Health comes from outside. Source: protocol.md, Opening to Link.
@@ -11,8 +11,9 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from sidecar.connector.backends import Prober, UdpFlows, dial_tcp
-from sidecar.connector.flows import FlowKey, RelayConnection
+from sidecar.connector.backends import Prober, dial_tcp
+from sidecar.connector.datagrams import Datagrams
+from sidecar.connector.flows import RelayConnection
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.routes import Route, RouteTable
 from sidecar.connector.sessions import BindKey, Session, Sessions, standing
@@ -22,13 +23,12 @@ from sidecar.link.flow import abort
 from sidecar.link.packet import PacketLink
 from sidecar.link.stream import FlowRefused, StreamListener
 from ztna.credentials import Credentials
-from ztna.errors import LinkError, PacketError, Refused, ZtnaError
+from ztna.errors import LinkError, Refused, ZtnaError
 from ztna.identity import Identity, require_agent
 from ztna.leases import Lease
 from ztna.names import ServiceName
-from ztna.packet import PROTOCOL_UDP, Packet, Unreachable, icmp_error, parse
 from ztna.reasons import Reason
-from ztna.telemetry import dropped, logger, refused
+from ztna.telemetry import logger, refused
 from ztna.udp import SockAddr
 from ztna.wire.control import (
     Accepted,
@@ -71,12 +71,18 @@ class Serving:
     ) -> None:
         self.sessions = Sessions()
         self.is_draining = False
-        self.udp = UdpFlows(per_agent=flows_per_agent, total=flows_total)
+        self.datagrams = Datagrams(
+            routes,
+            self.sessions,
+            prober,
+            link_of=self._link_of,
+            flows_per_agent=flows_per_agent,
+            flows_total=flows_total,
+        )
         self.streams = StreamListener(credentials, self._authorise, tasks=tasks, budget=Budget())
         self._routes = routes
         self._credentials = credentials
         self._leases = leases
-        self._prober = prober
         self._is_passing = is_passing
         self._private_candidates = private_candidates
         self._tasks = tasks
@@ -151,12 +157,12 @@ class Serving:
         """End the sessions under another lease; established TCP flows may finish."""
         for session in self.sessions.lease_changed(service, lease):
             self._tell_closed(session, Reason.STALE_EPOCH)
-            self.udp.end_session(session.key)
+            self.datagrams.flows.end_session(session.key)
             self._drop_unused_link(session)
 
     def tick(self) -> None:
         """End what has had its time: to be called about once a second."""
-        self.udp.expire()
+        self.datagrams.flows.expire()
         expired = self.sessions.expire(self._loop.time())
         for session in expired:
             self._end_datagrams(session, Reason.PEER_GONE)
@@ -175,7 +181,7 @@ class Serving:
         self.streams.close(Reason.DRAINING)
         for link in list(self._links.values()):
             link.close(Reason.DRAINING)
-        self.udp.close()
+        self.datagrams.flows.close()
 
     def status(self) -> dict[str, object]:
         """Return sessions, flows and links for the admin page, at most STATUS_ENTRIES_MAX of each."""
@@ -194,7 +200,7 @@ class Serving:
                 }
                 for session, state in sessions[:STATUS_ENTRIES_MAX]
             ],
-            "udp_flows": len(self.udp),
+            "udp_flows": len(self.datagrams.flows),
             "tcp_flows": sum(1 for _ in self.streams.flows()),
             "links": [
                 {"relay": bind[0][0], "agent": _peer_name(link), "path": link.path}
@@ -258,7 +264,7 @@ class Serving:
 
     def _end_datagrams(self, session: Session, reason: Reason) -> None:
         _log.info("session_ended", session=session.key[1], service=session.service, reason=reason)
-        self.udp.end_session(session.key)
+        self.datagrams.flows.end_session(session.key)
         self._drop_unused_link(session)
 
     def _reset_orphans(self, ended: list[Session], reason: Reason) -> None:
@@ -295,7 +301,7 @@ class Serving:
                     session.probe_key,
                     self._credentials,
                     admit=partial(self._admit, session),
-                    receive=partial(self._packet, bind),
+                    receive=partial(self.datagrams.from_link, bind),
                     allow_private=self._private_candidates,
                 )
             except (ZtnaError, OSError) as error:
@@ -327,61 +333,6 @@ class Serving:
         link = self._link_of(session)
         if link is not None:
             link.probe(message.candidates)
-
-    # UDP flows
-
-    def _packet(self, bind: BindKey, link: PacketLink, service: ServiceName, data: bytes) -> None:
-        session = self.sessions.carried(bind, service)
-        if session is None:
-            refused(_WHERE, Reason.NOT_YOUR_SESSION)
-            return
-        try:
-            packet = parse(data)
-        except PacketError:
-            dropped(_WHERE, "malformed_packet")
-            return
-        key = FlowKey(
-            session.key,
-            packet.protocol,
-            packet.source,
-            packet.source_port,
-            packet.destination,
-            packet.destination_port,
-        )
-        if self.udp.send(key, packet.payload, data):
-            return
-        try:
-            self._open_udp(session, key, link.peer, packet, data)
-        except Refused as error:
-            refused(_WHERE, error.reason)
-            return
-        self.udp.send(key, packet.payload, data)
-
-    def _open_udp(self, session: Session, key: FlowKey, peer: Identity, packet: Packet, data: bytes) -> None:
-        """Begin a flow, or answer with an ICMP error where the agent should know. Raises Refused."""
-        if packet.protocol != PROTOCOL_UDP:
-            dropped(_WHERE, "protocol")
-            return
-        if not self.sessions.is_live(session):
-            raise Refused(Reason.NOT_YOUR_SESSION, f"a new flow in detached session {session.key[1]}")
-        require_agent(peer, session.service, session.agent.fingerprint)
-        if packet.destination != str(session.lease.ip):
-            raise Refused(Reason.STALE_EPOCH, f"{packet.destination} is not the lease of {session.service}")
-        route = self._routes.pick(session.service, "udp", packet.destination_port)
-        reply = partial(self._reply, session)
-        if route is None:
-            reply(icmp_error(data, Unreachable.PORT))
-            return
-        address = self._prober.addresses.get(route.backend)
-        if address is None:
-            reply(icmp_error(data, Unreachable.HOST))
-            return
-        self.udp.open(key, session.agent.name, address, packet=data, idle_s=route.udp_idle_s, reply=reply)
-
-    def _reply(self, session: Session, packet: bytes) -> None:
-        link = self._link_of(session)
-        if link is not None:
-            link.send(session.service, packet)
 
     # TCP flows
 

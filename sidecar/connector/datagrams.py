@@ -1,0 +1,110 @@
+"""IP packets of agents to the UDP flows of backends, and what the backends answer back to the agents.
+
+Each new flow is checked against its session, the peer's certificate and the lease; the address that the agent
+called picks a published port here and is where the replies come from. Source: protocol.md, Inner packets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from sidecar.connector.backends import Prober, UdpFlows
+from sidecar.connector.flows import FlowKey
+from sidecar.connector.routes import RouteTable
+from sidecar.connector.sessions import BindKey, Session, Sessions
+from sidecar.link.packet import PacketLink
+from ztna.errors import PacketError, Refused
+from ztna.identity import Identity, require_agent
+from ztna.names import ServiceName
+from ztna.packet import PROTOCOL_UDP, Packet, Unreachable, icmp_error, parse
+from ztna.reasons import Reason
+from ztna.telemetry import dropped, refused
+
+_WHERE = "connector"
+
+Reply = Callable[[bytes], object]
+
+
+class Datagrams:
+    """Passes on what packet links bring; `flows` are the sockets at the backends."""
+
+    def __init__(
+        self,
+        routes: RouteTable,
+        sessions: Sessions,
+        prober: Prober,
+        *,
+        link_of: Callable[[Session], PacketLink | None],
+        flows_per_agent: int,
+        flows_total: int,
+    ) -> None:
+        self.flows = UdpFlows(per_agent=flows_per_agent, total=flows_total)
+        self._routes = routes
+        self._sessions = sessions
+        self._prober = prober
+        self._link_of = link_of
+
+    def from_link(self, bind: BindKey, link: PacketLink, service: ServiceName, data: bytes) -> None:
+        """Pass on a packet for a service that came sealed."""
+        session = self._sessions.carried(bind, service)
+        if session is None:
+            refused(_WHERE, Reason.NOT_YOUR_SESSION)
+            return
+        self._pass_on(session, data, partial(self._open_sealed, session, link.peer))
+
+    def _pass_on(
+        self, session: Session, data: bytes, begin: Callable[[FlowKey, Packet, bytes], None]
+    ) -> None:
+        """Send a packet on its flow; `begin` opens one that is new, or raises Refused."""
+        try:
+            packet = parse(data)
+        except PacketError:
+            dropped(_WHERE, "malformed_packet")
+            return
+        key = FlowKey(
+            session.key,
+            packet.protocol,
+            packet.source,
+            packet.source_port,
+            packet.destination,
+            packet.destination_port,
+        )
+        if self.flows.send(key, packet.payload, data):
+            return
+        if packet.protocol != PROTOCOL_UDP:
+            dropped(_WHERE, "protocol")
+            return
+        try:
+            if not self._sessions.is_live(session):
+                raise Refused(Reason.NOT_YOUR_SESSION, f"a new flow in detached session {session.key[1]}")
+            begin(key, packet, data)
+        except Refused as error:
+            refused(_WHERE, error.reason)
+            return
+        self.flows.send(key, packet.payload, data)
+
+    def _open_sealed(
+        self, session: Session, peer: Identity, key: FlowKey, packet: Packet, data: bytes
+    ) -> None:
+        require_agent(peer, session.service, session.agent.fingerprint)
+        if packet.destination != str(session.lease.ip):
+            raise Refused(Reason.STALE_EPOCH, f"{packet.destination} is not the lease of {session.service}")
+        self._open(session, key, data, partial(self._reply_sealed, session))
+
+    def _open(self, session: Session, key: FlowKey, data: bytes, reply: Reply) -> None:
+        """Begin a flow, or answer with an ICMP error where the agent should know."""
+        route = self._routes.pick(session.service, "udp", key.destination_port)
+        if route is None:
+            reply(icmp_error(data, Unreachable.PORT))
+            return
+        address = self._prober.addresses.get(route.backend)
+        if address is None:
+            reply(icmp_error(data, Unreachable.HOST))
+            return
+        self.flows.open(key, session.agent.name, address, packet=data, idle_s=route.udp_idle_s, reply=reply)
+
+    def _reply_sealed(self, session: Session, packet: bytes) -> None:
+        link = self._link_of(session)
+        if link is not None:
+            link.send(session.service, packet)
