@@ -259,6 +259,10 @@ class RelayTarget(Section, frozen=True, kw_only=True):
 
     address: Annotated[Endpoint, about("Where it listens; the host may be a name.", "relay.example.net:4433")]
     name: Annotated[str, about("The name its certificate must carry as relay.<name>.ztna.", "edge-1")]
+    forwarders: Annotated[
+        tuple[Address, ...],
+        about("Where its forwarder may be beside the relay's own host (its relay.forwarder_advertise)."),
+    ] = ()
 
 
 class CheckConfig(Section, frozen=True, kw_only=True):

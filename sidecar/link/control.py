@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import msgspec
+
 from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.quic import CLOSE_OK, CLOSE_PROTOCOL_ERROR, Client, Connection, Settings
-from ztna.telemetry import dropped, logger
+from ztna.reasons import Reason
+from ztna.telemetry import dropped, logger, refused
 from ztna.udp import SockAddr, UdpSocket
 from ztna.wire import datagram
 from ztna.wire.control import (
@@ -28,6 +31,8 @@ from ztna.wire.control import (
     AnyMessage,
     FrameReader,
     Hello,
+    Offered,
+    Opened,
     UnknownMessage,
     encode,
 )
@@ -80,6 +85,7 @@ class RelayClient:
         self._on_connected = on_connected
         self._on_lost = on_lost
         self._number = 0
+        self._hosts: frozenset[str] = frozenset()
         self._control: _Control | None = None
 
     @property
@@ -114,7 +120,7 @@ class RelayClient:
 
     async def _connect_once(self) -> None:
         """Run one connection from dialling to its end; returns only after it had been of use."""
-        address = await _resolve(self.target.address)
+        address, self._hosts = await _resolve(self.target.address)
         self._number = next(_numbers)
         controls: list[_Control] = []
         client: Client | None = None
@@ -165,7 +171,23 @@ class RelayClient:
 
     def received(self, message: AnyMessage) -> None:
         """Pass a message on (called by the connection's handler)."""
-        self._on_message(self, message)
+        self._on_message(self, self._confined(message) if isinstance(message, Offered | Opened) else message)
+
+    def _confined(self, message: Offered | Opened) -> Offered | Opened:
+        """Take out a forwarder that is neither on the relay's own host nor among those configured.
+
+        A relay that was stolen must not be able to have us connect or send to any address it likes.
+        """
+        forwarder = message.forwarder
+        if (
+            forwarder is None
+            or forwarder.address.ip in self._hosts
+            or forwarder.address in self.target.forwarders
+        ):
+            return message
+        refused(_WHERE, Reason.UNTRUSTED)
+        _log.warning("forwarder_refused", relay=self.target.name, forwarder=forwarder.address)
+        return msgspec.structs.replace(message, forwarder=None)
 
     def _lose(self, reason: str) -> None:
         self._control = None
@@ -288,8 +310,8 @@ def _backoff(failures: int) -> float:
     return random.uniform(BACKOFF_SECONDS_MIN / 2, longest)
 
 
-async def _resolve(endpoint: Endpoint) -> SockAddr:
-    """Return the first address, IPv4 preferred. Raises LinkError when there is none."""
+async def _resolve(endpoint: Endpoint) -> tuple[SockAddr, frozenset[str]]:
+    """Return the first address, IPv4 preferred, and every host's. Raises LinkError when there is none."""
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)
@@ -299,4 +321,4 @@ async def _resolve(endpoint: Endpoint) -> SockAddr:
         raise LinkError(f"{endpoint.host} has no address")
     family_first = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
     host, port = family_first[0][4][:2]
-    return str(host), int(port)
+    return (str(host), int(port)), frozenset(str(entry[4][0]) for entry in found)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sidecar.link.control import RelayClient, _settings
@@ -15,9 +16,11 @@ from tests.support.certificates import Pki
 from tests.support.fake_relay import FakeRelay, fake_relay
 from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
+from ztna.jsontypes import Binary, Secret
 from ztna.names import ServiceName, SessionId
 from ztna.reasons import Reason
-from ztna.wire.control import Accepted, Closed, Health, Hello
+from ztna.telemetry import REFUSALS
+from ztna.wire.control import Accepted, Address, Closed, ForwarderBind, Health, Hello, Offered, PeerIdentity
 
 SESSION = SessionId("0123456789abcdef")
 WAIT_SECONDS = 15.0
@@ -91,6 +94,31 @@ async def test_packets_are_as_large_as_the_way_is_known_to_carry(pki: Pki, role:
         async with asyncio.timeout(WAIT_SECONDS):
             while engine.udp_payload != size:
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [("127.0.0.1:9", True), ("192.0.2.7:4434", True), ("192.0.2.7:4435", False), ("127.0.0.2:9", False)],
+)
+async def test_a_forwarder_is_on_the_relays_host_or_where_configured(
+    pki: Pki, named: str, taken: bool
+) -> None:
+    """A stolen relay cannot have us dial, or bind at, any address it likes: what is not its own is taken out."""
+    host, port = named.split(":")
+    bind = ForwarderBind(Address(host, int(port)), Binary(bytes(16)), Secret(bytes(32)))
+    agent = PeerIdentity("ann", "f" * 64)
+    offered = Offered(SESSION, ServiceName("web"), agent, forwarder=bind, probe_key=Secret(bytes(32)))
+    count = REFUSALS.labels("relay_client", Reason.UNTRUSTED.value)._value
+    async with fake_relay(pki) as relay:
+        target = msgspec.structs.replace(relay.target, forwarders=(Address("192.0.2.7", 4434),))
+        async with running(pki, target) as owner:
+            peer = await relay.peer()
+            await owner.next()
+            before = count.get()
+            peer.say(offered)
+            expected = offered if taken else msgspec.structs.replace(offered, forwarder=None)
+            assert await owner.next() == ("message", expected)
+            assert count.get() - before == (0 if taken else 1)
 
 
 async def test_comes_back_as_another_connection(pki: Pki) -> None:
