@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Network, ip_address
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, ip_address
 from pathlib import Path
 
 import msgspec
@@ -31,7 +31,7 @@ from ztna.consul.client import ConsulClient
 from ztna.consul.watch import CatalogWatch, KvWatch
 from ztna.dns_keys import load_keys
 from ztna.errors import ConfigError, ConsulUnavailable
-from ztna.leases import SERVICE_PREFIX, Table, read_table
+from ztna.leases import SERVICE_PREFIX, ULA, ULA_PREFIX_BITS, Table, is_ula, read_table
 from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import CONFIRMED, POOL, SERVED, UNLEASED, logger
 
@@ -48,8 +48,6 @@ REBUILD_COST_FACTOR = 4.0
 CONSUL_RETRY_SECONDS = 1.0
 PROBLEMS_SHOWN_MAX = 5
 NSID_BYTES_MAX = 128
-ULA = IPv6Network("fc00::/7")
-ULA_PREFIX_BITS = 96
 RELOADED = frozenset({"pool", "grace_s", "quarantine_s"})
 """Keys of the section that SIGHUP puts in force."""
 
@@ -420,7 +418,7 @@ def _check(config: DnsdConfig) -> None:
             "a freed address must rest for longer than anybody remembers whose it was"
         )
     ula = config.pool.ula
-    if ula is not None and (ula.prefixlen != ULA_PREFIX_BITS or not ula.subnet_of(ULA)):
+    if ula is not None and not is_ula(ula):
         raise ConfigError(f"dnsd.pool.ula: expected a /{ULA_PREFIX_BITS} in {ULA} (RFC 4193), got {ula}")
     if len((config.nsid or "").encode()) > NSID_BYTES_MAX:
         raise ConfigError(f"dnsd.nsid: expected at most {NSID_BYTES_MAX} bytes")

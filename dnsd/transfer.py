@@ -23,11 +23,10 @@ from dnsd.zone import (
     Labels,
     Outcome,
     ZoneData,
-    beside,
 )
 from ztna.dns import Code, SoaData, Type, decode
 from ztna.errors import ProtocolError
-from ztna.leases import Lease
+from ztna.leases import Lease, beside
 
 PUBLISH_SECONDS = 1.0
 """The least time between two serials, so that serials keep to the clock and outlive a restart of dnsd."""

@@ -15,7 +15,7 @@ import msgspec
 from dnsd.index import Index
 from dnsd.services import Service, connectors
 from ztna.dns import Data, HostData, SoaData, SrvData, Type
-from ztna.leases import Lease
+from ztna.leases import Lease, beside
 from ztna.names import Zone
 from ztna.reasons import Reason
 
@@ -396,11 +396,6 @@ def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:
 def ula_zone(ula: IPv6Network) -> Labels:
     """Return the ip6.arpa zone of a /96 (RFC 3596 2.5)."""
     return (*reversed(ula.network_address.exploded.replace(":", "")[:-_NIBBLES_OF_ADDRESS]), "ip6", "arpa")
-
-
-def beside(ula: IPv6Network, address: IPv4Address) -> IPv6Address:
-    """Return the IPv6 address of a lease: the /96, then the 32 bits of its IPv4 address."""
-    return IPv6Address(int(ula.network_address) | int(address))
 
 
 def _address_named(labels: Labels) -> str:

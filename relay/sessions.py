@@ -273,6 +273,11 @@ class Sessions:
         return {each: keys[-1] for each, keys in self._serving.get(service, {}).items()}
 
     def _conflict(self, peer: Peer, message: control.Conflict, out: list[Command]) -> None:
+        if not message.with_:
+            # It is over (ztna.wire.control.Conflict).
+            if peer.conflicts.pop(message.cidr, None) is not None:
+                out.append(Event("conflict_over", {"agent": peer.identity.name, "cidr": message.cidr}))
+            return
         full = len(peer.conflicts) >= CONFLICTS_PER_CONNECTION_MAX and message.cidr not in peer.conflicts
         if full or not peer.identity.agent:
             reason = Reason.LIMIT_REACHED if full else Reason.NO_GRANT

@@ -135,7 +135,7 @@ class PoolConfig(Section, frozen=True, kw_only=True):
     ula: Annotated[
         IPv6Network | None,
         about(
-            "A /96 that gives each lease an IPv6 address in DNS, for clients that route it; unset: IPv4 only.",
+            "A /96 that gives each lease an IPv6 address in DNS; agents serve it with agent.ula; unset: IPv4 only.",
             "fd12:3456:789a::/96",
         ),
     ] = None
@@ -342,6 +342,13 @@ class ConnectorConfig(Section, frozen=True, kw_only=True):
     drain_s: Annotated[Seconds, about("How long TCP flows may go on after SIGTERM, in seconds.")] = 25.0
 
 
+class Override(Section, frozen=True, kw_only=True):
+    """Where one service is on this host, whatever its lease."""
+
+    service: Annotated[ServiceName, about("The service's name.", "web-app")]
+    ip: Annotated[IPv4Address, about("An address of this host; 127.0.0.0/8 is always its.", "127.53.0.80")]
+
+
 class AgentConfig(Section, frozen=True, kw_only=True):
     """ztna-sidecar agent."""
 
@@ -357,6 +364,17 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     more_pools: Annotated[
         tuple[IPv4Network, ...], about("Further networks of virtual addresses; those of dnsd.pool.more.")
     ] = ()
+    ula: Annotated[
+        IPv6Network | None,
+        about("dnsd.pool.ula: serve the IPv6 address beside each lease too (anyip).", "fd12:3456:789a::/96"),
+    ] = None
+    overrides: Annotated[
+        tuple[Override, ...],
+        about("Services that are called at an address of this host instead of their lease."),
+    ] = ()
+    hosts_file: Annotated[
+        str, about("Where this host's own names stand: what it says of services is compared with the leases.")
+    ] = "/etc/hosts"
     direct: Annotated[bool, about("Try connectors directly before forwarding through a relay.")] = True
     private_candidates: Annotated[
         bool, about("Offer and try private addresses (RFC 1918) too when looking for a direct path.")

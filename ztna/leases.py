@@ -6,7 +6,7 @@ Pure. Who may have which address is decided in dnsd.keeper; who carries it out i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import AddressValueError, IPv4Address
+from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network
 from typing import Generic, Literal, TypeVar
 
 import msgspec
@@ -23,6 +23,8 @@ VIP_PREFIX = "ztna/vip/"
 KEEPER_KEY = "ztna/vip/keeper"
 SCHEMA_KEY = "ztna/schema"
 SCHEMA_VERSION = 1
+ULA = IPv6Network("fc00::/7")
+ULA_PREFIX_BITS = 96
 
 Protocol = Literal["tcp", "udp", "icmp"]
 
@@ -78,6 +80,16 @@ class Wish(msgspec.Struct, frozen=True):
     asked_by: str = ""
     asked_at: float = 0.0
     answer: WishAnswer | None = None
+
+
+def beside(ula: IPv6Network, address: IPv4Address) -> IPv6Address:
+    """Return the IPv6 address of a lease: the /96, then the 32 bits of its IPv4 address."""
+    return IPv6Address(int(ula.network_address) | int(address))
+
+
+def is_ula(network: IPv6Network) -> bool:
+    """Say whether addresses beside leases may lie there: a /96 of our own choosing (RFC 4193)."""
+    return network.prefixlen == ULA_PREFIX_BITS and network.subnet_of(ULA)
 
 
 def service_key(service: ServiceName) -> str:

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from ztna.errors import ZtnaError
@@ -87,10 +88,12 @@ sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
 sendmmsg.restype = ctypes.c_int
 
 
-def bind_udp(address: SockAddr, *, reuse_port: bool = False) -> socket.socket:
+def bind_udp(
+    address: SockAddr, *, reuse_port: bool = False, prepare: Callable[[socket.socket], None] | None = None
+) -> socket.socket:
     """Return a non-blocking bound UDP socket with buffers as large as the system allows.
 
-    Raises ZtnaError naming the address when it cannot be bound.
+    `prepare` sets options before it is bound. Raises ZtnaError naming the address when it cannot be bound.
     """
     host, port = address
     sock = socket.socket(
@@ -102,6 +105,8 @@ def bind_udp(address: SockAddr, *, reuse_port: bool = False) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if prepare is not None:
+            prepare(sock)
         _grow_buffers(sock)
         sock.bind((host, port))
     except OSError as error:

@@ -14,14 +14,18 @@ import fcntl
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from ipaddress import IPv4Network
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from pyroute2 import IPRoute, NetlinkError
 
+from ztna.config import Override
+from ztna.conflicts import AnyNetwork
 from ztna.errors import ConfigError, ZtnaError
+from ztna.leases import ULA, ULA_PREFIX_BITS, is_ula
 from ztna.telemetry import logger
 
 LOOPBACK = IPv4Network("127.0.0.0/8")
@@ -59,8 +63,33 @@ def runtime_directory() -> Path:
     return Path(parent) / f"ztna-mesh-{os.geteuid()}"
 
 
+def check_ula(mode: Literal["listen", "anyip"], ula: IPv6Network) -> None:
+    """Raise ConfigError when the IPv6 addresses beside the leases cannot be had in this mode."""
+    if not is_ula(ula):
+        raise ConfigError(f"agent.ula: expected a /{ULA_PREFIX_BITS} in {ULA} (RFC 4193), got {ula}")
+    if mode == "listen":
+        raise ConfigError(
+            "agent.ula: mode listen binds addresses that every host has, and of IPv6 there is only ::1; set "
+            "agent.mode to anyip, or leave it out: programs fall back to the IPv4 address"
+        )
+
+
+def check_overrides(overrides: Sequence[Override]) -> None:
+    """Raise ConfigError when overrides contradict each other, or name what no host can bind."""
+    for key, values in (
+        ("service", [each.service for each in overrides]),
+        ("ip", [str(each.ip) for each in overrides]),
+    ):
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        if twice:
+            raise ConfigError(f"agent.overrides: {twice[0]} is given to two; each {key} once")
+    for each in overrides:
+        if any(each.ip in network for network in _NOT_UNICAST):
+            raise ConfigError(f"agent.overrides: {each.ip} of {each.service} is no unicast address")
+
+
 @contextlib.asynccontextmanager
-async def local_route(pool: IPv4Network, directory: Path) -> AsyncIterator[None]:
+async def local_route(pool: AnyNetwork, directory: Path) -> AsyncIterator[None]:
     """Make every address of the pool a local one while inside.
 
     First takes back what agents that crashed in this network namespace left. Raises ConfigError when a route
@@ -76,7 +105,7 @@ async def local_route(pool: IPv4Network, directory: Path) -> AsyncIterator[None]
 
 
 @contextlib.contextmanager
-def _held_route(pool: IPv4Network, directory: Path) -> Iterator[None]:
+def _held_route(pool: AnyNetwork, directory: Path) -> Iterator[None]:
     _make(directory)
     with _record(pool, directory) as record:
         if record is None:
@@ -118,7 +147,7 @@ def _remove_recorded(netlink: IPRoute, record: IO[str]) -> None:
     if not text:
         return
     try:
-        pool = IPv4Network(text)
+        pool = ip_network(text)
     except ValueError:
         # Torn by a crash while it was written, so its route was never added.
         return
@@ -126,11 +155,11 @@ def _remove_recorded(netlink: IPRoute, record: IO[str]) -> None:
         _log.warning("route_of_crashed_agent_removed", pool=text)
 
 
-def _refuse_conflicts(netlink: IPRoute, pool: IPv4Network) -> None:
-    for route in netlink.get_routes(family=socket.AF_INET):
+def _refuse_conflicts(netlink: IPRoute, pool: AnyNetwork) -> None:
+    for route in netlink.get_routes(family=_family(pool)):
         if route["dst_len"] == 0:
             continue
-        network = IPv4Network((route.get("dst"), route["dst_len"]), strict=False)
+        network = ip_network((route.get("dst"), route["dst_len"]), strict=False)
         if network.overlaps(pool):
             where = "local table" if route["table"] == _TABLE_LOCAL else f"table {route['table']}"
             raise ConfigError(
@@ -139,7 +168,7 @@ def _refuse_conflicts(netlink: IPRoute, pool: IPv4Network) -> None:
             )
 
 
-def _add(netlink: IPRoute, pool: IPv4Network) -> None:
+def _add(netlink: IPRoute, pool: AnyNetwork) -> None:
     try:
         netlink.route("add", **_route(netlink, pool))
     except NetlinkError as error:
@@ -151,7 +180,7 @@ def _add(netlink: IPRoute, pool: IPv4Network) -> None:
         raise ZtnaError(f"agent.pool: local route for {pool}: {os.strerror(error.code)}") from None
 
 
-def _remove(netlink: IPRoute, pool: IPv4Network) -> bool:
+def _remove(netlink: IPRoute, pool: AnyNetwork) -> bool:
     """Remove the route if it is there with our mark; say whether it was."""
     try:
         netlink.route("del", **_route(netlink, pool))
@@ -162,17 +191,22 @@ def _remove(netlink: IPRoute, pool: IPv4Network) -> bool:
     return True
 
 
-def _route(netlink: IPRoute, pool: IPv4Network) -> dict[str, Any]:
+def _route(netlink: IPRoute, pool: AnyNetwork) -> dict[str, Any]:
     """Describe the route whole: the kernel deletes only one that matches every field given."""
     return {
-        "family": socket.AF_INET,
+        "family": _family(pool),
         "dst": str(pool),
         "oif": (netlink.link_lookup(ifname="lo"))[0],
         "table": _TABLE_LOCAL,
         "type": "local",
-        "scope": "host",
+        # IPv6 routes have no scope (rtnetlink(7)): they are all global.
+        "scope": "host" if pool.version == 4 else "universe",
         "proto": ROUTE_MARK,
     }
+
+
+def _family(pool: AnyNetwork) -> socket.AddressFamily:
+    return socket.AF_INET if pool.version == 4 else socket.AF_INET6
 
 
 def _make(directory: Path) -> None:
@@ -189,7 +223,7 @@ def _file_name(pool: str) -> str:
 
 
 @contextlib.contextmanager
-def _record(pool: IPv4Network, directory: Path) -> Iterator[IO[str] | None]:
+def _record(pool: AnyNetwork, directory: Path) -> Iterator[IO[str] | None]:
     path = directory / _file_name(str(pool))
     path.touch(mode=0o600)
     with _locked(path) as record:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from ipaddress import ip_address
+from pathlib import Path
 
-from sidecar.agent.anyip import check_pool, runtime_directory
+from sidecar.agent.anyip import check_overrides, check_pool, check_ula, runtime_directory
 from sidecar.agent.broker import Broker, Outside
 from sidecar.agent.commands import LeaseIs, Received, RelayDown, RelayUp, Session
 from sidecar.agent.datagrams import Datagrams
@@ -43,6 +45,9 @@ async def body(daemon: Daemon) -> None:
     pools = (config.pool, *config.more_pools)
     for pool in pools:
         check_pool(config.mode, pool)
+    if config.ula is not None:
+        check_ula(config.mode, config.ula)
+    check_overrides(config.overrides)
     if not config.relays:
         raise ConfigError("agent.relays: expected at least one relay")
     credentials = Credentials.load(config.tls)
@@ -50,7 +55,16 @@ async def body(daemon: Daemon) -> None:
         client = await stack.enter_async_context(ConsulClient(daemon.config.consul))
         routes_in = runtime_directory() if config.mode == "anyip" else None
         name = credentials.identity.name
-        ranges = Ranges(client, name, pools, daemon.readiness, routes_in=routes_in)
+        ranges = Ranges(
+            client,
+            name,
+            (*pools, config.ula) if config.ula is not None else pools,
+            daemon.readiness,
+            routes_in=routes_in,
+            overrides={each.service: each.ip for each in config.overrides},
+            hosts_file=Path(config.hosts_file),
+            domain=daemon.config.domain,
+        )
         await stack.enter_async_context(ranges)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -110,12 +124,14 @@ class Agent:
         self._follower = LeaseFollower(
             client,
             credentials.identity.agent,
-            (config.pool, *config.more_pools),
+            self._is_ours,
             changed=self._leases_changed,
             read=self._lease_read,
         )
         ranges.tell = self._tell_relays
-        ranges.leases = lambda: {name: lease.ip for name, lease in self._follower.leases.items()}
+        ranges.leases = self._follower.addresses
+        ranges.serving = lambda: self._follower.leases
+        ranges.moved = self._move
 
     async def run(self) -> None:
         """Serve until the daemon stops, then let what runs finish for a while."""
@@ -234,8 +250,23 @@ class Agent:
                 self._broker.handle(LeaseIs(view.service, None))
         for service, lease in leases.items():
             self._broker.handle(LeaseIs(service, LeaseRef(lease.ip, lease.epoch)))
-        self._listeners.apply(leases)
+        self._move()
         self._daemon.readiness.done("leases")
+
+    def _is_ours(self, service: ServiceName, lease: Lease) -> bool:
+        pools = (self._config.pool, *self._config.more_pools)
+        overridden = any(each.service == service for each in self._config.overrides)
+        return overridden or any(lease.ip in pool for pool in pools)
+
+    def _move(self) -> None:
+        """Listen where services can be served now, and nowhere else; flows elsewhere end while they can be told."""
+        if self._daemon.stopping.is_set():
+            return
+        places = self._ranges.places
+        self._listeners.apply(
+            self._follower.leases, lambda service, lease: [str(at) for at in places.of(service, lease)]
+        )
+        self._streams.leave(lambda at: not places.has(ip_address(at.at)))
 
     def _reload(self) -> None:
         """Read the certificates again; what stands keeps the old ones."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 
 from sidecar.agent.broker import Broker
 from sidecar.agent.commands import Cause, Session
@@ -33,6 +33,10 @@ from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger
 from ztna.udp import SockAddr
 
+STAND_INS = 0xF0000000
+"""240.0.0.0/4 (RFC 1112, 4), from which no program asks: there stands the asker of an IPv6 flow in inner packets,
+which are IPv4 as leases are. One address a flow, so that no two can be taken for each other."""
+STAND_INS_MASK = 0x0FFFFFFF
 WAITING_PACKETS_PER_FLOW_MAX = 64
 WAITING_BYTES_MAX = 16 * 1024 * 1024
 SWEEP_SECONDS = 1.0
@@ -46,6 +50,7 @@ class _Flow:
     number: int
     port: UdpPort
     source: SockAddr
+    inner: SockAddr
     used_at: float
     session: Session | None = None
     link: Link | None = None
@@ -62,7 +67,7 @@ class Datagrams:
         self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
         self._flows: dict[tuple[UdpPort, SockAddr], _Flow] = {}
-        self._ports: dict[tuple[ServiceName, str, int], UdpPort] = {}
+        self._inner: dict[tuple[ServiceName, SockAddr, SockAddr], _Flow] = {}
         self._waiting_bytes = 0
         self._tell_unreachable = _unreachable_teller()
 
@@ -74,11 +79,11 @@ class Datagrams:
     def received(self, port: UdpPort, data: bytes, source: SockAddr) -> None:
         """Carry a datagram of a local program, or keep it until its flow has a session and a link."""
         flow = self._flows.get((port, source))
-        at = port.at
-        packet = build_udp(source[0], source[1], at.ip, at.port, data)
         if flow is None:
-            self._begin(port, source, packet)
+            self._begin(port, source, data)
             return
+        at = port.at
+        packet = build_udp(*flow.inner, *at.leased, data)
         flow.used_at = self._loop.time()
         if flow.is_ready and flow.link is not None:
             flow.link.send(at.service, packet)
@@ -141,12 +146,15 @@ class Datagrams:
 
     # --- a flow's life
 
-    def _begin(self, port: UdpPort, source: SockAddr, packet: bytes) -> None:
-        flow = _Flow(self._broker.number(), port, source, self._loop.time())
+    def _begin(self, port: UdpPort, source: SockAddr, data: bytes) -> None:
+        at, number = port.at, self._broker.number()
+        inner = source
+        if at.family == socket.AF_INET6:
+            inner = (str(IPv4Address(STAND_INS | number & STAND_INS_MASK)), source[1])
+        flow = _Flow(number, port, source, inner, self._loop.time())
         self._flows[port, source] = flow
-        at = port.at
-        self._ports[at.service, at.ip, at.port] = port
-        self._wait(flow, packet)
+        self._inner[at.service, at.leased, inner] = flow
+        self._wait(flow, build_udp(*inner, *at.leased, data))
         self._broker.want(flow.number, at.service, partial(self._ready, flow), partial(self._failed, flow))
 
     def _ready(self, flow: _Flow, session: Session) -> None:
@@ -175,17 +183,16 @@ class Datagrams:
         dropped(_WHERE, "no_session", len(waiting))
         self._end(flow)
         if waiting:
-            self._tell_unreachable(waiting[0])
+            self._tell_unreachable(flow)
 
     def _end(self, flow: _Flow) -> None:
         self._flows.pop((flow.port, flow.source), None)
+        at = flow.port.at
+        key = (at.service, at.leased, flow.inner)
+        if self._inner.get(key) is flow:
+            del self._inner[key]
         self._take_waiting(flow)
         self._broker.release(flow.number)
-        if flow.port.is_closed:
-            at = flow.port.at
-            key = (at.service, at.ip, at.port)
-            if self._ports.get(key) is flow.port:
-                del self._ports[key]
 
     def _wait(self, flow: _Flow, packet: bytes) -> None:
         full = self._waiting_bytes + len(packet) > WAITING_BYTES_MAX
@@ -207,8 +214,7 @@ class Datagrams:
 
     def _flow_of(self, link: Link, service: ServiceName, at: SockAddr, asker: SockAddr) -> _Flow | None:
         """Return the flow between a virtual port and a local program, if it is on this very link."""
-        port = self._ports.get((service, *at))
-        flow = self._flows.get((port, asker)) if port is not None else None
+        flow = self._inner.get((service, at, asker))
         return flow if flow is not None and flow.link is link else None
 
     def _icmp_received(self, link: Link, service: ServiceName, packet: Packet) -> None:
@@ -224,23 +230,24 @@ class Datagrams:
         if flow is None:
             dropped(_WHERE, "no_such_flow")
             return
-        self._tell_unreachable(build_udp(*asker, *at, b""))
+        self._tell_unreachable(flow)
 
 
-def _unreachable_teller() -> Callable[[bytes], None]:
-    """Return what tells the sender of a packet that its port is unreachable.
+def _unreachable_teller() -> Callable[[_Flow], None]:
+    """Return what tells a flow's program that its port is unreachable.
 
-    That takes CAP_NET_RAW; without it UDP programs learn of a dead service by their own timeouts.
+    That takes CAP_NET_RAW; without it, and over IPv6, UDP programs learn of a dead service by their own timeouts.
     """
     try:
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     except PermissionError:
-        return lambda packet: None
+        return lambda flow: None
     raw.setblocking(False)
 
-    def tell(packet: bytes) -> None:
-        with suppress(PacketError, OSError):
-            error = icmp_error(packet, Unreachable.PORT)
-            raw.sendto(error, (parse(error).destination, 0))
+    def tell(flow: _Flow) -> None:
+        if flow.port.at.family == socket.AF_INET:
+            with suppress(PacketError, OSError):
+                error = icmp_error(build_udp(*flow.source, *flow.port.at.called, b""), Unreachable.PORT)
+                raw.sendto(error, (flow.source[0], 0))
 
     return tell

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address
 
 from ztna.catalog import KvPair, KvSnapshot
 from ztna.consul.client import ConsulClient
@@ -15,7 +15,7 @@ from ztna.consul.watch import KvWatch
 from ztna.errors import BadName, ConsulError, LeaseError, ProtocolError
 from ztna.identity import Grants
 from ztna.jsontypes import from_json
-from ztna.leases import SCHEMA_KEY, SCHEMA_VERSION, SERVICE_PREFIX, Lease, service_key
+from ztna.leases import SCHEMA_KEY, SCHEMA_VERSION, SERVICE_PREFIX, Lease, Table, read_table, service_key
 from ztna.names import ServiceName
 from ztna.telemetry import dropped, logger
 
@@ -33,21 +33,29 @@ class LeaseFollower:
         self,
         client: ConsulClient,
         grants: Grants,
-        pools: tuple[IPv4Network, ...],
+        is_ours: Callable[[ServiceName, Lease], bool],
         *,
         changed: Callable[[Mapping[ServiceName, Lease]], None],
         read: Callable[[ServiceName, Lease | None], None],
     ) -> None:
-        """`changed` gets all leases to serve, at first and after each change; `read` the answers to `read_again`."""
+        """`is_ours` says whether a lease may be served here, whoever wrote it.
+
+        `changed` gets all leases to serve, at first and after each change; `read` the answers to `read_again`.
+        """
         self.watch = KvWatch(client, SERVICE_PREFIX)
         self._client = client
         self._grants = grants
-        self._pools = pools
+        self._is_ours = is_ours
         self._changed = changed
         self._read = read
         self._wanted: asyncio.Queue[ServiceName] = asyncio.Queue(READS_WAITING_MAX)
         self._odd: dict[str, str] = {}
+        self._table = Table()
         self.leases: Mapping[ServiceName, Lease] = {}
+
+    def addresses(self) -> Mapping[str, IPv4Address]:
+        """Return the leased address of every service, granted or not."""
+        return {name: stored.record.ip for name, stored in self._table.leases.items()}
 
     def use_grants(self, grants: Grants) -> None:
         """Go by another certificate's grants from now on."""
@@ -103,6 +111,7 @@ class LeaseFollower:
             self._read(service, self._lease(service, pair) if pair is not None else None)
 
     def _publish(self, snapshot: KvSnapshot) -> None:
+        self._table = read_table(snapshot.pairs, self._table)
         found: dict[ServiceName, Lease] = {}
         odd = self._odd
         self._odd = {}
@@ -123,15 +132,16 @@ class LeaseFollower:
     def _lease(
         self, service: ServiceName, pair: KvPair, known_odd: Mapping[str, str] | None = None
     ) -> Lease | None:
-        """Return the record if it can be served. An address outside the pools is never bound, whoever wrote it."""
+        """Return the record if it can be served."""
         try:
             lease = from_json(pair.value, Lease)
         except ProtocolError as error:
             self._note_odd(pair.key, str(error), known_odd or self._odd)
             return None
-        if not any(lease.ip in pool for pool in self._pools):
-            outside = f"{lease.ip} is outside agent.pool {', '.join(map(str, self._pools))}"
-            self._note_odd(pair.key, outside, known_odd or self._odd)
+        if not self._is_ours(service, lease):
+            self._note_odd(
+                pair.key, f"{lease.ip} is outside agent.pool and its more_pools", known_odd or self._odd
+            )
             return None
         return lease
 

@@ -1,4 +1,4 @@
-"""The sockets local programs call: TCP and UDP on each virtual address and published port.
+"""The sockets local programs call: TCP and UDP on each published port, where sidecar.agent.places says.
 
 Follows the leases; a port that somebody else holds is reported, left, and tried again. Does not know what
 becomes of a connection or a datagram: it hands them on.
@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ztna.errors import ZtnaError
@@ -27,26 +27,48 @@ DATAGRAM_BYTES_MAX = 65_535
 HELD_RETRY_SECONDS = 5.0
 EXHAUSTED_PAUSE_SECONDS = 0.5
 
+_IPV6_FREEBIND = 78
+"""linux/in6.h; a local route alone does not let a program bind an IPv6 address, as it does an IPv4 one."""
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _log = logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class VirtualPort:
-    """A published port of a service at its virtual address."""
+    """A published port of a service: `ip` is the leased address, `at` the one that programs call here."""
 
     service: ServiceName
     protocol: Protocol
     ip: str
     port: int
+    at: str
 
     @property
-    def address(self) -> SockAddr:
-        """The virtual address and port."""
+    def called(self) -> SockAddr:
+        """Where it listens on this host."""
+        return (self.at, self.port)
+
+    @property
+    def leased(self) -> SockAddr:
+        """What it is for the connector."""
         return (self.ip, self.port)
 
+    @property
+    def family(self) -> socket.AddressFamily:
+        """The family of the address that programs call."""
+        return socket.AF_INET6 if ":" in self.at else socket.AF_INET
+
     def __str__(self) -> str:
-        return f"{self.protocol} {self.ip}:{self.port}"
+        return f"{self.protocol} {f'[{self.at}]' if ':' in self.at else self.at}:{self.port}"
+
+
+Places = Callable[[ServiceName, Lease], Sequence[str]]
+"""Says at which addresses of this host a leased service is served."""
+
+
+def at_the_lease(service: ServiceName, lease: Lease) -> Sequence[str]:
+    """Serve it at its leased address."""
+    return (str(lease.ip),)
 
 
 Accept = Callable[[VirtualPort, socket.socket, SockAddr], None]
@@ -63,9 +85,8 @@ class TcpPort:
         self._accept = accept
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
-        self._socket = socket.create_server(at.address, backlog=BACKLOG_CONNECTIONS)
+        self._socket = _listening(at)
         _hear_only_this_host(self._socket)
-        self._socket.setblocking(False)
         self._loop.add_reader(self._socket, self._readable)
 
     def close(self) -> None:
@@ -90,7 +111,7 @@ class TcpPort:
                 self._pause = self._loop.call_later(EXHAUSTED_PAUSE_SECONDS, self._resume)
                 return
             local.setblocking(False)
-            self._accept(self.at, local, source)
+            self._accept(self.at, local, source[:2])
 
     def _resume(self) -> None:
         self._pause = None
@@ -105,7 +126,7 @@ class UdpPort:
         self.at = at
         self._receive = receive
         self._loop = asyncio.get_running_loop()
-        self._socket = bind_udp(at.address)
+        self._socket = bind_udp(at.called, prepare=_let_bind)
         _hear_only_this_host(self._socket)
         self._loop.add_reader(self._socket, self._readable)
 
@@ -135,7 +156,7 @@ class UdpPort:
             except OSError:
                 # An ICMP error for an earlier reply: that program is gone, the others are not.
                 continue
-            self._receive(self, data, source)
+            self._receive(self, data, source[:2])
             if self.is_closed:
                 return
 
@@ -161,9 +182,13 @@ class Listeners:
         """The ports that could not be bound, and why."""
         return dict(self._held)
 
-    def apply(self, leases: Mapping[ServiceName, Lease]) -> None:
-        """Close what no lease publishes any more and bind what is new."""
-        wanted = {at for service, lease in leases.items() for at in virtual_ports(service, lease)}
+    def apply(self, leases: Mapping[ServiceName, Lease], places: Places = at_the_lease) -> None:
+        """Close what no lease publishes any more and bind what is new; `places` says where."""
+        wanted = {
+            at
+            for service, lease in leases.items()
+            for at in virtual_ports(service, lease, places(service, lease))
+        }
         for at in self._bound.keys() - wanted:
             self._bound.pop(at).close()
             _log.info("listener_closed", service=at.service, at=str(at))
@@ -212,11 +237,12 @@ class Listeners:
             self._warn(f"port {at}", None)
 
 
-def virtual_ports(service: ServiceName, lease: Lease) -> tuple[VirtualPort, ...]:
-    """Return the ports to listen on; ICMP has none."""
+def virtual_ports(service: ServiceName, lease: Lease, places: Sequence[str]) -> tuple[VirtualPort, ...]:
+    """Return the ports to listen on at each of the places; ICMP has none."""
     return tuple(
-        VirtualPort(service, port.protocol, str(lease.ip), port.port)
+        VirtualPort(service, port.protocol, str(lease.ip), port.port, place)
         for port in lease.ports
+        for place in places
         if port.protocol != "icmp"
     )
 
@@ -229,6 +255,25 @@ def _why(error: OSError | ZtnaError) -> str:
     if number == errno.EACCES:
         return "ports below 1024 need CAP_NET_BIND_SERVICE"
     return os.strerror(number) if number else str(error)
+
+
+def _listening(at: VirtualPort) -> socket.socket:
+    sock = socket.socket(at.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _let_bind(sock)
+        sock.bind(at.called)
+        sock.listen(BACKLOG_CONNECTIONS)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _let_bind(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
 
 
 def _hear_only_this_host(sock: socket.socket) -> None:

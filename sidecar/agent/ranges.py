@@ -1,7 +1,8 @@
 """The pools as far as this host lets the agent have them, and who hears when it does not.
 
-A pool that overlaps what the host already routes is not taken: traffic of the host's own would end here. It is
-taken as soon as nothing overlaps it any more. A route that comes later, over a pool that is held, is only told.
+A pool that overlaps what the host already routes is not taken, and one that is held is given up when such a route
+comes: traffic of the host's own would end here. It is taken as soon as nothing overlaps it any more. What the hosts
+file and the agent's own overrides say is compared with the leases.
 """
 
 from __future__ import annotations
@@ -11,16 +12,31 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 
 from pyroute2 import IPRoute
 
-from sidecar.agent.anyip import LOOPBACK, ROUTE_MARK, local_route
-from ztna.conflicts import Collision, Occupied, collisions, conflict_key, detail, report
+from sidecar.agent.anyip import ROUTE_MARK, local_route
+from sidecar.agent.places import Places
+from ztna.conflicts import (
+    AnyNetwork,
+    Collision,
+    HostsLine,
+    Occupied,
+    collisions,
+    conflict_key,
+    detail,
+    hosts_lines,
+    misled,
+    overridden,
+    report,
+)
 from ztna.consul.client import ConsulClient
-from ztna.errors import ConsulError
+from ztna.errors import ConsulError, ZtnaError
 from ztna.jsontypes import to_json
+from ztna.leases import Lease
+from ztna.names import ServiceName, Zone
 from ztna.runtime import Readiness
 from ztna.telemetry import logger
 from ztna.wire.control import Conflict
@@ -28,21 +44,26 @@ from ztna.wire.control import Conflict
 LOOK_SECONDS = 5.0
 SESSION_SECONDS = 15.0
 STEP_DOWN_SECONDS = 2.0
+HOSTS_BYTES_MAX = 4 * 1024 * 1024
 
+_FAMILIES = frozenset({socket.AF_INET, socket.AF_INET6})
 _log = logger(__name__)
 
 
 class Ranges:
-    """Looks at the host's routes every LOOK_SECONDS. `tell` hears of each collision that is new."""
+    """Looks at the host every LOOK_SECONDS. `tell` hears of each collision that is new, and of each that is over."""
 
     def __init__(
         self,
         client: ConsulClient,
         agent: str,
-        pools: Sequence[IPv4Network],
+        pools: Sequence[AnyNetwork],
         readiness: Readiness,
         *,
         routes_in: Path | None,
+        overrides: Mapping[str, IPv4Address],
+        hosts_file: Path,
+        domain: Zone,
     ) -> None:
         """`routes_in` is the runtime directory when pools are to be routed here, None when they are not."""
         self._client = client
@@ -50,21 +71,37 @@ class Ranges:
         self._pools = tuple(pools)
         self._readiness = readiness
         self._routes_in = routes_in
-        self._held = contextlib.AsyncExitStack()
-        self._untaken = list(self._pools) if routes_in is not None else []
+        self._overrides = overrides
+        self._hosts_file = hosts_file
+        self._domain = domain
+        self._held: dict[AnyNetwork, contextlib.AsyncExitStack] = {}
+        self._trouble = ""
         self._session: str | None = None
         self._consul_error = ""
         self.tell: Callable[[Conflict], None] = lambda conflict: None
         self.leases: Callable[[], Mapping[str, IPv4Address]] = dict
+        self.serving: Callable[[], Mapping[ServiceName, Lease]] = dict
+        self.moved: Callable[[], None] = lambda: None
+        """Is called when `places` says something else; before a network is given up, so that it can be left."""
         self.found: tuple[Collision, ...] = ()
 
     async def __aenter__(self) -> Ranges:
         """Take the pools that nothing overlaps. Raises ZtnaError when one cannot be had for another reason."""
-        await self._look()
+        routed = collisions(self._pools, await asyncio.to_thread(occupied))
+        for pool in self._free(routed):
+            await self._take(pool)
+        self._see(routed)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._held.aclose()
+        for held in self._held.values():
+            await held.aclose()
+
+    @property
+    def places(self) -> Places:
+        """Where services can be served now."""
+        had = self._pools if self._routes_in is None else tuple(self._held)
+        return Places(frozenset(had), overridden(self._overrides, self.leases())[0])
 
     async def run(self) -> None:
         """Keep looking, and keep the report in Consul for as long as something collides, until cancelled."""
@@ -94,25 +131,81 @@ class Ranges:
             "conflicts": [{"cidr": str(each.pool), "with": each.occupied.what} for each in self.found],
         }
 
+    @property
+    def _untaken(self) -> list[AnyNetwork]:
+        return [pool for pool in self._pools if pool not in self._held] if self._routes_in else []
+
+    def _free(self, routed: Sequence[Collision]) -> list[AnyNetwork]:
+        return [pool for pool in self._untaken if not any(each.pool == pool for each in routed)]
+
     async def _look(self) -> None:
-        before = self.found
-        self.found = collisions(self._pools, await asyncio.to_thread(occupied))
-        for pool in list(self._untaken):
-            if not any(each.pool == pool for each in self.found):
-                assert self._routes_in is not None, "only then is there something to take"
-                await self._held.enter_async_context(local_route(pool, self._routes_in))
-                self._untaken.remove(pool)
+        routed = collisions(self._pools, await asyncio.to_thread(occupied))
+        lines = await asyncio.to_thread(self._hosts)
+        for pool in [each.pool for each in routed if each.pool in self._held]:
+            await self._give_up(pool)
+        self._trouble = ""
+        for pool in self._free(routed):
+            try:
+                await self._take(pool)
+            except ZtnaError as error:
+                # A route that came since the look, for one; it is tried again.
+                self._trouble = str(error)
+            else:
+                self.moved()
+        self._see((*routed, *self._misleading(lines)))
+
+    def _misleading(self, lines: Sequence[HostsLine]) -> tuple[Collision, ...]:
+        """Return what of the agent's overrides and the hosts file contradicts the leases."""
+        places = self.places
+        served: dict[str, Sequence[IPv4Address | IPv6Address]] = {
+            name: (ip,) for name, ip in self.leases().items()
+        }
+        served |= {service: places.of(service, lease) for service, lease in self.serving().items()}
+        return (*overridden(self._overrides, self.leases())[1], *misled(lines, served))
+
+    def _see(self, found: tuple[Collision, ...]) -> None:
+        before, self.found = self.found, found
         self._show()
-        if self.found != before:
-            for each in self.found:
+        if found == before:
+            return
+        for each in found:
+            if each not in before:
                 _log.warning("pool_conflict", pool=each.pool, detail=each.occupied.what)
-            for conflict in self.conflicts():
-                self.tell(conflict)
+        conflicts = self.conflicts()
+        gone = {str(each.pool) for each in before} - {each.cidr for each in conflicts}
+        for cidr in sorted(gone):
+            _log.info("pool_conflict_over", pool=cidr)
+        for conflict in (*conflicts, *(Conflict(cidr, "") for cidr in sorted(gone))):
+            self.tell(conflict)
+
+    async def _take(self, pool: AnyNetwork) -> None:
+        assert self._routes_in is not None, "only then is there something to take"
+        held = contextlib.AsyncExitStack()
+        await held.enter_async_context(local_route(pool, self._routes_in))
+        self._held[pool] = held
+
+    async def _give_up(self, pool: AnyNetwork) -> None:
+        """Leave a network to the host: nothing of ours is called there any more."""
+        held = self._held.pop(pool, None)
+        if held is not None:
+            _log.warning("pool_given_up", pool=pool)
+            self.moved()
+            await held.aclose()
+
+    def _hosts(self) -> list[HostsLine]:
+        try:
+            with self._hosts_file.open("rb") as file:
+                text = file.read(HOSTS_BYTES_MAX).decode("utf-8", "replace")
+        except OSError:
+            return []  # a host without one says nothing
+        return hosts_lines(text, self._domain, str(self._hosts_file))
 
     def _show(self) -> None:
-        said = "; ".join(f"{each.pool} overlaps {each.occupied.what}" for each in self.found)
+        said = "; ".join(f"{each.pool}: {each.occupied.what}" for each in self.found)
         if self._untaken:
-            self._readiness.awaiting("pool", f"{said}: not taken until that is gone, or the pool another")
+            names = ", ".join(map(str, self._untaken))
+            why = self._trouble or said
+            self._readiness.awaiting("pool", f"{names} not taken until what overlaps it is gone: {why}")
         elif self._routes_in is not None:
             self._readiness.done("pool")
         if said and not self._untaken:
@@ -147,11 +240,11 @@ def occupied() -> list[Occupied]:
     with IPRoute() as netlink:
         links = {link["index"]: link.get("ifname", "?") for link in netlink.get_links()}
         found = []
-        for route in netlink.get_routes(family=socket.AF_INET):
-            if route["dst_len"] == 0 or route["proto"] == ROUTE_MARK:
+        for route in netlink.get_routes():
+            if route["dst_len"] == 0 or route["proto"] == ROUTE_MARK or route["family"] not in _FAMILIES:
                 continue
-            network = IPv4Network((route.get("dst"), route["dst_len"]), strict=False)
-            link = links.get(route.get("oif"), "no device")
-            if not (link == "lo" and network.subnet_of(LOOPBACK)):
+            network = ip_network((route.get_attr("RTA_DST"), route["dst_len"]), strict=False)
+            link = links.get(route.get_attr("RTA_OIF"), "no device")
+            if not (link == "lo" and network.is_loopback):
                 found.append(Occupied(network, f"route {network} ({link})"))
     return found

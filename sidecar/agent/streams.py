@@ -77,7 +77,7 @@ class Streams:
         self._idle: dict[ConnectorId, deque[_Idle]] = {}
         self._routes: dict[ConnectorId, _Route] = {}
         self._tokens: dict[SessionKey, deque[asyncio.Future[bytes]]] = {}
-        self._running: dict[SessionKey, set[TcpFlow]] = {}
+        self._running: dict[SessionKey, dict[TcpFlow, VirtualPort]] = {}
         self._carriers: set[Carrier] = set()
         self.quiet = asyncio.Event()
         """Set while no flow runs."""
@@ -86,6 +86,12 @@ class Streams:
     def accepted(self, at: VirtualPort, local: socket.socket, source: SockAddr) -> None:
         """Take over a connection that a local program made to a virtual address."""
         self._tasks.create_task(self._serve(at, local, source), name=f"tcp flow to {at}")
+
+    def leave(self, is_left: Callable[[VirtualPort], bool]) -> None:
+        """Reset the flows at addresses that are no longer this agent's."""
+        for running in tuple(self._running.values()):
+            for flow in [flow for flow, at in running.items() if is_left(at)]:
+                flow.reset(Reason.CLOSED_BY_PEER)
 
     def dial_token(self, relay: str, message: DialToken) -> None:
         """Give the token to whoever asked first for that session; one that nobody waits for lapses."""
@@ -145,7 +151,7 @@ class Streams:
             abort(local)
             raise
         else:
-            await self._until_finished(session, carrier, flow)
+            await self._until_finished(session, carrier, flow, at)
         finally:
             self._broker.release(number)
 
@@ -165,7 +171,7 @@ class Streams:
                 service=at.service,
                 lease=session.lease,
                 source=Address(*source),
-                destination=Address(*at.address),
+                destination=Address(*at.leased),
                 window=WINDOW_BYTES_MIN,
             )
             try:
@@ -211,14 +217,16 @@ class Streams:
             carrier.close(Reason.DRAINING)
             raise
 
-    async def _until_finished(self, session: Session, carrier: Carrier, flow: TcpFlow) -> None:
-        running = self._running.setdefault(session.key, set())
-        running.add(flow)
+    async def _until_finished(
+        self, session: Session, carrier: Carrier, flow: TcpFlow, at: VirtualPort
+    ) -> None:
+        running = self._running.setdefault(session.key, {})
+        running[flow] = at
         self.quiet.clear()
         try:
             reusable = await flow.finished
         finally:
-            running.discard(flow)
+            running.pop(flow, None)
             if not running:
                 self._running.pop(session.key, None)
             if not self._running:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
 
 from tests.support.consul import KINDS, note_version
-from tests.support.lab import Lab, lab, udp_ask, udp_route, until
+from tests.support.lab import Lab, lab, tcp_route, udp_ask, udp_route, until
 from ztna.config import Endpoint, PoolConfig
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
 SERVICES = ("echo-a", "echo-b", "echo-c")
 MORE = IPv4Network("10.101.0.0/24")
+ULA = IPv6Network("fd12:3456:789a::/96")
 BACKEND_PORT = 18007
 
 
@@ -71,3 +73,61 @@ def test_the_second_network_serves_and_a_service_is_followed_to_its_new_address(
     assert (status, "is held by" in str(told["what"])) == (1, True)
     assert answers(taken)
     assert leases(made, "audit")[0] == 0
+
+
+def test_programs_reach_a_service_by_the_ipv6_address_that_dns_gives(made: Lab) -> None:
+    laptop, core = made.host("laptop"), made.host("core")
+    ports = ("--udp", str(BACKEND_PORT), "--tcp", str(BACKEND_PORT))
+    made.python("backends", core, "-m", "tests.support.backends", *ports)
+    backend = Endpoint("127.0.0.1", BACKEND_PORT)
+    daemons = [
+        made.dnsd(pool=PoolConfig(cidr=made.pool, ula=ULA)),
+        made.relay(),
+        made.connector("alpha", [udp_route("echo-a", backend), tcp_route("web", backend)]),
+        made.agent("laptop", ("echo-a", "web"), host="laptop", mode="anyip", ula=ULA),
+    ]
+    for daemon in daemons:
+        daemon.wait_ready()
+    six = {
+        name: until(
+            f"{name} has an AAAA", lambda name=name: made.dig("core", f"{name}.ztna.local", "AAAA"), 30
+        )[0]
+        for name in ("echo-a", "web")
+    }
+
+    def udp_echoes(*words: bytes) -> bool:
+        """Ask from several sockets at once, one of them over IPv4: each hears its own answer only."""
+        askers = [laptop.socket(socket.SOCK_DGRAM, socket.AF_INET6) for _ in words]
+        four = laptop.socket(socket.SOCK_DGRAM)
+        try:
+            for asker in askers:
+                asker.settimeout(10)
+                asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # leaves the port to IPv4, too
+                asker.connect((six["echo-a"], 7))
+            four.settimeout(10)
+            four.bind(("", askers[0].getsockname()[1]))
+            four.connect((made.address("echo-a"), 7))
+            for asker, word in zip((*askers, four), (*words, b"four"), strict=True):
+                asker.send(word)
+            return [asker.recv(100) for asker in (*askers, four)] == [*words, b"four"]
+        except (TimeoutError, ConnectionRefusedError):
+            return False
+        finally:
+            for asker in (*askers, four):
+                asker.close()
+
+    until("UDP over IPv6", lambda: udp_echoes(b"one", b"two", b"three"), 60)
+
+    def tcp_echoes() -> bool:
+        with laptop.socket(socket.SOCK_STREAM, socket.AF_INET6) as flow:
+            flow.settimeout(10)
+            try:
+                flow.connect((six["web"], 8080))
+                flow.sendall(b"hello")
+                return flow.recv(100) == b"hello"
+            except OSError:
+                return False
+
+    until("TCP over IPv6", tcp_echoes, 60)
+    there = laptop.run("ip", "-6", "route", "show", "table", "local")
+    assert f"local {ULA} dev lo" in there

@@ -1,6 +1,7 @@
 """Backends that tests put behind connectors: UDP echo, byte streams of any size, half-close both ways.
 
-Run as a program: `python -m tests.support.backends --address A --udp P --http P --counting P --speaking P`.
+Run as a program: `python -m tests.support.backends --address A --udp P --http P --counting P --speaking P
+--tcp P`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,13 @@ async def counting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     await writer.drain()
 
 
+async def echoing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send everything back, as it comes."""
+    while data := await reader.read(BLOCK_BYTES):
+        writer.write(data)
+        await writer.drain()
+
+
 async def speaking(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seen: Seen) -> None:
     """Greet and close our side first, then go on reading: what came is told at `/received`."""
     writer.write(b"greeting\n")
@@ -121,6 +129,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         (arguments.http, closing(http, seen, arguments.label or "backend")),
         (arguments.counting, closing(counting)),
         (arguments.speaking, closing(speaking, seen)),
+        (arguments.tcp, closing(echoing)),
     ):
         if port:
             await asyncio.start_server(handler, address, port, backlog=1024)  # type: ignore[arg-type]
@@ -135,7 +144,7 @@ def main() -> None:
     parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--label", default="")
     parser.add_argument("--ready", help="a file to make once everything listens")
-    for name in ("udp", "http", "counting", "speaking"):
+    for name in ("udp", "http", "counting", "speaking", "tcp"):
         parser.add_argument(f"--{name}", type=int, default=0)
     asyncio.run(serve(parser.parse_args()))
 

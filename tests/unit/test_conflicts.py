@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-from ztna.conflicts import LEASES_NAMED_MAX, Collision, Occupied, collisions, conflict_key, detail, report
+from ztna.conflicts import (
+    LEASES_NAMED_MAX,
+    Collision,
+    HostsLine,
+    Occupied,
+    collisions,
+    conflict_key,
+    detail,
+    hosts_lines,
+    misled,
+    overridden,
+    report,
+)
 from ztna.jsontypes import from_json, to_json
 
 POOL, OTHER = IPv4Network("10.100.0.0/16"), IPv4Network("10.200.0.0/16")
@@ -42,3 +54,57 @@ def test_a_report_has_the_first_and_mentions_the_others() -> None:
     assert made.detail == f"no lease lies there yet; also 10.100.0.0/16 with {INSIDE.what}"
     assert b'"with":' in to_json(made)
     assert from_json(to_json(made), type(made)) == made
+
+
+def test_networks_of_another_version_never_collide() -> None:
+    ula = IPv6Network("fd12::/96")
+    lan = Occupied(IPv6Network("fd12::/48"), "route fd12::/48 (eth0)")
+    assert collisions([ula, POOL], [lan, BESIDE, INSIDE]) == (Collision(POOL, INSIDE), Collision(ula, lan))
+
+
+def test_an_override_yields_to_whoever_has_leased_its_address() -> None:
+    leases = {"web": IPv4Address("10.100.3.1"), "db": IPv4Address("10.100.3.2")}
+    asked = {
+        "web": IPv4Address("10.100.3.2"),
+        "db": IPv4Address("10.100.3.2"),
+        "ssh": IPv4Address("127.9.0.1"),
+    }
+    holding, (colliding,) = overridden(asked, leases)
+    assert holding == {"db": IPv4Address("10.100.3.2"), "ssh": IPv4Address("127.9.0.1")}
+    assert (str(colliding.pool), colliding.occupied.what) == ("10.100.3.2/32", "agent.overrides of web")
+    assert detail(colliding, leases) == "10.100.3.2 is leased to db, so web stays at its own lease"
+
+
+HOSTS = """
+127.0.0.1 localhost
+# 10.0.0.1 commented.ztna.local
+10.0.0.7  Web.ZTNA.local web  db.ztna.local. # moved by hand
+fd00::7   web.ztna.local
+10.0.0.8  a.b.ztna.local ztna.local elsewhere.example
+nonsense  web.ztna.local
+"""
+
+
+def test_what_the_hosts_file_says_of_services_is_read() -> None:
+    assert hosts_lines(HOSTS, "ztna.local", "hosts") == [
+        HostsLine(IPv4Address("10.0.0.7"), "web", "hosts:4: 10.0.0.7 web.ztna.local"),
+        HostsLine(IPv4Address("10.0.0.7"), "db", "hosts:4: 10.0.0.7 db.ztna.local"),
+        HostsLine(IPv6Address("fd00::7"), "web", "hosts:5: fd00::7 web.ztna.local"),
+    ]
+
+
+def test_lines_that_lead_elsewhere_are_told_and_others_are_not() -> None:
+    web, beside = IPv4Address("10.100.3.1"), IPv6Address("fd12::a64:301")
+    right = [HostsLine(web, "web", "hosts:1"), HostsLine(beside, "web", "hosts:2")]
+    wrong = [
+        HostsLine(IPv4Address("10.0.0.7"), "web", "hosts:3"),
+        HostsLine(IPv6Address("::1"), "web", "hosts:4"),
+    ]
+    unknown = [HostsLine(web, "unknown", "hosts:5"), HostsLine(web, "nowhere", "hosts:6")]
+    first, second = misled([*right, *wrong, *unknown], {"web": (web, beside), "nowhere": ()})
+    assert first == Collision(
+        IPv4Network(web),
+        Occupied(IPv4Network("10.0.0.7"), "hosts:3"),
+        "web is served at 10.100.3.1 and fd12::a64:301",
+    )
+    assert second.occupied == Occupied(IPv6Network("::1"), "hosts:4")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 from ztna.catalog import KvPair
 from ztna.jsontypes import to_json
-from ztna.leases import Holding, Lease, Port, Table, address_key, audit, read_table, service_key
+from ztna.leases import (
+    Holding,
+    Lease,
+    Port,
+    Table,
+    address_key,
+    audit,
+    beside,
+    is_ula,
+    read_table,
+    service_key,
+)
 from ztna.names import ServiceName
 
 WEB = ServiceName("web")
@@ -89,3 +100,10 @@ def test_an_empty_table_and_resting_addresses_are_fine() -> None:
     assert audit(Table()) == ()
     resting = Holding(service="gone", epoch=1, state="quarantined", released_at=2.0)
     assert audit(read_table(pairs((address_key(IP), resting)))) == ()
+
+
+def test_addresses_beside_leases_are_in_a_network_of_our_own() -> None:
+    assert is_ula(IPv6Network("fd12:3456:789a::/96"))
+    assert not is_ula(IPv6Network("fd12:3456:789a::/64"))
+    assert not is_ula(IPv6Network("2001:db8::/96"))
+    assert beside(IPv6Network("fd12::/96"), IPv4Address("10.100.0.2")) == IPv6Address("fd12::a64:2")

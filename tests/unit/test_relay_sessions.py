@@ -559,7 +559,13 @@ def test_conflicts_are_kept_and_bounded(world: World, monkeypatch: pytest.Monkey
     world.say(ALICE, control.Conflict("10.1.0.0/16", "eth1"))
     world.say(X, control.Conflict("10.0.0.0/8", "eth0"))
     assert world.refusals() == [Reason.LIMIT_REACHED, Reason.NO_GRANT]
-    assert world.sessions.peers[ALICE].conflicts["10.0.0.0/8"].with_ == "eth1"
+    kept = world.sessions.peers[ALICE].conflicts
+    assert kept["10.0.0.0/8"].with_ == "eth1"
+    world.say(ALICE, control.Conflict("10.0.0.0/8", ""))
+    world.say(ALICE, control.Conflict("10.9.0.0/16", ""))
+    assert kept == {}, "what is over is forgotten"
+    world.say(ALICE, control.Conflict("10.1.0.0/16", "eth1"))
+    assert list(kept) == ["10.1.0.0/16"], "and makes room"
 
 
 # Policy over time.

@@ -7,22 +7,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from sidecar.agent.anyip import check_pool, runtime_directory
+from sidecar.agent.anyip import check_overrides, check_pool, check_ula, runtime_directory
 from tests.support import namespaces
+from ztna.config import Override
 from ztna.errors import ConfigError
+from ztna.names import ServiceName
 
 POOL = "10.100.0.0/16"
 ROUTE = f"local {POOL} dev lo proto 90 scope host"
 
 HOLD = """
 import asyncio, json, os, signal, sys
-from ipaddress import IPv4Network
+from ipaddress import ip_network
 from pathlib import Path
 import uvloop
 from sidecar.agent.anyip import local_route
@@ -30,7 +32,7 @@ from ztna.errors import ZtnaError
 
 async def main(pool, directory):
     try:
-        async with local_route(IPv4Network(pool), Path(directory)):
+        async with local_route(ip_network(pool), Path(directory)):
             print(json.dumps({"held": True}), flush=True)
             await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     except ZtnaError as error:
@@ -61,6 +63,35 @@ def test_a_pool_that_a_mode_cannot_bind_names_what_can(
 def test_the_other_pools_are_fine() -> None:
     check_pool("listen", IPv4Network("127.100.0.0/16"))
     check_pool("anyip", IPv4Network(POOL))
+
+
+@pytest.mark.parametrize(
+    ("mode", "ula", "words"),
+    [
+        ("listen", "fd12::/96", "mode to anyip"),
+        ("anyip", "fd12::/64", "a /96"),
+        ("anyip", "2001:db8::/96", "RFC 4193"),
+    ],
+)
+def test_ipv6_that_cannot_be_had_is_refused(mode: Literal["listen", "anyip"], ula: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_ula(mode, IPv6Network(ula))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([("web", "127.9.0.1"), ("web", "127.9.0.2")], "web is given to two; each service once"),
+        ([("web", "127.9.0.1"), ("db", "127.9.0.1")], "127.9.0.1 is given to two; each ip once"),
+        ([("web", "224.0.0.1")], "no unicast"),
+    ],
+)
+def test_overrides_that_contradict_each_other_are_refused(
+    overrides: list[tuple[str, str]], words: str
+) -> None:
+    check_ula("anyip", IPv6Network("fd12::/96"))
+    with pytest.raises(ConfigError, match=words):
+        check_overrides([Override(service=ServiceName(name), ip=IPv4Address(ip)) for name, ip in overrides])
 
 
 def test_the_runtime_directory_is_the_service_managers_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +145,15 @@ def routes(host: namespaces.Host) -> str:
 
 @pytest.mark.namespaces
 class TestRoute:
+    def test_an_ipv6_network_is_taken_and_given_back(self, host: namespaces.Host, tmp_path: Path) -> None:
+        holder = Holder(host, tmp_path, "fd12:3456:789a::/96")
+        assert holder.said == {"held": True}
+        there = host.run("ip", "-6", "route", "show", "table", "local")
+        assert "local fd12:3456:789a::/96 dev lo proto 90" in there
+        holder.kill()
+        Holder(host, tmp_path).end()
+        assert "fd12" not in host.run("ip", "-6", "route", "show", "table", "local")
+
     def test_it_is_there_while_held_and_gone_after(self, host: namespaces.Host, tmp_path: Path) -> None:
         holder = Holder(host, tmp_path)
         assert holder.said == {"held": True}

@@ -60,8 +60,8 @@ def lease(ip: str, *ports: Port) -> dict[ServiceName, Lease]:
 async def test_connections_and_datagrams_are_handed_on(owner: Owner, ip: str) -> None:
     owner.listeners.apply(lease(ip, Port("tcp", 8080), Port("udp", 53000), Port("icmp", 0)))
     assert owner.listeners.bound == {
-        VirtualPort(WEB, "tcp", ip, 8080),
-        VirtualPort(WEB, "udp", ip, 53000),
+        VirtualPort(WEB, "tcp", ip, 8080, ip),
+        VirtualPort(WEB, "udp", ip, 53000, ip),
     }
     async with asyncio.timeout(WAIT_SECONDS):
         with socket.create_connection((ip, 8080)) as program:
@@ -95,6 +95,35 @@ async def test_a_held_port_is_told_and_had_once_it_is_free(owner: Owner, ip: str
     assert owner.listeners.held == {}
 
 
+async def test_a_service_is_called_where_its_place_is_and_known_by_its_lease(owner: Owner, ip: str) -> None:
+    owner.listeners.apply(lease("192.0.2.1", Port("tcp", 8080)), lambda service, lease: [ip])
+    async with asyncio.timeout(WAIT_SECONDS):
+        with socket.create_connection((ip, 8080)):
+            at, local, _ = await owner.accepted.get()
+            local.close()
+    assert (at.called, at.leased, str(at)) == ((ip, 8080), ("192.0.2.1", 8080), f"tcp {ip}:8080")
+    owner.listeners.apply(lease("192.0.2.1", Port("tcp", 8080)), lambda service, lease: [])
+    assert owner.listeners.bound == frozenset()
+
+
+async def test_ipv6_places_have_the_same_ports(owner: Owner) -> None:
+    wanted = lease("192.0.2.1", Port("tcp", 38_080), Port("udp", 38_053))
+    owner.listeners.apply(wanted, lambda service, lease: ["::1"])
+    assert {str(at) for at in owner.listeners.bound} == {"tcp [::1]:38080", "udp [::1]:38053"}
+    async with asyncio.timeout(WAIT_SECONDS):
+        with socket.create_connection(("::1", 38_080)) as program:
+            _, local, source = await owner.accepted.get()
+            assert source == program.getsockname()[:2]
+            local.close()
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as asker:
+            asker.settimeout(WAIT_SECONDS)
+            asker.connect(("::1", 38_053))
+            asker.send(b"question")
+            port, _, asked_from = await owner.received.get()
+            port.send(b"answer", asked_from)
+            assert asker.recv(100) == b"answer"
+
+
 async def test_an_address_that_is_not_local_is_told(owner: Owner) -> None:
     owner.listeners.apply(lease("192.0.2.1", Port("tcp", 8080)))
     assert list(owner.listeners.held.values()) == ["Cannot assign requested address"]
@@ -123,7 +152,7 @@ async def test_without_descriptors_it_pauses_and_accepts_later(
     ip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
-    port = TcpPort(VirtualPort(WEB, "tcp", ip, 8080), lambda _, sock, source: accepted.put_nowait(sock))
+    port = TcpPort(VirtualPort(WEB, "tcp", ip, 8080, ip), lambda _, sock, source: accepted.put_nowait(sock))
     real = port._socket
     failures = [OSError(errno.EMFILE, "too many open files")]
 

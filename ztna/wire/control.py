@@ -266,7 +266,7 @@ class Health(Message, frozen=True, tag=_snake):
 
 
 class Conflict(Message, frozen=True, tag=_snake):
-    """Agent -> relay."""
+    """Agent -> relay: kept while the connection lives, or until the same `cidr` comes with an empty `with`."""
 
     cidr: str
     with_: str = msgspec.field(name="with")
