@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import assert_never
 
-from relay import splicer
+from relay import splicer, v1_peers
 from relay.admission import Doorkeeper
 from relay.commands import (
     AddLink,
@@ -56,6 +56,8 @@ from ztna.wire import control
 from ztna.wire.control import Address
 
 ALPN = "ztna-v2"
+ALPNS = (ALPN, v1_peers.ALPN)
+"""What is spoken here; who can speak both is better off with the first."""
 UDP_PAYLOAD_BYTES = 1200
 UDP_PAYLOAD_PROBED_BYTES = 1350
 PING_SECONDS = 10.0
@@ -65,6 +67,8 @@ GONE_SECONDS = 5.0
 """A connector pings each 3 s: so much silence ends its sessions as `peer_gone`, long before the idle timeout."""
 PORT_ATTEMPTS = 20
 STATUS_SESSIONS_MAX = 1_000
+
+Peer = ControlPeer | v1_peers.AgentPeer
 
 _log = logger(__name__)
 
@@ -154,14 +158,15 @@ class Relay:
         self._advertised = advertised(config)
         self._doorkeeper = Doorkeeper()
         self._sessions = Sessions(config.sessions_per_identity, config.sessions_total, os.urandom)
-        self._peers: dict[ConnectionKey, ControlPeer] = {}
+        self._peers: dict[ConnectionKey, Peer] = {}
+        self._legs = v1_peers.Legs(self._sessions, self._peers)
         self._next_key = 0
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         """Set once it drains and no session is left."""
         self._loop = asyncio.get_running_loop()
         settings = quic.Settings(
-            alpn=(ALPN,),
+            alpn=ALPNS,
             udp_payload=UDP_PAYLOAD_BYTES,
             udp_payload_probe=UDP_PAYLOAD_PROBED_BYTES,
             ping_interval_s=PING_SECONDS,
@@ -265,13 +270,11 @@ class Relay:
 
     def _established(self, connection: quic.Connection) -> quic.Handler:
         self._next_key += 1
-        peer = self._peers[self._next_key] = ControlPeer(self, self._next_key, connection)
+        peer = self._peers[self._next_key] = self._peer(connection)
         identity = connection.identity
         self._doorkeeper.entered(identity)
         try:
-            forwarder = self._advertised or _reached_from(
-                connection.peer_address[0], self.forwarder.address[1]
-            )
+            forwarder = self._forwarder_for(connection)
         except OSError:
             # No descriptor left, or no way back: this peer goes, and the others of the batch are served.
             forwarder = Address(*self.forwarder.address)
@@ -281,7 +284,18 @@ class Relay:
         peer.begin()
         return peer
 
-    def message_received(self, peer: ControlPeer, message: control.AnyMessage) -> None:
+    def _peer(self, connection: quic.Connection) -> Peer:
+        if connection.alpn == v1_peers.ALPN:
+            return v1_peers.AgentPeer(self, self._legs, self._next_key, connection)
+        return ControlPeer(self, self._next_key, connection)
+
+    def _forwarder_for(self, connection: quic.Connection) -> Address | None:
+        """Return the forwarder's address as this peer reaches it, None for v1. Raises OSError."""
+        if connection.alpn == v1_peers.ALPN:
+            return None
+        return self._advertised or _reached_from(connection.peer_address[0], self.forwarder.address[1])
+
+    def message_received(self, peer: Peer, message: control.AnyMessage) -> None:
         """Take a whole message of a connection. Raises ProtocolError."""
         self.carry_out(self._sessions.message(peer.key, message, time.monotonic()))
         if isinstance(message, control.Register):
@@ -289,7 +303,15 @@ class Relay:
             for service in {offering.name for offering in message.services} & self._sessions.services:
                 self.puller.ask_soon(service)
 
-    def connection_closed(self, peer: ControlPeer, reason: Reason) -> None:
+    def datagram_received(self, peer: ControlPeer, data: bytes) -> None:
+        """Take a packet that a connector sends to a v1 agent."""
+        self._legs.to_agent(peer.key, data)
+
+    def refusal(self, refusal: Refusal) -> None:
+        """Count and log what a v1 agent was refused."""
+        _log_refusal(refusal)
+
+    def connection_closed(self, peer: Peer, reason: Reason) -> None:
         """Hear that a connection is over."""
         del self._peers[peer.key]
         self._doorkeeper.left(peer.connection.identity)

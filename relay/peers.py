@@ -35,6 +35,9 @@ class Owner(Protocol):
     def message_received(self, peer: ControlPeer, message: control.AnyMessage) -> None:
         """Take a whole message of a connection. Raises ProtocolError."""
 
+    def datagram_received(self, peer: ControlPeer, data: bytes) -> None:
+        """Take a DATAGRAM of a connection."""
+
     def connection_closed(self, peer: ControlPeer, reason: Reason) -> None:
         """Hear that a connection is over."""
 
@@ -78,8 +81,8 @@ class ControlPeer:
         self.connection.send_datagram(datagram.encode(datagram.Qad(host, port)))
 
     def datagram_received(self, data: bytes) -> None:
-        """Count what v2 peers have no reason to send."""
-        dropped(WHERE, "unexpected_datagram")
+        """Hand over a packet of a v1 agent's session, all that peers here may send."""
+        self._owner.datagram_received(self, data)
 
     def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
         """Take bytes of the control stream, the only one there is."""
@@ -101,6 +104,10 @@ class ControlPeer:
 
     def connection_closed(self, code: int, reason: str) -> None:
         """End what hung on the connection."""
-        said_so = code == quic.CLOSE_OK and reason != quic.STATELESS_RESET
-        natural = Reason.CLOSED_BY_PEER if said_so else Reason.PEER_GONE
-        self._owner.connection_closed(self, self._ending or natural)
+        self._owner.connection_closed(self, self._ending or ending(code, reason))
+
+
+def ending(code: int, reason: str) -> Reason:
+    """Return how a connection ended that was not closed by us: with a word or without."""
+    said_so = code == quic.CLOSE_OK and reason != quic.STATELESS_RESET
+    return Reason.CLOSED_BY_PEER if said_so else Reason.PEER_GONE

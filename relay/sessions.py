@@ -104,9 +104,9 @@ class Sessions:
     # Events.
 
     def connected(
-        self, key: ConnectionKey, identity: Identity, forwarder: Address, expires_at: float
+        self, key: ConnectionKey, identity: Identity, forwarder: Address | None, expires_at: float
     ) -> list[Command]:
-        """Take a new connection; its certificate ends at `expires_at`."""
+        """Take a new connection; its certificate ends at `expires_at`, and a v1 agent knows no `forwarder`."""
         self._peers[key] = Peer(key, identity, forwarder, expires_at)
         return []
 
@@ -342,7 +342,7 @@ class Sessions:
             agent.identity.name,
             attempt,
         )
-        link = self._join_link(session, out)
+        link = None if agent.v1 else self._join_link(session, out)
         self._sessions[session_id] = session
         self._routed[request.service, connector.connector_id].add(session_id)
         self._of_name[agent.identity.name] += 1
@@ -354,8 +354,9 @@ class Sessions:
             service=request.service,
             agent=control.PeerIdentity(agent.identity.name, agent.identity.fingerprint),
             lease=request.lease,
-            forwarder=_bind(connector.forwarder, link.connector),
-            probe_key=link.probe_key,
+            forwarder=_bind(connector.forwarder, link.connector if link else None),
+            probe_key=link.probe_key if link else Secret(),
+            v1=agent.v1,
         )
         self._send(connector.key, offered, out)
 
@@ -439,7 +440,7 @@ class Sessions:
         session.open = True
         del self._offers[session.id]
         agent, connector = self._peers[session.agent], self._peers[session.connector]
-        link = self._links[session.link]
+        link = self._links.get(session.link)
         opened = control.Opened(
             request=session.attempt.request.request,
             session=session.id,
@@ -447,8 +448,8 @@ class Sessions:
             connector_id=session.connector_id,
             fingerprint=connector.identity.fingerprint,
             link_address=connector.link_address,
-            forwarder=_bind(agent.forwarder, link.agent),
-            probe_key=link.probe_key,
+            forwarder=_bind(agent.forwarder, link.agent if link else None),
+            probe_key=link.probe_key if link else Secret(),
         )
         self._send(agent.key, opened, out)
         names = {"agent": agent.identity.name, "connector": connector.identity.name}
@@ -515,7 +516,9 @@ class Sessions:
         if len(self._ended) > ENDED_KEPT_MAX:
             self._ended.popitem(last=False)
         out.append(EndSession(session.id))
-        link = self._links[session.link]
+        link = self._links.get(session.link)
+        if link is None:
+            return
         link.sessions.discard(session.id)
         if not link.sessions:
             del self._links[session.link]
@@ -575,7 +578,9 @@ def _routes(table: policy.SrvTable, service: ServiceName) -> tuple[policy.Route,
     return None if entry is None else entry.routes
 
 
-def _bind(address: Address, ticket: BindTicket) -> ForwarderBind:
+def _bind(address: Address | None, ticket: BindTicket | None) -> ForwarderBind | None:
+    if address is None or ticket is None:
+        return None
     return ForwarderBind(address, Binary(ticket.bind_id), ticket.secret)
 
 

@@ -22,8 +22,8 @@ class Peer:
 
     key: ConnectionKey
     identity: Identity
-    forwarder: Address
-    """The forwarder's address as this peer reaches it."""
+    forwarder: Address | None
+    """The forwarder's address as this peer reaches it, None for one that only speaks to the relay (`ztna-v1`)."""
     expires_at: float
     features: frozenset[str] | None = None
     """None before its `hello`."""
@@ -34,6 +34,11 @@ class Peer:
     silent_since: float | None = None
     told_health: dict[ServiceName, str] = field(default_factory=dict)
     conflicts: dict[str, control.Conflict] = field(default_factory=dict)
+
+    @property
+    def v1(self) -> bool:
+        """Whether the relay itself carries its packets, as nothing else can."""
+        return self.forwarder is None
 
 
 @dataclass(slots=True)

@@ -33,7 +33,6 @@ from ztna.identity import Identity, Usage
 from ztna.quic_connection import (
     CLOSE_OK,
     CLOSE_PROTOCOL_ERROR,
-    DATAGRAM_QUEUE_MAX,
     HANDSHAKE_SECONDS,
     STATELESS_RESET,
     STREAM_UNSENT_BYTES_MAX,
@@ -48,6 +47,7 @@ from ztna.quic_connection import (
 from ztna.quic_engine import (
     CID_BYTES,
     DATAGRAM_FRAME_BYTES_MAX,
+    DATAGRAM_QUEUE_MAX,
     RESET_TOKEN_BYTES,
     Engine,
     new_cid,

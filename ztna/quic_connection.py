@@ -29,7 +29,6 @@ from ztna.reasons import Reason
 from ztna.telemetry import DROPS, logger, refused
 from ztna.udp import SockAddr
 
-DATAGRAM_QUEUE_MAX = 1000
 STREAM_UNSENT_BYTES_MAX = 1024 * 1024
 HANDSHAKE_SECONDS = 10.0
 PAYLOAD_PROBES = 3
@@ -155,21 +154,19 @@ class Connection:
         """The largest datagram in bytes that fits a packet now."""
         return self._engine.datagram_limit
 
-    def send_datagram(self, data: bytes) -> bool:
-        """Queue a datagram. False, and counted, when it is too large or an older one was dropped for it."""
+    def send_datagram(self, data: bytes, lane: str = "") -> bool:
+        """Queue a datagram; lanes take turns. False, and counted, when it is too large or one was given up for it."""
         if not self.is_open:
             return False
         where = self._endpoint.settings.where
         if len(data) > self._engine.datagram_limit:
             DROPS.labels(where, "datagram_too_large").inc()
             return False
-        overflow = self._engine.datagrams_queued >= DATAGRAM_QUEUE_MAX
-        if overflow:
-            self._engine.drop_oldest_datagram()
+        had_room = self._engine.queue_datagram(lane, data)
+        if not had_room:
             DROPS.labels(where, "datagram_queue_full").inc()
-        self._engine.send_datagram_frame(data)
         self._endpoint.touch(self)
-        return not overflow
+        return had_room
 
     @property
     def blocked_streams(self) -> int:

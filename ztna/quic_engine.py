@@ -29,12 +29,14 @@ from aioquic.quic.stream import QuicStream
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from ztna.errors import Refused
+from ztna.fair_queue import FairQueue
 from ztna.reasons import Reason
 
 CID_BYTES = 20
 RESET_TOKEN_BYTES = 16
 DATAGRAM_FRAME_BYTES_MAX = 65536
 DATAGRAM_OVERHEAD_BYTES = 24
+DATAGRAM_QUEUE_MAX = 1000
 STREAM_WINDOW_BYTES = 256 * 1024
 CONNECTION_WINDOW_BYTES = 1024 * 1024
 CLOSE_PHRASE_BYTES = 160
@@ -100,6 +102,10 @@ class Engine(QuicConnection):
         self._reset_key = reset_key
         self.held_bytes: dict[int, int] = {}
         self.oversized = 0
+        # aioquic's is a deque without a bound, in which one flood goes before everything else.
+        self._datagrams = FairQueue(DATAGRAM_QUEUE_MAX)
+        pending: Any = self._datagrams
+        self._datagrams_pending = pending
         self._payload_probe = 0
         # aioquic draws random CIDs and tokens; ours must survive a restart and have bit 0x40 set.
         cid = new_cid()
@@ -151,10 +157,9 @@ class Engine(QuicConnection):
         # RFC 9221 3: the peer's limit counts the frame's type and length too.
         return max(0, min(fits, self._remote_max_datagram_frame_size - 3))
 
-    @property
-    def datagrams_queued(self) -> int:
-        """How many DATAGRAMs wait to be sent."""
-        return len(self._datagrams_pending)
+    def queue_datagram(self, lane: str, data: bytes) -> bool:
+        """Have a DATAGRAM sent in the lane's turn. False when another was given up for it."""
+        return self._datagrams.put(lane, data)
 
     @property
     def unidirectional_streams_blocked(self) -> int:
@@ -180,10 +185,6 @@ class Engine(QuicConnection):
         if self._payload_probe and self._handshake_confirmed and self._close_event is None:
             packets += self._send_payload_probe(now)
         return packets
-
-    def drop_oldest_datagram(self) -> None:
-        """Give up the DATAGRAM that has waited longest."""
-        self._datagrams_pending.popleft()
 
     def is_reset(self, packet: bytes) -> bool:
         """Say whether the packet is the peer's stateless reset (RFC 9000 10.3.1); aioquic never looks."""

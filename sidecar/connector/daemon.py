@@ -20,7 +20,7 @@ from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError, Refused
 from ztna.leases import Lease
-from ztna.names import ServiceName
+from ztna.names import ServiceName, SessionId
 from ztna.runtime import Daemon, bind_error, sleep_or_stop
 from ztna.telemetry import dropped, logger, refused
 from ztna.wire import control
@@ -107,6 +107,7 @@ class _Connector:
                 on_message=self._message,
                 on_connected=self._relay_connected,
                 on_lost=self._relay_lost,
+                on_packet=self._packet,
             )
             for target in config.relays
         ]
@@ -227,6 +228,13 @@ class _Connector:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
         log("relay_lost", relay=client.target.name, reason=reason)
         self._serving.relay_lost(client)
+
+    def _packet(self, client: RelayClient, session: SessionId, packet: bytes) -> None:
+        try:
+            self._serving.datagrams.from_relay(client, session, packet)
+        except Refused as error:
+            # Counted only: a relay may send thousands a second.
+            refused(_WHERE, error.reason)
 
     def _message(self, client: RelayClient, message: AnyMessage) -> None:
         try:

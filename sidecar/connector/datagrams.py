@@ -11,12 +11,13 @@ from functools import partial
 
 from sidecar.connector.backends import Prober, UdpFlows
 from sidecar.connector.flows import FlowKey
-from sidecar.connector.routes import RouteTable
+from sidecar.connector.routes import Route, RouteTable
 from sidecar.connector.sessions import BindKey, Session, Sessions
+from sidecar.link.control import RelayClient
 from sidecar.link.packet import PacketLink
 from ztna.errors import PacketError, Refused
 from ztna.identity import Identity, require_agent
-from ztna.names import ServiceName
+from ztna.names import ServiceName, SessionId
 from ztna.packet import PROTOCOL_UDP, Packet, Unreachable, icmp_error, parse
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, refused
@@ -27,7 +28,7 @@ Reply = Callable[[bytes], object]
 
 
 class Datagrams:
-    """Passes on what packet links bring; `flows` are the sockets at the backends."""
+    """Passes on what packet links and relays bring; `flows` are the sockets at the backends."""
 
     def __init__(
         self,
@@ -52,6 +53,13 @@ class Datagrams:
             refused(_WHERE, Reason.NOT_YOUR_SESSION)
             return
         self._pass_on(session, data, partial(self._open_sealed, session, link.peer))
+
+    def from_relay(self, client: RelayClient, session_id: SessionId, data: bytes) -> None:
+        """Pass on a packet of a v1 agent, which its relay could read. Raises Refused when this is no v1 session."""
+        session = self._sessions.owned(client.connection, session_id)
+        if not session.v1:
+            raise Refused(Reason.NOT_YOUR_SESSION, f"a packet that is not sealed in session {session_id}")
+        self._pass_on(session, data, partial(self._open_v1, session, client))
 
     def _pass_on(
         self, session: Session, data: bytes, begin: Callable[[FlowKey, Packet, bytes], None]
@@ -88,13 +96,21 @@ class Datagrams:
         self, session: Session, peer: Identity, key: FlowKey, packet: Packet, data: bytes
     ) -> None:
         require_agent(peer, session.service, session.agent.fingerprint)
-        if packet.destination != str(session.lease.ip):
+        if session.lease is None or packet.destination != str(session.lease.ip):
             raise Refused(Reason.STALE_EPOCH, f"{packet.destination} is not the lease of {session.service}")
-        self._open(session, key, data, partial(self._reply_sealed, session))
+        route = self._routes.pick(session.service, "udp", packet.destination_port)
+        self._open(session, route, key, data, partial(self._reply_sealed, session))
 
-    def _open(self, session: Session, key: FlowKey, data: bytes, reply: Reply) -> None:
+    def _open_v1(
+        self, session: Session, client: RelayClient, key: FlowKey, packet: Packet, data: bytes
+    ) -> None:
+        route = self._routes.pick(session.service, "udp", packet.destination_port)
+        if route is not None and not route.allow_v1:
+            route = None
+        self._open(session, route, key, data, partial(self._reply_v1, session, client))
+
+    def _open(self, session: Session, route: Route | None, key: FlowKey, data: bytes, reply: Reply) -> None:
         """Begin a flow, or answer with an ICMP error where the agent should know."""
-        route = self._routes.pick(session.service, "udp", key.destination_port)
         if route is None:
             reply(icmp_error(data, Unreachable.PORT))
             return
@@ -103,6 +119,11 @@ class Datagrams:
             reply(icmp_error(data, Unreachable.HOST))
             return
         self.flows.open(key, session.agent.name, address, packet=data, idle_s=route.udp_idle_s, reply=reply)
+
+    def _reply_v1(self, session: Session, client: RelayClient, packet: bytes) -> None:
+        # A flow that outlives its relay connection has nobody to answer on the next one.
+        if client.connection == session.key[0]:
+            client.send_packet(session.key[1], session.service, packet)
 
     def _reply_sealed(self, session: Session, packet: bytes) -> None:
         link = self._link_of(session)

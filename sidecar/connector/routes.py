@@ -29,6 +29,7 @@ class Route:
     check: CheckConfig
     connect_timeout_s: float
     udp_idle_s: float
+    allow_v1: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class ServiceRoutes:
     weight: int
     virtual_ip: IPv4Address | None = None
     wildcard: bool = False
+
+    @property
+    def allow_v1(self) -> bool:
+        """Whether a v1 agent can reach any of its ports: they carry datagrams only."""
+        return any(route.allow_v1 and route.port.protocol == "udp" for route in self.routes)
 
     @property
     def ports(self) -> tuple[Port, ...]:
@@ -121,4 +127,5 @@ def _route(config: RouteConfig) -> Route:
         check=config.check,
         connect_timeout_s=config.connect_timeout_s,
         udp_idle_s=config.udp_idle_s,
+        allow_v1=config.allow_v1,
     )

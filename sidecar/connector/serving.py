@@ -110,7 +110,7 @@ class Serving:
     def offered(self, client: RelayClient, offer: Offered) -> None:
         """Accept or refuse an offered session, after reading the lease again when the agent's is newer."""
         known = self._leases.lease(offer.service)
-        if offer.lease is not None and standing(offer.lease, known) == "newer":
+        if offer.lease is not None and not offer.v1 and standing(offer.lease, known) == "newer":
             if self._offers_waiting >= OFFERS_WAITING_MAX:
                 self._refuse(client, offer, Reason.LIMIT_REACHED)
                 return
@@ -195,7 +195,7 @@ class Serving:
                     "relay": session.key[0][0],
                     "service": session.service,
                     "agent": session.agent.name,
-                    "epoch": session.lease.epoch,
+                    "epoch": session.lease.epoch if session.lease is not None else None,
                     "state": state,
                 }
                 for session, state in sessions[:STATUS_ENTRIES_MAX]
@@ -238,11 +238,13 @@ class Serving:
             return Reason.DRAINING
         if offer.service not in self._routes.services:
             return Reason.NO_SUCH_SERVICE
-        if offer.v1:
-            # The relay reads v1 traffic: only sealed sessions are served.
+        if offer.v1 and not self._routes.services[offer.service].allow_v1:
+            # The relay reads v1 traffic: only where that was asked for.
             return Reason.NO_GRANT
         if not self._is_passing(offer.service):
             return Reason.NO_HEALTHY_CONNECTOR
+        if offer.v1:
+            return None
         stands = standing(offer.lease, self._leases.lease(offer.service))
         return {"stale": Reason.STALE_EPOCH, "newer": Reason.POLICY_UNKNOWN, "current": None}[stands]
 

@@ -39,9 +39,12 @@ class Session:
     key: SessionKey
     service: ServiceName
     agent: PeerIdentity
-    lease: LeaseRef
+    lease: LeaseRef | None
+    """None for a v1 agent: each of its packets names the service, so no address can lead it astray."""
     forwarder: ForwarderBind | None
     probe_key: Secret
+    v1: bool = False
+    """Whether the relay hands over its packets, which it can read: nothing else may come in such a session."""
 
     @property
     def bind(self) -> BindKey | None:
@@ -85,16 +88,20 @@ class Sessions:
     def admit(self, connection: RelayConnection, offer: Offered) -> Session:
         """Add an offered session that was found good and return it.
 
-        Raises Refused for a session that is known already, one without a lease, and at SESSIONS_MAX or LINKS_MAX.
+        Raises Refused for a session that is known already, a sealed one without a lease, a v1 one with a link, and
+        at SESSIONS_MAX or LINKS_MAX.
         """
         key = (connection, offer.session)
         if key in self._live or key in self._detached:
             raise Refused(Reason.MALFORMED, f"session {offer.session} was offered twice")
-        if offer.lease is None:
+        if offer.v1 and offer.forwarder is not None:
+            raise Refused(Reason.MALFORMED, f"session {offer.session} of a v1 agent, which has no link")
+        if offer.lease is None and not offer.v1:
             raise Refused(Reason.STALE_EPOCH, f"session {offer.session} names no lease")
         if len(self) >= SESSIONS_MAX:
             raise Refused(Reason.LIMIT_REACHED, f"{SESSIONS_MAX} sessions")
-        session = Session(key, offer.service, offer.agent, offer.lease, offer.forwarder, offer.probe_key)
+        lease = None if offer.v1 else offer.lease
+        session = Session(key, offer.service, offer.agent, lease, offer.forwarder, offer.probe_key, offer.v1)
         if session.bind is not None and session.bind not in self._by_bind and len(self._by_bind) >= LINKS_MAX:
             raise Refused(Reason.LIMIT_REACHED, f"{LINKS_MAX} links")
         self._live[key] = session
@@ -120,7 +127,7 @@ class Sessions:
         """
         given = (service, PeerIdentity(agent, fingerprint))
         for found in self._by_id.get(session, {}).values():
-            if (found.service, found.agent) == given:
+            if (found.service, found.agent) == given and not found.v1:
                 return found
         raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} for {service} from {agent}")
 
@@ -167,7 +174,7 @@ class Sessions:
         other = [
             session
             for session in [*self._live.values(), *self.detached()]
-            if session.service == service and standing(session.lease, lease) == "stale"
+            if session.service == service and not session.v1 and standing(session.lease, lease) == "stale"
         ]
         return [self._end(session) for session in other]
 

@@ -20,6 +20,7 @@ from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.identity import Identity, require_relay
+from ztna.names import ServiceName, SessionId
 from ztna.quic import CLOSE_OK, CLOSE_PROTOCOL_ERROR, Client, Connection, Settings
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
@@ -64,7 +65,8 @@ class RelayClient:
     """Keeps one connection to one relay while `run` runs.
 
     `on_connected(client)` is called after the hellos, `on_message(client, message)` for every message after
-    them, `on_lost(client, reason)` once for each on_connected. `credentials` may be replaced at any time; the
+    them, `on_packet(client, session, packet)` for every packet of a v1 session (connectors),
+    `on_lost(client, reason)` once for each on_connected. `credentials` may be replaced at any time; the
     connection that stands keeps its own.
     """
 
@@ -76,6 +78,7 @@ class RelayClient:
         on_message: Callable[[RelayClient, AnyMessage], None],
         on_connected: Callable[[RelayClient], None],
         on_lost: Callable[[RelayClient, str], None],
+        on_packet: Callable[[RelayClient, SessionId, bytes], None] | None = None,
     ) -> None:
         self.target = target
         self.credentials = credentials
@@ -84,6 +87,7 @@ class RelayClient:
         self._on_message = on_message
         self._on_connected = on_connected
         self._on_lost = on_lost
+        self._on_packet = on_packet
         self._number = 0
         self._hosts: frozenset[str] = frozenset()
         self._control: _Control | None = None
@@ -105,6 +109,10 @@ class RelayClient:
         message that is too large for a frame.
         """
         return self._control is not None and self._control.send(message)
+
+    def send_packet(self, session: SessionId, service: ServiceName, packet: bytes) -> bool:
+        """Send an IP packet of a v1 session; False when it was lost here: not connected, too large, queue full."""
+        return self._control is not None and self._control.send_packet(session, service, packet)
 
     async def run(self) -> None:
         """Connect, stay, and connect again, until cancelled; then close."""
@@ -189,6 +197,13 @@ class RelayClient:
         _log.warning("forwarder_refused", relay=self.target.name, forwarder=forwarder.address)
         return msgspec.structs.replace(message, forwarder=None)
 
+    def packet_received(self, session: SessionId, packet: bytes) -> None:
+        """Pass an IP packet of a v1 session on (called by the connection's handler)."""
+        if self._on_packet is None:
+            dropped(_WHERE, "unexpected_datagram")
+        else:
+            self._on_packet(self, session, packet)
+
     def _lose(self, reason: str) -> None:
         self._control = None
         self.problem = reason
@@ -232,6 +247,10 @@ class _Control:
         self._connection.close(CLOSE_PROTOCOL_ERROR, "control stream is stuck")
         return False
 
+    def send_packet(self, session: SessionId, service: ServiceName, packet: bytes) -> bool:
+        data = datagram.encode(datagram.SessionPacket(session, packet))
+        return self._connection.send_datagram(data, service)
+
     def datagram_received(self, data: bytes) -> None:
         try:
             message = datagram.decode(data)
@@ -240,6 +259,8 @@ class _Control:
             return
         if isinstance(message, datagram.Qad):
             self._client.observed = (message.ip, message.port)
+        elif isinstance(message, datagram.SessionPacket) and self.greeted.done():
+            self._client.packet_received(message.session, message.packet)
         else:
             dropped(_WHERE, "unexpected_datagram")
 

@@ -159,7 +159,7 @@ class PacketLink:
             self._unanswered_since = time.monotonic()
         message = service_packet(service.encode(), packet)
         if len(message) <= connection.datagram_limit:
-            return connection.send_datagram(message)
+            return connection.send_datagram(message, service)
         if connection.blocked_streams >= LARGE_PACKETS_WAITING_MAX:
             dropped(_WHERE, "stream_queue_full")
             return False

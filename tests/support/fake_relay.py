@@ -22,6 +22,7 @@ class RelayPeer:
     def __init__(self, relay: FakeRelay, connection: Connection) -> None:
         self.connection = connection
         self.messages: asyncio.Queue[AnyMessage | UnknownMessage] = asyncio.Queue()
+        self.datagrams: asyncio.Queue[bytes] = asyncio.Queue()
         self._relay = relay
         self._reader = FrameReader()
 
@@ -39,7 +40,7 @@ class RelayPeer:
         return message
 
     def datagram_received(self, data: bytes) -> None:
-        pass
+        self.datagrams.put_nowait(data)
 
     def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
         for message in self._reader.feed(data):

@@ -58,9 +58,11 @@ class World:
                 self.inbox.setdefault(command.to, []).append(command.message)
         return commands
 
-    def join(self, key: int, hello: bool = True, expires_at: float = 1e9, **grants: object) -> None:
-        name = grants.pop("name", f"peer-{key}")
-        self.do(self.sessions.connected(key, identity(str(name), **grants), HERE, expires_at))  # type: ignore[arg-type]
+    def join(
+        self, key: int, hello: bool = True, expires_at: float = 1e9, v1: bool = False, **grants: object
+    ) -> None:
+        name, forwarder = grants.pop("name", f"peer-{key}"), None if v1 else HERE
+        self.do(self.sessions.connected(key, identity(str(name), **grants), forwarder, expires_at))  # type: ignore[arg-type]
         if hello:
             self.say(key, control.Hello())
 
@@ -237,6 +239,21 @@ def test_opening_tells_both_ends_the_same(world: World) -> None:
     assert opened.probe_key == offered.probe_key and opened.link_address == CANDIDATE
     world.say(X, control.Accepted(offered.session))
     assert world.quiet(ALICE), "a second `accepted` changes nothing"
+
+
+def test_a_v1_agent_s_session_says_so_and_has_no_link(world: World) -> None:
+    world.join(9, v1=True, agent=("web",))
+    world.settle()
+    world.open(9)
+    offered = world.take(X, control.Offered)
+    assert offered.v1 and offered.forwarder is None and offered.probe_key == b""
+    world.say(X, control.Accepted(offered.session))
+    opened = world.take(9, control.Opened)
+    assert opened.session == offered.session and opened.forwarder is None and opened.probe_key == b""
+    world.say(X, control.Closed(offered.session, Reason.DRAINING))
+    assert world.take(9, control.Closed).reason is Reason.DRAINING
+    assert not [each for each in world.commands if isinstance(each, AddLink | RemoveLink)]
+    assert world.opened(ALICE) and not world.sessions.sessions.keys() & {offered.session}
 
 
 def test_sessions_of_one_pair_share_a_link(world: World) -> None:

@@ -264,7 +264,9 @@ async def ended(program: socket.socket) -> bool:
     return True
 
 
-def config(tls: TlsConfig, relay: FakeRelay, consul: str, backends: Backends, **changes: Any) -> Config:
+def config(
+    tls: TlsConfig, relay: FakeRelay, consul: str, backends: Backends, allow_v1: bool = False, **changes: Any
+) -> Config:
     check, unchecked = CheckConfig(interval_s=0.1, timeout_s=1.0), CheckConfig(kind="none")
     alive, dead = Endpoint("127.0.0.1", backends.port), Endpoint("127.0.0.1", 1)
     fields: dict[str, Any] = {
@@ -273,7 +275,9 @@ def config(tls: TlsConfig, relay: FakeRelay, consul: str, backends: Backends, **
         "relays": (relay.target,),
         "routes": (
             RouteConfig(service=ECHO, backend=alive, port=PORT, check=check),
-            RouteConfig(service=ECHO, backend=alive, port=PORT, protocol="udp", check=unchecked),
+            RouteConfig(
+                service=ECHO, backend=alive, port=PORT, protocol="udp", check=unchecked, allow_v1=allow_v1
+            ),
             RouteConfig(service=ECHO, backend=dead, port=8, check=unchecked),
             RouteConfig(service=ECHO, backend=dead, port=9, protocol="udp", check=unchecked),
             RouteConfig(service=DOWN, backend=dead, port=80, check=check),
@@ -285,7 +289,7 @@ def config(tls: TlsConfig, relay: FakeRelay, consul: str, backends: Backends, **
 
 
 @asynccontextmanager
-async def connector(pki: Pki) -> AsyncIterator[Ground]:
+async def connector(pki: Pki, *, allow_v1: bool = False) -> AsyncIterator[Ground]:
     consul, backends = await EmbeddedConsul.start(), Backends()
     await backends.start()
     try:
@@ -295,7 +299,7 @@ async def connector(pki: Pki) -> AsyncIterator[Ground]:
             asyncio.TaskGroup() as tasks,
         ):
             tls = pki.connector("connector-1", [ECHO, DOWN])
-            daemon = Daemon("test", config(tls, relay, consul.address, backends), tasks)
+            daemon = Daemon("test", config(tls, relay, consul.address, backends, allow_v1), tasks)
             running = tasks.create_task(body(daemon))
             ground = Ground(pki, daemon, relay, client, backends)
             ground.peer = await relay.peer()
@@ -564,6 +568,81 @@ async def test_udp_flows(pki: Pki) -> None:
                 agent.send(b"x", port=port)
                 error = await agent.packet()
                 assert (error.protocol, error.icmp_type, error.icmp_code) == (PROTOCOL_ICMP, 3, 3)
+
+
+class V1Legs:
+    """The relay's end of what v1 agents send: packets in sessions, not sealed."""
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground = ground
+
+    def send(self, session: SessionId, payload: bytes, port: int = PORT, to: str = "10.9.9.9") -> None:
+        packet = build_udp("192.0.2.1", 40_000, to, port, payload)
+        self.send_packet(session, packet)
+
+    def send_packet(self, session: SessionId, packet: bytes) -> None:
+        self._ground.peer.connection.send_datagram(b"\x2e" + session.to_bytes() + packet)
+
+    async def packet(self, session: SessionId) -> Packet:
+        async with asyncio.timeout(WAIT_SECONDS):
+            data = await self._ground.peer.datagrams.get()
+        assert data[:9] == b"\x2e" + session.to_bytes()
+        return parse(data[9:])
+
+    async def echo(self, session: SessionId, payload: bytes) -> None:
+        self.send(session, payload)
+        reply = await self.packet(session)
+        assert (reply.payload, reply.source, reply.source_port) == (payload, "10.9.9.9", PORT)
+
+
+async def test_v1_sessions_need_no_lease_and_no_link(pki: Pki) -> None:
+    async with connector(pki, allow_v1=True) as ground:
+        legs = V1Legs(ground)
+        await ground.accepted(v1=True, lease=None)
+        await ground.accepted(SECOND, v1=True, lease=None)
+        for number in range(20):
+            await legs.echo(FIRST, b"first %d" % number)
+            await legs.echo(SECOND, b"second %d" % number)
+        # Two agents with one inner address and port: a flow each.
+        assert ground.status["udp_flows"] == 2 and ground.status["links"] == []
+        for port in (10, 9):  # not published; published, but not for v1
+            legs.send(FIRST, b"x", port=port)
+            error = await legs.packet(FIRST)
+            assert (error.protocol, error.icmp_type, error.icmp_code) == (PROTOCOL_ICMP, 3, 3)
+        legs.send_packet(FIRST, b"no packet")
+        await legs.echo(FIRST, b"and on")
+
+
+async def test_v1_packets_are_taken_in_v1_sessions_only(pki: Pki) -> None:
+    async with connector(pki, allow_v1=True) as ground:
+        await ground.leased()
+        legs = V1Legs(ground)
+        await ground.accepted(FIRST)
+        await ground.accepted(SECOND, v1=True, lease=None)
+        before = refusals(Reason.NOT_YOUR_SESSION)
+        legs.send(FIRST, b"forged", to=str(LEASE.ip))
+        legs.send(SessionId("f" * 16), b"no such session")
+        await legs.echo(SECOND, b"hello")
+        assert refusals(Reason.NOT_YOUR_SESSION) == before + 2
+        # And nothing else is taken in a v1 session.
+        assert await ground.status_of(ground.frame(SECOND)) is OpenStatus.DENIED
+        assert await says(await ground.open(ground.frame(FIRST)), b"hi") == b"hi"
+
+
+async def test_a_v1_session_with_a_link_is_a_lie(pki: Pki) -> None:
+    async with connector(pki, allow_v1=True) as ground:
+        bind = ForwarderBind(Address("127.0.0.1", 9), Binary(b"b" * 16), Secret(b"s" * 32))
+        await ground.refused(Reason.MALFORMED, v1=True, forwarder=bind)
+
+
+async def test_v1_sessions_outlive_another_lease(pki: Pki) -> None:
+    async with connector(pki, allow_v1=True) as ground:
+        await ground.leased()
+        await ground.accepted(FIRST)
+        await ground.accepted(SECOND, v1=True, lease=None)
+        await ground.leased(Lease(IPv4Address("127.100.0.3"), 8))
+        assert await ground.peer.heard(Closed) == Closed(FIRST, Reason.STALE_EPOCH)
+        await V1Legs(ground).echo(SECOND, b"named, not addressed")
 
 
 async def test_the_end_of_the_last_session_ends_the_link(pki: Pki) -> None:

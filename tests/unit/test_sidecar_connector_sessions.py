@@ -26,11 +26,12 @@ def offer(
     *,
     bind_id: bytes | None = b"b" * 16,
     lease: LeaseRef | None = LeaseRef(IP, 7),  # noqa: B008
+    v1: bool = False,
 ) -> Offered:
     forwarder = None
     if bind_id is not None:
         forwarder = ForwarderBind(Address("192.0.2.1", 4434), Binary(bind_id), Secret(b"s" * 32))
-    return Offered(session, service, ANN, lease, forwarder, Secret(b"p" * 32))
+    return Offered(session, service, ANN, lease, forwarder, Secret(b"p" * 32), v1)
 
 
 def refusal(sessions: Sessions, connection: RelayConnection, offered: Offered) -> Reason:
@@ -63,6 +64,19 @@ def test_admits_once_and_with_a_lease() -> None:
     # Another relay may draw the same id: it is another session.
     sessions.admit(OTHER_RELAY, offer())
     assert len(sessions) == 2
+
+
+def test_a_v1_session_has_neither_lease_nor_link() -> None:
+    sessions = Sessions()
+    assert refusal(sessions, RELAY, offer(v1=True)) is Reason.MALFORMED
+    session = sessions.admit(RELAY, offer(v1=True, bind_id=None))
+    assert (session.lease, session.bind) == (None, None)
+    # It opens no sealed flow, and no lease ends it.
+    with pytest.raises(Refused) as refused:
+        sessions.authorised(FIRST, WEB, ANN.name, ANN.fingerprint)
+    assert refused.value.reason is Reason.NOT_YOUR_SESSION
+    assert sessions.lease_changed(WEB, Lease(OTHER_IP, 9)) == []
+    assert sessions.owned(RELAY, FIRST) is session
 
 
 def test_a_detached_session_is_not_offered_again() -> None:

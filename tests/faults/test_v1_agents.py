@@ -1,0 +1,286 @@
+"""Agents that speak `ztna-v1` against the real relay and a real connector: the bytes, and who is kept from whom."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import struct
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.support.certificates import CLIENT, Presented
+from tests.support.relay import refusals
+from tests.support.v1_agent import V1Agent, v1_agent
+from tests.support.whole_mesh import ECHO, WEB, WholeMesh, route, until, whole_mesh
+from ztna.config import ConsulConfig, RouteConfig
+from ztna.consul.embedded import EmbeddedConsul
+from ztna.packet import Packet, build_udp, parse
+from ztna.reasons import Reason
+from ztna.telemetry import DROPS
+
+DATAGRAMS = 1000
+AT_ONCE = 50
+"""Questions under way: no queue on the way is as short."""
+TYPED_BY_HAND = ("10.100.0.1", 7007)
+INNER = ("192.0.2.1", 5555)
+ECHO_ID, WEB_ID = ECHO.encode(), WEB.encode()
+
+
+@pytest.fixture
+async def bare_mesh(tmp_path: Path) -> AsyncIterator[WholeMesh]:
+    consul = await EmbeddedConsul.start()
+    try:
+        async with whole_mesh(tmp_path, ConsulConfig(address=consul.address)) as mesh:
+            yield mesh
+    finally:
+        await consul.stop()
+
+
+@pytest.fixture
+async def routes(bare_mesh: WholeMesh) -> list[RouteConfig]:
+    """One service that takes v1 agents, one that does not."""
+    open_, sealed = [route(each, await bare_mesh.backend(each), protocol="udp") for each in (ECHO, WEB)]
+    return [msgspec.structs.replace(open_, allow_v1=True), sealed]
+
+
+@pytest.fixture
+async def mesh(bare_mesh: WholeMesh, routes: list[RouteConfig]) -> WholeMesh:
+    await bare_mesh.connector("rack-1", routes)
+    for service in (ECHO, WEB):
+        await bare_mesh.served_by(service, "rack-1")
+    return bare_mesh
+
+
+def shown(mesh: WholeMesh, name: str, *services: str) -> Presented:
+    """A certificate that grants an agent these services."""
+    return mesh.pki.signed(cn=name, dns=[f"agent.{each}.ztna" for each in services], eku=(CLIENT,))
+
+
+@contextlib.asynccontextmanager
+async def agent(mesh: WholeMesh, name: str, *services: str) -> AsyncIterator[V1Agent]:
+    async with v1_agent(mesh.relay_address, shown(mesh, name, *(services or (ECHO,)))) as made:
+        yield made
+
+
+def question(payload: bytes, to: tuple[str, int] = TYPED_BY_HAND) -> bytes:
+    return build_udp(*INNER, *to, payload)
+
+
+async def answered(agent: V1Agent) -> Packet:
+    return parse(await agent.packet())
+
+
+def drops(why: str) -> float:
+    return float(DROPS.labels("relay", why)._value.get())
+
+
+# The bytes
+
+
+async def test_the_vectors(mesh: WholeMesh) -> None:
+    async with agent(mesh, "alice") as alice:
+        host, port = alice.address
+        assert alice.control[0] == b"\x01" + IPv4Address(host).packed + struct.pack(">H", port)
+        alice.register(ECHO_ID)
+        await alice.expect(bytes.fromhex("12000c") + ECHO_ID)
+        # Repeats are ACKed again, and trailing bytes ignored.
+        alice.send(bytes.fromhex("100c") + ECHO_ID + b"trailing")
+        await alice.expect(bytes.fromhex("12000c") + ECHO_ID)
+        alice.send_packet(ECHO_ID, question(b"hello"))
+        reply = await answered(alice)
+        assert reply.payload == ECHO_ID + b": hello"
+        assert (reply.source, reply.source_port) == TYPED_BY_HAND
+        assert (reply.destination, reply.destination_port) == INNER
+        # A raw packet is for its only service.
+        alice.send(question(b"raw", ("10.100.0.9", 7007)))
+        assert (await answered(alice)).source == "10.100.0.9"
+
+
+async def test_packets_are_as_large_as_v1_agents_take(mesh: WholeMesh) -> None:
+    """UDP payloads of 1350: the largest DATAGRAM that an agent may send is answered with one as large."""
+    async with agent(mesh, "alice") as alice:
+        await alice.registered(ECHO_ID)
+        head_bytes = 2 + len(ECHO_ID) + len(question(b""))
+        payload = os.urandom(1350 - 24 - 20 - head_bytes)
+        alice.send_packet(ECHO_ID, question(payload))
+        packet = await alice.packet()
+        assert parse(packet).payload == ECHO_ID + b": " + payload
+        assert len(packet) == 1306
+        assert 1340 <= alice.largest_packet <= 1350
+
+
+# Who is kept from whom
+
+
+async def ask_all(agent: V1Agent, name: bytes) -> set[bytes]:
+    """Ask every question until it was answered; return every answer that came."""
+    open_questions = {b"%s %d" % (name, number) for number in range(DATAGRAMS)}
+    answers: set[bytes] = set()
+    while open_questions:
+        asked = sorted(open_questions)[:AT_ONCE]
+        for payload in asked:
+            agent.send_packet(ECHO_ID, question(payload))
+        # One that the kernel lost under load is asked again.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                while open_questions.intersection(asked):
+                    packet = await answered(agent)
+                    assert (packet.source, packet.source_port) == TYPED_BY_HAND
+                    assert (packet.destination, packet.destination_port) == INNER
+                    said = packet.payload.removeprefix(ECHO_ID + b": ")
+                    open_questions.discard(said)
+                    answers.add(said)
+    return answers
+
+
+async def test_two_agents_with_one_inner_address_and_port(mesh: WholeMesh) -> None:
+    async with agent(mesh, "alice") as alice, agent(mesh, "bob") as bob:
+        await alice.registered(ECHO_ID)
+        await bob.registered(ECHO_ID)
+        of_alice, of_bob = await asyncio.gather(ask_all(alice, b"alice"), ask_all(bob, b"bob"))
+        assert of_alice == {b"alice %d" % number for number in range(DATAGRAMS)}
+        assert of_bob == {b"bob %d" % number for number in range(DATAGRAMS)}
+
+
+async def test_sealed_agents_and_v1_agents_share_a_service(mesh: WholeMesh) -> None:
+    carol = await mesh.scripted("carol", ECHO)
+    link = await carol.link(await carol.open())
+    async with agent(mesh, "alice") as alice:
+        await alice.registered(ECHO_ID)
+        for number in range(50):
+            alice.send_packet(ECHO_ID, question(b"alice %d" % number))
+            await carol.udp(link, b"carol %d" % number, INNER)
+            assert (await answered(alice)).payload == ECHO_ID + b": alice %d" % number
+            async with asyncio.timeout(10):
+                assert (await carol.packets.get()).payload == ECHO_ID + b": carol %d" % number
+
+
+# What is refused
+
+
+async def test_without_a_certificate_or_a_ztna_san_nobody_comes_in(mesh: WholeMesh) -> None:
+    async with v1_agent(mesh.relay_address, None) as nobody:
+        assert nobody.closed == (0x01, "client cert required")
+        assert nobody.control == []
+    async with v1_agent(mesh.relay_address, mesh.pki.signed(cn="x", eku=(CLIENT,))) as stranger:
+        assert stranger.closed is not None
+        assert "carries no ZTNA SAN" in stranger.closed[1]
+        assert stranger.control == []
+
+
+async def test_the_five_statuses_of_a_nack(mesh: WholeMesh) -> None:
+    async with agent(mesh, "alice", ECHO, WEB, "nowhere") as alice:
+        alice.send(b"\x10\x02\xff\xfe")
+        await alice.expect(b"\x13\x01\x00")
+        alice.send(b"\x10\x00")
+        await alice.expect(b"\x13\x01\x00")
+        alice.register(b"payroll")
+        await alice.expect(b"\x13\x02\x07payroll")
+        alice.register(ECHO_ID, kind=0x11)
+        await alice.expect(b"\x13\x03\x0c" + ECHO_ID)
+        alice.register(b"nowhere")
+        await alice.expect(b"\x13\x04\x07nowhere")
+        # Granted and served, but not to who cannot seal what it says.
+        alice.register(WEB_ID)
+        await alice.expect(bytes((0x13, 2, len(WEB_ID))) + WEB_ID)
+    many = [f"s{number}" for number in range(300)]
+    async with agent(mesh, "bob", *many) as bob:
+        for each in many:
+            bob.register(each.encode())
+        # None is there: 04, but past so many a second they are dropped unread.
+        await bob.until(lambda: len([each for each in bob.control if each[0] == 0x13]) >= 250)
+        assert {each[1] for each in bob.control if each[0] == 0x13} == {4}
+
+
+async def test_status_05_when_the_identity_has_its_sessions(
+    mesh: WholeMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.v1.SERVICES_PER_AGENT_MAX", 1)
+    async with agent(mesh, "alice", ECHO, WEB) as alice:
+        await alice.registered(ECHO_ID)
+        alice.register(WEB_ID)
+        await alice.expect(bytes((0x13, 5, len(WEB_ID))) + WEB_ID)
+
+
+async def test_packets_without_a_registration_go_nowhere(mesh: WholeMesh) -> None:
+    async with agent(mesh, "alice") as alice:
+        before = drops("not_registered")
+        alice.send_packet(ECHO_ID, question(b"unasked"))
+        alice.send(question(b"raw and unasked"))
+        await alice.registered(ECHO_ID)
+        assert drops("not_registered") == before + 2
+        alice.send_packet(ECHO_ID, question(b"asked"))
+        assert (await answered(alice)).payload == ECHO_ID + b": asked"
+
+
+async def test_truncated_ones_are_counted_and_change_nothing(mesh: WholeMesh) -> None:
+    async with agent(mesh, "alice") as alice:
+        before = drops("malformed_datagram")
+        for raw in (b"\x10", b"\x10\x09abc", b"\x11", b"\x2f", b"\x2f\x0cshort", b"\x99"):
+            alice.send(raw)
+        await alice.registered(ECHO_ID)
+        assert drops("malformed_datagram") == before + 6
+
+
+async def test_a_port_that_is_not_published_is_answered_with_icmp(mesh: WholeMesh) -> None:
+    async with agent(mesh, "alice") as alice:
+        await alice.registered(ECHO_ID)
+        alice.send_packet(ECHO_ID, question(b"x", (TYPED_BY_HAND[0], 9)))
+        error = await answered(alice)
+        assert (error.icmp_type, error.icmp_code) == (3, 3)
+        assert (error.source, error.destination) == (TYPED_BY_HAND[0], INNER[0])
+
+
+# Sessions
+
+
+def packet_for(session: str, packet: bytes) -> bytes:
+    return b"\x2e" + bytes.fromhex(session) + packet
+
+
+async def test_a_connector_s_packet_reaches_the_agent_of_its_own_sessions_only(mesh: WholeMesh) -> None:
+    """A second connector, in possession of the session's id, can say nothing into it."""
+    liar = await mesh.scripted_connector("rack-9", WEB)
+    async with agent(mesh, "alice") as alice:
+        await alice.registered(ECHO_ID)
+        [session] = [each["session"] for each in mesh.relay.status("sessions") if each["agent"] == "alice"]
+        before = refusals(Reason.NOT_YOUR_SESSION)
+        liar.connection.send_datagram(packet_for(session, question(b"injected")))
+        liar.connection.send_datagram(packet_for("00" * 8, question(b"injected")))
+        await until("both refused", lambda: refusals(Reason.NOT_YOUR_SESSION) == before + 2)
+        alice.send_packet(ECHO_ID, question(b"true"))
+        assert (await answered(alice)).payload == ECHO_ID + b": true"
+        assert alice.packets == []
+
+
+async def test_the_agent_s_session_comes_back_with_its_connector(
+    mesh: WholeMesh, routes: list[RouteConfig]
+) -> None:
+    """It need not register again: what stood, stands."""
+    async with agent(mesh, "alice") as alice:
+        await alice.registered(ECHO_ID)
+        await mesh.connectors["rack-1"].stop()
+        await mesh.connector("rack-1", routes)
+        await ask_until_answered(alice, b"again")
+
+
+async def ask_until_answered(agent: V1Agent, payload: bytes) -> None:
+    async with asyncio.timeout(30):
+        while not agent.packets:
+            agent.send_packet(ECHO_ID, question(payload))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await agent.until(lambda: agent.packets)
+    assert (await answered(agent)).payload == ECHO_ID + b": " + payload
+
+
+async def test_a_session_ends_with_the_agent_s_connection(mesh: WholeMesh) -> None:
+    async with agent(mesh, "alice") as alice:
+        await alice.registered(ECHO_ID)
+        assert [each["agent"] for each in mesh.relay.status("sessions")] == ["alice"]
+    await until("no session", lambda: mesh.relay.status("sessions") == [])
