@@ -169,6 +169,17 @@ class Connection:
         return had_room
 
     @property
+    def rtt_s(self) -> float | None:
+        """The smoothed round trip time in seconds, once one was measured."""
+        return self._engine.rtt_s
+
+    def ping(self) -> None:
+        """Ask the peer for a sign of life: it acknowledges, and `heard_at` moves."""
+        if self.is_open:
+            self._engine.send_ping(0)
+            self._endpoint.touch(self)
+
+    @property
     def blocked_streams(self) -> int:
         """How many unidirectional streams wait until the peer allows more: the owner bounds them."""
         return self._engine.unidirectional_streams_blocked

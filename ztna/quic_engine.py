@@ -133,6 +133,11 @@ class Engine(QuicConnection):
         return None if event is None else (event.error_code, event.reason_phrase)
 
     @property
+    def rtt_s(self) -> float | None:
+        """The smoothed round trip time, once one was measured."""
+        return self._loss._rtt_smoothed if self._loss._rtt_initialized else None
+
+    @property
     def idle_until(self) -> float | None:
         """When the connection ends if nothing comes: moved by every packet that decrypts."""
         return self._close_at

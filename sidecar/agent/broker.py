@@ -17,18 +17,21 @@ from sidecar.agent.commands import (
     Ended,
     Event,
     Fail,
+    Leave,
+    Move,
     Proceed,
     ReadLease,
     Release,
     Retry,
     Send,
     Session,
+    Settle,
     Tick,
     Want,
 )
 from sidecar.agent.sessions import Sessions
 from ztna.errors import Refused
-from ztna.names import ServiceName
+from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
 from ztna.telemetry import logger, refused
 from ztna.wire.control import Closed, Open
@@ -42,7 +45,8 @@ class Outside:
 
     send: Callable[[str, Open | Closed], object]
     read_lease: Callable[[ServiceName], None]
-    ended: Callable[[Session, Reason], None]
+    ended: Callable[[Ended], None]
+    leave: Callable[[Session], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,17 @@ class Broker:
         """Give the flow's session back for `cause` and ask for another."""
         self.handle(Retry(flow, cause))
 
+    def move(self, flow: int, connector: ConnectorId, wait_s: float) -> None:
+        """Ask for a session with the connector that has the flow already: by another relay, if need be (Move).
+
+        The flow's `ready` or `failed` is called as by `want`; what it has stays its own until it settles.
+        """
+        self.handle(Move(flow, connector, wait_s))
+
+    def settle(self, flow: int) -> None:
+        """Give back what the flow moved away from."""
+        self.handle(Settle(flow))
+
     def release(self, flow: int) -> None:
         """End a flow; again, or after it failed, is harmless."""
         if self._waiters.pop(flow, None) is not None:
@@ -99,6 +114,14 @@ class Broker:
     async def reacquire(self, flow: int, cause: Cause) -> Session:
         """Wait for another session in place of the flow's. Raises Refused as `acquire`."""
         return await self._answer(flow, Retry(flow, cause))
+
+    async def relocate(self, flow: int, connector: ConnectorId, wait_s: float) -> Session:
+        """Wait for a live session with the connector that has the flow already, as `move`. Raises Refused as `acquire`.
+
+        Its relay and its forwarder are where to dial then. It may be the session that the flow has. Call `settle`
+        once the flow is there: what it had before is kept until then.
+        """
+        return await self._answer(flow, Move(flow, connector, wait_s))
 
     def handle(self, event: Event) -> None:
         """Tell the state machine what happened, and do what it decides."""
@@ -150,7 +173,9 @@ class Broker:
                 self._outside.read_lease(command.service)
             case Ended():
                 _log_ended(command)
-                self._outside.ended(command.session, command.reason)
+                self._outside.ended(command)
+            case Leave():
+                self._outside.leave(command.session)
 
     def _set_timer(self) -> None:
         """Wake at the machine's next time. A timer that is set too early only looks again."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ztna.names import ServiceName, SessionId
+from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason
 from ztna.wire.control import AnyMessage, Closed, LeaseRef, Open, Opened
 
@@ -67,6 +67,35 @@ class RelayDown:
 
 
 @dataclass(frozen=True, slots=True)
+class RelaySilent:
+    """It leaves PINGs unanswered; its sessions live, and what rides them should go elsewhere."""
+
+    relay: str
+
+
+@dataclass(frozen=True, slots=True)
+class RelayHeard:
+    """A silent relay answered after all."""
+
+    relay: str
+
+
+@dataclass(frozen=True, slots=True)
+class RelayForgotten:
+    """It is none of ours any more; it went down before."""
+
+    relay: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A relay's round trip time, in seconds."""
+
+    relay: str
+    rtt_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A relay said something; messages that are none of this module's are ignored."""
 
@@ -99,6 +128,25 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """A running flow needs a session with the connector that has it, by whatever relay, maybe the one it has.
+
+    What it has stays its own until Settle. While that is live the flow waits as long as it takes, else `wait_s`.
+    """
+
+    flow: int
+    connector: ConnectorId
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """A flow that moved needs its former sessions no longer."""
+
+    flow: int
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """A flow has ended, whatever it was doing."""
 
@@ -110,7 +158,9 @@ class Tick:
     """The time of `next_timer()` has come."""
 
 
-Event = RelayUp | RelayDown | Received | LeaseIs | Want | Retry | Release | Tick
+RelayEvent = RelayUp | RelayDown | RelaySilent | RelayHeard | RelayForgotten | Measured
+FlowEvent = Want | Retry | Move | Settle | Release
+Event = RelayEvent | FlowEvent | Received | LeaseIs | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +189,21 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A session is no more; what rides it ends as protocol.md, Ending, says for the reason."""
+    """A session is no more; what rides it ends as protocol.md, Ending, says for the reason.
+
+    `relay_lost`: only the relay is known to be gone, so that its flows may Move.
+    """
 
     session: Session
     reason: Reason
+    relay_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The session's relay drains or is silent, and another is up: what rides the session should Move."""
+
+    session: Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +213,7 @@ class ReadLease:
     service: ServiceName
 
 
-Command = Send | Proceed | Fail | Ended | ReadLease
+Command = Send | Proceed | Fail | Ended | Leave | ReadLease
 
 
 @dataclass(frozen=True, slots=True)

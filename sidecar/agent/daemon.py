@@ -13,22 +13,33 @@ from pathlib import Path
 
 from sidecar.agent.anyip import check_overrides, check_pool, check_ula, runtime_directory
 from sidecar.agent.broker import Broker, Outside
-from sidecar.agent.commands import LeaseIs, Received, RelayDown, RelayUp, Session
+from sidecar.agent.commands import (
+    Ended,
+    LeaseIs,
+    Measured,
+    Received,
+    RelayDown,
+    RelayHeard,
+    RelaySilent,
+    RelayUp,
+    Session,
+)
 from sidecar.agent.datagrams import Datagrams
 from sidecar.agent.leases import LeaseFollower
 from sidecar.agent.links import Links
 from sidecar.agent.listeners import Listeners
 from sidecar.agent.ranges import Ranges
+from sidecar.agent.relays import RelayState
 from sidecar.agent.sessions import Sessions
 from sidecar.agent.streams import Streams
 from sidecar.link.control import RelayClient
+from sidecar.link.pulse import Life
 from ztna.config import AgentConfig, RelayTarget
 from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError, ZtnaError
 from ztna.leases import Lease
 from ztna.names import ServiceName
-from ztna.reasons import Reason
 from ztna.runtime import Daemon, Readiness
 from ztna.telemetry import logger
 from ztna.wire.control import AnyMessage, Conflict, DialToken, Drain, LeaseRef, StartPunching
@@ -97,13 +108,15 @@ class Agent:
                 on_message=self._message,
                 on_connected=self._connected,
                 on_lost=self._lost,
+                on_pulse=self._pulse,
+                is_busy=self._is_busy,
             )
             for label, target in _labelled(config.relays).items()
         }
         self._labels = {client: label for label, client in self._relays.items()}
         self._broker = Broker(
             Sessions(tuple(self._relays), config.flows_total),
-            Outside(send=self._send, read_lease=self._read_lease, ended=self._ended),
+            Outside(send=self._send, read_lease=self._read_lease, ended=self._ended, leave=self._leave),
         )
         self._streams = Streams(self._broker, credentials, tasks=tasks, send=self._send, direct=config.direct)
         self._links = Links(
@@ -155,7 +168,9 @@ class Agent:
             "relays": [
                 {
                     "relay": label,
-                    "state": self._broker.sessions.relays[label],
+                    "state": self._broker.sessions.relays.state(label),
+                    "preferred": self._broker.sessions.relays.preferred == label,
+                    "rtt_ms": _milliseconds(client.rtt_s),
                     "problem": client.problem,
                 }
                 for label, client in self._relays.items()
@@ -208,6 +223,21 @@ class Agent:
         if not any(each.connected for each in self._relays.values()):
             self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
 
+    def _pulse(self, client: RelayClient) -> None:
+        relay = self._labels[client]
+        state = self._broker.sessions.relays.state(relay)
+        if client.life is Life.SILENT and state is RelayState.UP:
+            _log.warning("relay_silent", relay=relay)
+            self._broker.handle(RelaySilent(relay))
+        elif client.life is Life.UP and state is RelayState.SILENT:
+            _log.info("relay_heard", relay=relay)
+            self._broker.handle(RelayHeard(relay))
+        if client.rtt_s is not None:
+            self._broker.handle(Measured(relay, client.rtt_s))
+
+    def _is_busy(self, client: RelayClient) -> bool:
+        return self._broker.sessions.is_used(self._labels[client])
+
     def _message(self, client: RelayClient, message: AnyMessage) -> None:
         relay = self._labels[client]
         match message:
@@ -231,10 +261,16 @@ class Agent:
 
     # --- sessions and leases
 
-    def _ended(self, session: Session, reason: Reason) -> None:
-        self._streams.session_ended(session, reason)
-        self._datagrams.session_ended(session)
-        self._links.session_ended(session, reason)
+    def _ended(self, ended: Ended) -> None:
+        self._streams.session_ended(ended.session, ended.reason)
+        if ended.relay_lost:
+            self._datagrams.leave(ended.session)
+        else:
+            self._datagrams.session_ended(ended.session)
+        self._links.session_ended(ended.session, ended.reason)
+
+    def _leave(self, session: Session) -> None:
+        self._datagrams.leave(session)
 
     def _read_lease(self, service: ServiceName) -> None:
         self._follower.read_again(service)
@@ -306,6 +342,10 @@ def _warner(readiness: Readiness) -> Callable[[str, str | None], None]:
             readiness.warn(name, detail)
 
     return warn
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)
 
 
 def _connector(session: Session | None) -> str | None:

@@ -40,6 +40,8 @@ STAND_INS_MASK = 0x0FFFFFFF
 WAITING_PACKETS_PER_FLOW_MAX = 64
 WAITING_BYTES_MAX = 16 * 1024 * 1024
 SWEEP_SECONDS = 1.0
+MOVE_SECONDS = 5.0
+"""How long a flow that lost its relay waits for its connector to turn up at another, before it takes any."""
 
 _WHERE = "agent_udp"
 _log = logger(__name__)
@@ -85,7 +87,7 @@ class Datagrams:
         at = port.at
         packet = build_udp(*flow.inner, *at.leased, data)
         flow.used_at = self._loop.time()
-        if flow.is_ready and flow.link is not None:
+        if flow.is_ready and flow.link is not None and flow.link.is_ready:
             flow.link.send(at.service, packet)
         else:
             self._wait(flow, packet)
@@ -124,13 +126,18 @@ class Datagrams:
 
     def session_unfit(self, session: Session) -> None:
         """The connector at the end of the link may not serve this session: its flows ask for another."""
-        for flow in [each for each in self._flows.values() if each.session is session]:
+        for flow in self._on(session):
             self._retry(flow)
 
     def session_ended(self, session: Session) -> None:
         """Forget the session's flows: the next datagram of each begins a new one."""
-        for flow in [each for each in self._flows.values() if each.session is session]:
+        for flow in self._on(session):
             self._end(flow)
+
+    def leave(self, session: Session) -> None:
+        """Move the session's flows to another relay; meanwhile they use what they have, if that still works."""
+        for flow in self._on(session):
+            self._broker.move(flow.number, session.opened.connector_id, MOVE_SECONDS)
 
     async def run(self) -> None:
         """Forget flows that are idle or whose port was closed, until cancelled."""
@@ -164,12 +171,13 @@ class Datagrams:
         if link is None:
             self._retry(flow)
             return
-        flow.session, flow.link = session, link
+        flow.session, flow.link, flow.is_ready = session, link, False
         if link.is_ready:
             self._flush(flow, link)
 
     def _flush(self, flow: _Flow, link: Link) -> None:
         flow.is_ready = True
+        self._broker.settle(flow.number)
         for packet in self._take_waiting(flow):
             link.send(flow.port.at.service, packet)
 
@@ -208,6 +216,9 @@ class Datagrams:
         return waiting
 
     # --- finding flows
+
+    def _on(self, session: Session) -> list[_Flow]:
+        return [flow for flow in self._flows.values() if flow.session is session]
 
     def _of(self, link: Link) -> list[_Flow]:
         return [flow for flow in self._flows.values() if flow.link is link]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sidecar.agent.commands import Session, SessionKey
-from ztna.names import ServiceName
+from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
 from ztna.wire.control import LeaseRef
 
@@ -62,30 +62,47 @@ IDLE = Idle()
 
 
 @dataclass(slots=True)
-class Service:
-    """One service: its lease, its state and the flows that wait."""
+class Place:
+    """Where flows of one service wait for a session: with any connector, or with the one that has them already."""
 
-    name: ServiceName
-    lease: LeaseRef
+    service: ServiceName
+    connector: ConnectorId | None = None
     state: State = IDLE
-    waiting: dict[int, float] = field(default_factory=dict)  # flow -> deadline, oldest first
+    waiting: dict[int, float] = field(default_factory=dict)  # flow -> deadline
     failures: int = 0
 
 
 @dataclass(slots=True)
+class Service:
+    """One service: its lease, and the places where its flows wait; the pinned ones live only while they are needed."""
+
+    name: ServiceName
+    lease: LeaseRef
+    any: Place
+    pinned: dict[ConnectorId, Place] = field(default_factory=dict)
+
+    def places(self) -> tuple[Place, ...]:
+        """Return all places."""
+        return (self.any, *self.pinned.values())
+
+
+@dataclass(slots=True)
 class Flow:
-    """A flow that waits for a session or uses one."""
+    """A flow that waits for a session or uses one; `former` are those it moves away from."""
 
     service: ServiceName
     session: SessionKey | None = None
+    former: tuple[SessionKey, ...] = ()
+    wait_s: float = 0.0
     attempts: int = 1
     resolved: bool = False
 
 
 @dataclass(slots=True)
 class Live:
-    """A session, how many flows use it, and why no new one may."""
+    """A session, how many flows use it, why no new one may, and whether those it has were told to leave."""
 
     session: Session
     uses: int = 0
     retired: Reason | None = None
+    left: bool = False

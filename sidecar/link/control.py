@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import msgspec
 
+from sidecar.link.pulse import BUSY_PING_SECONDS, GONE_SECONDS, PING_SECONDS, Life, Pulse
 from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
@@ -42,11 +43,10 @@ ALPN = "ztna-v2"
 UDP_PAYLOAD_BYTES = 1200
 UDP_PAYLOAD_PROBED_BYTES = 1350
 CONNECTOR_UDP_PAYLOAD_BYTES = 1360
-PING_SECONDS = 3.0
 CONNECT_SECONDS = 5.0
 HELLO_SECONDS = 5.0
-SILENCE_SECONDS = 4.5
-"""A relay acknowledges each PING; one that was killed, and whose address nobody answers for, says nothing."""
+LOOK_SECONDS = BUSY_PING_SECONDS
+"""How often at least it is looked whether the relay is needed (`is_busy`) and still there."""
 BACKOFF_SECONDS_MIN = 0.2
 BACKOFF_SECONDS_MAX = 3.0
 
@@ -66,8 +66,9 @@ class RelayClient:
 
     `on_connected(client)` is called after the hellos, `on_message(client, message)` for every message after
     them, `on_packet(client, session, packet)` for every packet of a v1 session (connectors),
-    `on_lost(client, reason)` once for each on_connected. `credentials` may be replaced at any time; the
-    connection that stands keeps its own.
+    `on_lost(client, reason)` once for each on_connected, `on_pulse(client)` between them whenever there may be news
+    of `life` and `rtt_s`. `credentials` may be replaced at any time; the connection that stands keeps its own.
+    `is_busy` says whether flows depend on the relay, so that its silence must be noticed soon.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class RelayClient:
         on_connected: Callable[[RelayClient], None],
         on_lost: Callable[[RelayClient, str], None],
         on_packet: Callable[[RelayClient, SessionId, bytes], None] | None = None,
+        on_pulse: Callable[[RelayClient], None] = lambda client: None,
+        is_busy: Callable[[RelayClient], bool] = lambda client: False,
     ) -> None:
         self.target = target
         self.credentials = credentials
@@ -88,6 +91,10 @@ class RelayClient:
         self._on_connected = on_connected
         self._on_lost = on_lost
         self._on_packet = on_packet
+        self._on_pulse = on_pulse
+        self._is_busy = is_busy
+        self.life = Life.UP
+        self.rtt_s: float | None = None
         self._number = 0
         self._hosts: frozenset[str] = frozenset()
         self._control: _Control | None = None
@@ -167,14 +174,30 @@ class RelayClient:
         if not control.greeted.done():
             raise LinkError(_ending(connection) or f"relay {self.target.name} said no hello")
         try:
-            await _until_over(connection)
+            await self._until_over(connection)
         finally:
             self._lose(_ending(connection) or "closed by us")
+
+    async def _until_over(self, connection: Connection) -> None:
+        """Return when the connection has ended; one whose relay is gone without a word is closed."""
+        pulse = Pulse(time.monotonic())
+        while not connection.closed.done():
+            busy = self._is_busy(self)
+            if pulse.step(connection.heard_at, time.monotonic(), busy=busy):
+                connection.ping()
+            if pulse.life is Life.GONE:
+                connection.close(CLOSE_OK, "peer_gone")
+                raise LinkError(f"silent for {GONE_SECONDS:g} s")
+            self.life, self.rtt_s = pulse.life, connection.rtt_s
+            self._on_pulse(self)
+            left = pulse.next_timer(busy=busy) - time.monotonic()
+            await asyncio.wait((connection.closed,), timeout=min(LOOK_SECONDS, max(0.0, left)))
 
     def greeted(self, control: _Control) -> None:
         """Take the control stream into use (called by the connection's handler)."""
         self._control = control
         self.problem = None
+        self.life, self.rtt_s = Life.UP, None
         self._on_connected(self)
 
     def received(self, message: AnyMessage) -> None:
@@ -307,16 +330,6 @@ def _settings(identity: Identity) -> Settings:
         ping_interval_s=PING_SECONDS,
         where=_WHERE,
     )
-
-
-async def _until_over(connection: Connection) -> None:
-    """Return when the connection has ended; one that is silent for SILENCE_SECONDS is closed."""
-    while not connection.closed.done():
-        left = connection.heard_at + SILENCE_SECONDS - time.monotonic()
-        if left <= 0:
-            connection.close(CLOSE_OK, "peer_gone")
-            raise LinkError(f"silent for {SILENCE_SECONDS:g} s")
-        await asyncio.wait((connection.closed,), timeout=left)
 
 
 def _ending(connection: Connection) -> str | None:

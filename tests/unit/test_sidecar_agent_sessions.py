@@ -13,18 +13,26 @@ from sidecar.agent.commands import (
     Event,
     Fail,
     LeaseIs,
+    Leave,
+    Measured,
+    Move,
     Proceed,
     ReadLease,
     Received,
     RelayDown,
+    RelayForgotten,
+    RelayHeard,
+    RelaySilent,
     RelayUp,
     Release,
     Retry,
     Send,
     Session,
+    Settle,
     Tick,
     Want,
 )
+from sidecar.agent.relays import BETTER_FOR_SECONDS
 from sidecar.agent.sessions import (
     BACKOFF_FIRST_SECONDS,
     BACKOFF_MAX_SECONDS,
@@ -103,6 +111,13 @@ def ask(request: int, relay: str = "r1", lease: LeaseRef = LEASE) -> Send:
     return Send(relay, Open(request, WEB, lease))
 
 
+C1, OTHER = ConnectorId("c1"), ConnectorId("c2")
+
+
+def pinned(request: int, relay: str = "r1", connector: ConnectorId = C1) -> Send:
+    return Send(relay, Open(request, WEB, LEASE, connector))
+
+
 def close(number: int, reason: Reason, relay: str = "r1") -> Send:
     return Send(relay, Closed(sid(number), reason))
 
@@ -143,9 +158,9 @@ class TestOpening:
         agent = Agent()
         agent(LeaseIs(WEB, LEASE))
         assert agent(Want(1, WEB)) == []
-        assert agent.sessions.relays == {"r1": "down"}
+        assert agent.sessions.relays.states == {"r1": "down"}
         assert agent(RelayUp("r1")) == [ask(1)]
-        assert agent.sessions.relays == {"r1": "up"}
+        assert agent.sessions.relays.states == {"r1": "up"}
 
     def test_without_a_relay_a_flow_fails_at_its_deadline(self) -> None:
         agent = Agent()
@@ -269,7 +284,7 @@ class TestDenial:
 class TestRelays:
     def test_a_lost_relay_takes_its_sessions_along(self) -> None:
         agent, session = carrying()
-        assert agent(RelayDown("r1")) == [Ended(session, Reason.PEER_GONE)]
+        assert agent(RelayDown("r1")) == [Ended(session, Reason.PEER_GONE, relay_lost=True)]
         assert agent(Release(1)) == []
         assert agent(Want(2, WEB)) == []
         assert agent(RelayUp("r1")) == [ask(2)]
@@ -293,10 +308,211 @@ class TestRelays:
         agent.says(Drain(25.0))
         assert agent(Want(1, WEB)) == [ask(1, "r2")]
         assert agent.denied(1, Reason.LIMIT_REACHED, "r2") == [ask(2)]
-        assert agent.sessions.relays == {"r1": "draining", "r2": "up"}
+        assert agent.sessions.relays.states == {"r1": "draining", "r2": "up"}
         agent(RelayDown("r1"))
         agent(RelayUp("r1"))
-        assert agent.sessions.relays["r1"] == "up"
+        assert agent.sessions.relays.state("r1") == "up"
+
+    def test_a_silent_relay_is_left_while_another_is_up(self) -> None:
+        agent = ready("r1", "r2")
+        agent(Want(1, WEB))
+        (first,) = agent.opened(1, 1)
+        assert isinstance(first, Proceed)
+        assert agent(RelaySilent("r1")) == [Leave(first.session)]
+        assert agent(RelaySilent("r1")) == []
+        assert agent(Want(2, WEB)) == [ask(2, "r2")], "and new flows are elsewhere at once"
+        assert agent(RelayHeard("r1")) == []
+        assert agent.sessions.relays.state("r1") == "up"
+        assert agent(Release(1)) == [close(1, Reason.PEER_GONE), Ended(first.session, Reason.PEER_GONE)]
+
+    def test_the_only_relay_is_not_left(self) -> None:
+        agent, session = carrying()
+        assert agent(RelaySilent("r1")) == []
+        assert agent(Want(2, WEB)) == [Proceed(2, session)]
+        assert agent(RelayHeard("r1")) == []
+
+    def test_it_is_left_as_soon_as_another_comes(self) -> None:
+        agent = Agent("r1", "r2")
+        agent(RelayUp("r1"))
+        agent(LeaseIs(WEB, LEASE))
+        agent(Want(1, WEB))
+        (first,) = agent.opened(1, 1)
+        assert isinstance(first, Proceed)
+        assert agent.says(Drain(25.0)) == []
+        assert agent(RelayHeard("r1")) == [], "it drains, heard or not"
+        assert agent.sessions.relays.state("r1") == "draining"
+        assert agent(RelayUp("r2")) == [Leave(first.session)]
+
+    def test_a_session_that_nobody_uses_is_closed_as_its_relay_drains(self) -> None:
+        agent = ready("r1", "r2")
+        agent(Want(1, WEB))
+        (first,) = agent.opened(1, 1)
+        assert isinstance(first, Proceed)
+        agent(Release(1))
+        reason = Reason.DRAINING
+        assert agent.says(Drain(25.0)) == [
+            Leave(first.session),
+            close(1, reason),
+            Ended(first.session, reason),
+        ]
+
+    def test_a_retired_session_is_left_too(self) -> None:
+        agent = ready("r1", "r2")
+        agent(Want(1, WEB))
+        (first,) = agent.opened(1, 1)
+        assert isinstance(first, Proceed)
+        agent(LeaseIs(WEB, NEWER))
+        assert agent(RelaySilent("r1")) == [Leave(first.session)]
+
+    def test_what_a_silent_relay_was_asked_another_is_asked(self) -> None:
+        agent = ready("r1", "r2")
+        agent(Want(1, WEB))
+        assert agent(RelaySilent("r1")) == [ask(2, "r2")]
+        assert agent.opened(1, 1) == [close(1, Reason.CLOSED_BY_PEER)]
+        assert agent(RelaySilent("r1")) == [], "the other one has it already"
+
+    def test_new_flows_go_over_to_a_relay_that_is_much_nearer(self) -> None:
+        agent = ready("r1", "r2")
+        agent(LeaseIs(DB, LEASE))
+        agent(Want(1, WEB))
+        (first,) = agent.opened(1, 1)
+        assert isinstance(first, Proceed)
+        agent(Want(2, DB))
+        agent.denied(2, Reason.LIMIT_REACHED)
+        (other,) = agent.opened(3, 2, DB, relay="r2")
+        assert isinstance(other, Proceed)
+        agent(Measured("r1", 0.050))
+        assert agent(Measured("r2", 0.005)) == []
+        agent.now += BETTER_FOR_SECONDS
+        assert agent(Measured("r2", 0.005)) == []
+        assert agent(Want(3, WEB)) == [ask(4, "r2")]
+        assert agent(Want(4, DB)) == [Proceed(4, other.session)], "that one was there already"
+        reason = Reason.CLOSED_BY_PEER
+        assert agent(Release(1)) == [close(1, reason), Ended(first.session, reason)]
+        (third,) = agent.opened(4, 3, relay="r2")
+        assert isinstance(third, Proceed) and agent.sessions.is_used("r2")
+        agent(RelayDown("r2"))
+        assert not agent.sessions.is_used("r2")
+        agent(RelayForgotten("r2"))
+        assert agent.sessions.relays.states == {"r1": "up"}
+
+
+class TestMove:
+    """A running flow gets a session with its own connector again."""
+
+    def test_after_the_loss_of_its_relay(self) -> None:
+        agent = ready("r1", "r2")
+        agent(Want(1, WEB))
+        agent.opened(1, 1)
+        agent(RelayDown("r1"))
+        assert agent(Move(1, C1, 30.0)) == [pinned(2, "r2")]
+        (proceed,) = agent.opened(2, 2, relay="r2")
+        assert isinstance(proceed, Proceed) and proceed.session.key == ("r2", sid(2))
+        assert agent(Settle(1)) == []
+        assert agent(Want(2, WEB)) == [Proceed(2, proceed.session)], "new flows share what is there"
+        assert agent(Move(2, C1, 30.0)) == [Proceed(2, proceed.session)]
+        assert agent(Settle(9)) == []
+
+    def test_it_keeps_what_it_has_until_it_settles(self) -> None:
+        agent = ready("r1", "r2")
+        agent(Want(1, WEB))
+        (first,) = agent.opened(1, 1)
+        assert isinstance(first, Proceed)
+        agent(RelaySilent("r1"))
+        agent(Move(1, C1, 30.0))
+        (second,) = agent.opened(2, 2, relay="r2")
+        assert isinstance(second, Proceed)
+        reason = Reason.PEER_GONE
+        assert agent(Settle(1)) == [close(1, reason), Ended(first.session, reason)]
+        agent(RelayHeard("r1"))
+        agent(RelaySilent("r2"))
+        agent(Move(1, C1, 30.0))
+        agent.opened(3, 3)
+        assert agent(Release(1)) == [close(2, reason, "r2"), Ended(second.session, reason)]
+
+    def test_only_with_its_own_connector(self) -> None:
+        agent, session = carrying()
+        assert agent(Want(2, WEB)) == [Proceed(2, session)]
+        assert agent(Move(2, OTHER, 30.0)) == [pinned(2, connector=OTHER)]
+        assert agent.opened(2, 2) == [close(2, Reason.CLOSED_BY_PEER)]
+        agent(Release(2))
+        assert agent.sessions.session(("r1", sid(2))) is None
+
+    def test_it_waits_for_a_connector_that_is_not_back_yet(self) -> None:
+        agent, _ = carrying()
+        agent(RelayDown("r1"))
+        assert agent(Move(1, C1, 30.0)) == []
+        assert agent(RelayUp("r1")) == [pinned(2)]
+        assert agent.denied(2, Reason.NO_HEALTHY_CONNECTOR) == []
+        assert agent.sessions.views()[0].waiting == 1
+        assert agent.sessions.next_timer() == agent.now + BACKOFF_FIRST_SECONDS
+        assert agent.after(BACKOFF_FIRST_SECONDS) == [pinned(3)]
+        agent.denied(3, Reason.NO_SUCH_SERVICE)
+        assert agent.says(Health(WEB, "passing")) == [pinned(4)]
+        (proceed,) = agent.opened(4, 4)
+        assert isinstance(proceed, Proceed)
+
+    def test_but_not_for_ever(self) -> None:
+        agent, _ = carrying()
+        agent(RelayDown("r1"))
+        agent(Move(1, C1, 30.0))
+        assert agent.sessions.next_timer() == agent.now + 30.0
+        assert agent.after(30.0) == [Fail(1, Reason.PEER_GONE)]
+        assert agent(Move(1, C1, 30.0)) == [Fail(1, Reason.NO_SUCH_SERVICE)], "it is forgotten"
+
+    def test_not_while_what_it_has_still_lives(self) -> None:
+        agent = ready("r1", "r2")
+        agent(Want(1, WEB))
+        agent.opened(1, 1)
+        agent.says(Drain(25.0))
+        assert agent(Move(1, C1, 5.0)) == [pinned(2, "r2")]
+        assert agent.denied(2, Reason.NO_HEALTHY_CONNECTOR, "r2") == [pinned(3)]
+        assert agent.denied(3, Reason.DRAINING) == []
+        for _ in range(3):
+            assert Fail(1, Reason.PEER_GONE) not in agent.after(5.0)
+        agent(RelayDown("r1"))
+        assert Fail(1, Reason.PEER_GONE) in agent.after(5.0)
+
+    def test_a_missing_grant_is_final_here_too(self) -> None:
+        agent, _ = carrying()
+        agent(RelayDown("r1"))
+        agent(Move(1, C1, 30.0))
+        agent(RelayUp("r1"))
+        assert agent.denied(2, Reason.NO_GRANT) == [Fail(1, Reason.NO_GRANT)]
+
+    def test_a_stale_lease_is_resolved_as_often_as_it_takes(self) -> None:
+        agent, _ = carrying()
+        agent(RelayDown("r1"))
+        agent(RelayUp("r1"))
+        assert agent(Move(1, C1, 30.0)) == [pinned(2)]
+        for request in (2, 3):
+            assert agent.denied(request, Reason.STALE_EPOCH) == [ReadLease(WEB)]
+            assert agent(LeaseIs(WEB, LEASE)) == [pinned(request + 1)]
+
+    def test_a_new_lease_that_comes_meanwhile(self) -> None:
+        agent, _ = carrying()
+        agent(RelayDown("r1"))
+        agent(RelayUp("r1"))
+        agent(Move(1, C1, 30.0))
+        agent(LeaseIs(WEB, NEWER))
+        again = Send("r1", Open(3, WEB, NEWER, C1))
+        assert agent.opened(2, 2) == [close(2, Reason.STALE_EPOCH), again]
+
+    def test_a_flow_that_left_is_waited_for_by_nobody(self) -> None:
+        agent, _ = carrying()
+        agent(RelayDown("r1"))
+        agent(Move(1, C1, 30.0))
+        agent(Move(1, OTHER, 30.0))
+        agent(Release(1))
+        assert agent(RelayUp("r1")) == []
+        assert agent.sessions.next_timer() is None
+
+    def test_a_service_that_vanished(self) -> None:
+        agent, _ = carrying()
+        agent(RelayDown("r1"))
+        agent(Move(1, C1, 30.0))
+        assert agent(LeaseIs(WEB, None)) == [Fail(1, Reason.NO_SUCH_SERVICE)]
+        assert agent.sessions.next_timer() is None
 
 
 class TestClosing:
