@@ -44,8 +44,8 @@ class ServiceRoutes:
 
     @property
     def allow_v1(self) -> bool:
-        """Whether a v1 agent can reach any of its ports: they carry datagrams only."""
-        return any(route.allow_v1 and route.port.protocol == "udp" for route in self.routes)
+        """Whether a v1 agent can reach any of its ports."""
+        return any(route.allow_v1 for route in self.routes)
 
     @property
     def ports(self) -> tuple[Port, ...]:
@@ -63,6 +63,11 @@ class RouteTable:
             if config.protocol not in CARRIED_PROTOCOLS:
                 raise ConfigError(
                     f"connector.routes[{index}].protocol: expected tcp or udp, got {config.protocol}"
+                )
+            if config.allow_v1 and config.protocol != "udp":
+                raise ConfigError(
+                    f"connector.routes[{index}].allow_v1: expected protocol udp, which is what v1 agents are "
+                    f"served, got {config.protocol}"
                 )
             grouped.setdefault(config.service, []).append(config)
         if not grouped:

@@ -28,6 +28,7 @@ PAGES = [
     *sorted((ROOT / "tests/peers").glob("*.md")),
 ]
 SECONDARIES = ROOT / "docs/secondaries.md"
+V1 = ROOT / "docs/v1.md"
 ELSEWHERE = {
     "make demo": "tests/e2e/test_up.py",
     "make test": "this run",
@@ -45,18 +46,20 @@ def commands(page: Path) -> list[str]:
 
 def test_every_command_of_every_page_is_run_by_a_test() -> None:
     known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md")) | set(commands(SECONDARIES))
+    known |= set(commands(V1))
     unknown = {page.name: line for page in PAGES for line in commands(page) if line not in known}
     assert unknown == {}
 
 
-def test_the_commands_of_the_page_on_secondaries_work_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [SECONDARIES, V1], ids=lambda page: page.stem)
+def test_the_commands_of_the_page_work_in_order(page: Path, tmp_path: Path) -> None:
     (tmp_path / "image").mkdir()
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for line in commands(SECONDARIES):
+    for line in commands(page):
         argv = ["sh", "-c", line]
         done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and done.stdout, f"{line}: {done.returncode}: {done.stdout}{done.stderr}"
-    assert (tmp_path / "transfer.key").stat().st_mode & 0o777 == 0o600
+    assert [key.stat().st_mode & 0o777 for key in tmp_path.glob("*.key")] == [0o600]
 
 
 @pytest.fixture

@@ -42,6 +42,16 @@ def test_picks_by_published_port() -> None:
     assert table.pick(ServiceName("db"), "tcp", 80) is None
 
 
+def test_v1_agents_are_served_udp_where_a_route_says_so() -> None:
+    table = RouteTable(
+        [route(), route(port=53, protocol="udp", allow_v1=True), route("db", port=1, protocol="udp")]
+    )
+    assert [each.allow_v1 for each in table.services.values()] == [True, False]
+    assert [route.allow_v1 for route in table.services[WEB].routes] == [False, True]
+    with pytest.raises(ConfigError, match=r"connector.routes\[1\].allow_v1: expected protocol udp"):
+        RouteTable([route(), route(port=81, allow_v1=True)])
+
+
 def test_one_route_may_ask_for_the_address_of_all() -> None:
     asked = IPv4Address("10.100.0.80")
     table = RouteTable([route(virtual_ip=asked), route(port=81), route("db", port=5432)])
