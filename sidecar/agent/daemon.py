@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sidecar.agent.anyip import check_overrides, check_pool, check_ula, runtime_directory
 from sidecar.agent.broker import Broker, Outside
+from sidecar.agent.carriers import Carriers
 from sidecar.agent.commands import (
     Ended,
     LeaseIs,
@@ -118,7 +119,8 @@ class Agent:
             Sessions(tuple(self._relays), config.flows_total),
             Outside(send=self._send, read_lease=self._read_lease, ended=self._ended, leave=self._leave),
         )
-        self._streams = Streams(self._broker, credentials, tasks=tasks, send=self._send, direct=config.direct)
+        self._carriers = Carriers(credentials, send=self._send, direct=config.direct)
+        self._streams = Streams(self._broker, self._carriers, tasks=tasks)
         self._links = Links(
             credentials,
             tasks=tasks,
@@ -203,7 +205,7 @@ class Agent:
                 await self._streams.quiet.wait()
         except TimeoutError:
             _log.warning("flows_cut", flows=self._streams.flows)
-        self._streams.close()
+        self._carriers.close()
         self._links.close()
         self._broker.close()
 
@@ -242,7 +244,7 @@ class Agent:
         relay = self._labels[client]
         match message:
             case DialToken():
-                self._streams.dial_token(relay, message)
+                self._carriers.dial_token(relay, message)
             case StartPunching():
                 self._links.start_punching(relay, message)
             case Drain():
@@ -311,7 +313,7 @@ class Agent:
         except ZtnaError as error:
             _log.error("reload_failed", detail=error)
             return
-        self._streams.credentials = self._links.credentials = credentials
+        self._carriers.credentials = self._links.credentials = credentials
         for client in self._relays.values():
             client.credentials = credentials
         self._follower.use_grants(credentials.identity.agent)

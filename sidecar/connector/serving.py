@@ -20,8 +20,9 @@ from sidecar.connector.sessions import BindKey, Session, Sessions, standing
 from sidecar.link.budget import Budget
 from sidecar.link.control import RelayClient
 from sidecar.link.flow import abort
+from sidecar.link.listener import StreamListener
 from sidecar.link.packet import PacketLink
-from sidecar.link.stream import FlowRefused, StreamListener
+from sidecar.link.stream import FlowRefused
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused, ZtnaError
 from ztna.identity import Identity, require_agent

@@ -26,7 +26,8 @@ from statistics import median
 import uvloop
 
 from sidecar.link.budget import Budget
-from sidecar.link.stream import Carrier, StreamListener
+from sidecar.link.listener import StreamListener
+from sidecar.link.stream import Carrier
 from tests.support.certificates import Pki
 from ztna.config import TlsConfig
 from ztna.credentials import Credentials

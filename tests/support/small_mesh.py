@@ -21,8 +21,9 @@ from relay.splicer import Splicer
 from relay.splicer import listen as listen_tcp
 from sidecar.agent.daemon import body
 from sidecar.link.budget import Budget
+from sidecar.link.listener import StreamListener
 from sidecar.link.packet import PacketLink
-from sidecar.link.stream import FlowRefused, StreamListener
+from sidecar.link.stream import FlowRefused
 from tests.support.certificates import Pki
 from tests.support.fake_relay import FakeRelay, RelayPeer
 from ztna import udp

@@ -20,7 +20,8 @@ from relay.splicer import listen as listen_tcp
 from sidecar.link.budget import Budget
 from sidecar.link.carrier import FrameStream
 from sidecar.link.flow import PIECE_BYTES, TcpFlow, abort, reset_code
-from sidecar.link.stream import ALPN, UNOWNED_SECONDS, Carrier, FlowRefused, StreamListener
+from sidecar.link.listener import UNOWNED_SECONDS, StreamListener
+from sidecar.link.stream import ALPN, Carrier, FlowRefused
 from tests.support.certificates import Pki
 from ztna.config import TlsConfig
 from ztna.credentials import Credentials

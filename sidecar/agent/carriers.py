@@ -1,0 +1,219 @@
+"""Stream carriers of an agent: dialled directly or through a forwarder, kept while idle, used again.
+
+Which flow rides one is sidecar.agent.streams', moving bytes sidecar.link's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from sidecar.agent.commands import Session, SessionKey
+from sidecar.link.budget import Budget
+from sidecar.link.stream import Carrier
+from ztna.credentials import Credentials
+from ztna.errors import IdentityError, LinkError
+from ztna.identity import Identity, require_connector
+from ztna.names import ConnectorId
+from ztna.reasons import Reason
+from ztna.telemetry import dropped
+from ztna.wire.control import Dial, DialToken
+
+IDLE_SECONDS = 60.0
+IDLE_PER_CONNECTOR_MAX = 4
+ROUTE_MEMORY_SECONDS = 60.0
+"""How long it is remembered that a connector can (not) be reached directly."""
+DIAL_TOKEN_SECONDS = 2.0
+FORWARDER_SECONDS = 2.0
+"""How long a connector may take to dial in. Less than the 5 s a forwarder waits: by then new flows must have
+gone to another connector."""
+DIALS_PER_SESSION_MAX = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    direct: bool
+    until: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Idle:
+    carrier: Carrier
+    session: SessionKey | None
+    """Of a forwarded carrier, the one session it serves; a direct one serves any."""
+    timer: asyncio.TimerHandle
+
+
+class Carriers:
+    """All stream carriers of an agent."""
+
+    def __init__(
+        self, credentials: Credentials, *, send: Callable[[str, Dial], object], direct: bool
+    ) -> None:
+        """`send` puts a message on the control connection to a relay; `direct` allows direct carriers."""
+        self.credentials = credentials  # may be replaced; carriers that stand keep theirs
+        self._send = send
+        self._direct = direct
+        self._budget = Budget()
+        self._loop = asyncio.get_running_loop()
+        self._idle: dict[ConnectorId, deque[_Idle]] = {}
+        self._routes: dict[ConnectorId, _Route] = {}
+        self._tokens: dict[SessionKey, deque[asyncio.Future[bytes]]] = {}
+        self._carriers: set[Carrier] = set()
+
+    def dial_token(self, relay: str, message: DialToken) -> None:
+        """Give the token to whoever asked first for that session; one that nobody waits for lapses."""
+        waiting = self._tokens.get((relay, message.session), ())
+        for answer in waiting:
+            if not answer.done():
+                answer.set_result(message.token)
+                return
+        dropped("agent_dial_token", "unexpected")
+
+    def session_ended(self, session: Session, reason: Reason) -> None:
+        """End the dials that wait for a session, and its own idle carriers."""
+        for answer in tuple(self._tokens.get(session.key, ())):
+            if not answer.done():
+                answer.set_exception(LinkError(f"the session ended: {reason}"))
+        for idle in tuple(self._idle.get(session.opened.connector_id, ())):
+            if idle.session == session.key:
+                idle.carrier.close(reason)
+
+    def status(self) -> dict[str, object]:
+        """Return by connector how many carriers are idle and which way they go."""
+        now = self._loop.time()
+        return {
+            "carriers": len(self._carriers),
+            "idle": {connector: len(found) for connector, found in sorted(self._idle.items())},
+            "routes": {
+                connector: "direct" if route.direct else "forwarded"
+                for connector, route in sorted(self._routes.items())
+                if route.until > now
+            },
+        }
+
+    def close(self) -> None:
+        """Close every carrier; flows that run are reset."""
+        for carrier in tuple(self._carriers):
+            carrier.close(Reason.DRAINING)
+
+    def take_idle(self, session: Session) -> Carrier | None:
+        """Take the carrier that was used last: the others may then grow old and be closed."""
+        kept = self._idle.get(session.opened.connector_id, deque())
+        for idle in reversed(tuple(kept)):
+            if idle.session not in (None, session.key):
+                continue
+            kept.remove(idle)
+            idle.timer.cancel()
+            try:
+                _check(session, idle.carrier.peer)
+            except IdentityError:
+                # It stands under a certificate that this session does not name (it was renewed meanwhile).
+                idle.carrier.close()
+                continue
+            if idle.carrier.is_idle:
+                return idle.carrier
+        return None
+
+    def keep(self, carrier: Carrier, session: Session) -> None:
+        """Keep a free carrier of a live session for the next flow."""
+        if not carrier.is_idle:
+            return
+        connector = session.opened.connector_id
+        kept = self._idle.setdefault(connector, deque())
+        timer = self._loop.call_later(IDLE_SECONDS, carrier.close)
+        kept.append(_Idle(carrier, session.key if carrier.forwarded else None, timer))
+        if len(kept) > IDLE_PER_CONNECTOR_MAX:
+            oldest = kept.popleft()
+            oldest.timer.cancel()
+            oldest.carrier.close()
+
+    async def dial(self, session: Session) -> Carrier:
+        """Dial directly, else through the forwarder. Raises LinkError or IdentityError."""
+        connector = session.opened.connector_id
+        route = self._route(connector)
+        if self._direct and session.opened.link_address is not None and (route is None or route.direct):
+            address = session.opened.link_address
+            try:
+                carrier = await Carrier.dial_direct(
+                    (address.ip, address.port),
+                    self.credentials,
+                    partial(_check, session),
+                    budget=self._budget,
+                )
+            except (LinkError, IdentityError):
+                self._remember(connector, direct=False)
+                if route is not None:
+                    # It worked a moment ago, so it is rather the connector that has gone than the way to it.
+                    raise
+            else:
+                self._remember(connector, direct=True)
+                return self._track(carrier, connector)
+        return await self._dial_forwarder(session)
+
+    async def _dial_forwarder(self, session: Session) -> Carrier:
+        forwarder = session.opened.forwarder
+        if forwarder is None:
+            raise LinkError("the relay offers no forwarder")
+        token = await self._token(session)
+        carrier = await Carrier.dial_forwarder(
+            (forwarder.address.ip, forwarder.address.port),
+            token,
+            self.credentials,
+            partial(_check, session),
+            budget=self._budget,
+            timeout_s=FORWARDER_SECONDS,
+        )
+        return self._track(carrier, session.opened.connector_id)
+
+    async def _token(self, session: Session) -> bytes:
+        """Ask the relay for a dial token and wait for it."""
+        waiting = self._tokens.setdefault(session.key, deque())
+        if len(waiting) >= DIALS_PER_SESSION_MAX:
+            raise LinkError("too many dials wait for a token")
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+        waiting.append(answer)
+        try:
+            self._send(session.relay, Dial(session.opened.session))
+            async with asyncio.timeout(DIAL_TOKEN_SECONDS):
+                return await answer
+        except TimeoutError:
+            raise LinkError(f"no dial token within {DIAL_TOKEN_SECONDS:g} s") from None
+        finally:
+            waiting.remove(answer)
+            if not waiting:
+                self._tokens.pop(session.key, None)
+
+    def _track(self, carrier: Carrier, connector: ConnectorId) -> Carrier:
+        self._carriers.add(carrier)
+        carrier.closed.add_done_callback(lambda _: self._forget(carrier, connector))
+        return carrier
+
+    def _forget(self, carrier: Carrier, connector: ConnectorId) -> None:
+        self._carriers.discard(carrier)
+        kept = self._idle.get(connector, deque())
+        for idle in tuple(kept):
+            if idle.carrier is carrier:
+                idle.timer.cancel()
+                kept.remove(idle)
+        if not kept:
+            self._idle.pop(connector, None)
+
+    def _route(self, connector: ConnectorId) -> _Route | None:
+        route = self._routes.get(connector)
+        return route if route is not None and route.until > self._loop.time() else None
+
+    def _remember(self, connector: ConnectorId, *, direct: bool) -> None:
+        now = self._loop.time()
+        if connector not in self._routes:  # one entry a connector that was dialled within the minute
+            for old in [each for each, route in self._routes.items() if route.until <= now]:
+                del self._routes[old]
+        self._routes[connector] = _Route(direct, now + ROUTE_MEMORY_SECONDS)
+
+
+def _check(session: Session, identity: Identity) -> None:
+    opened = session.opened
+    require_connector(identity, opened.service, opened.connector_id, opened.fingerprint)
