@@ -102,11 +102,11 @@ job "web-app" {
                 backend: 127.0.0.1:{{ env "NOMAD_PORT_http" }}
                 port: ${var.virtual_port}
                 protocol: tcp
-                check:
-                  kind: http
-                  path: /
-                  interval_s: 1
-                  timeout_s: 1
+                checks:
+                  - kind: http
+                    path: /
+                    interval_s: 1
+                    timeout_s: 1
             link: {{ env "NOMAD_ADDR_link" }}
             link_advertise: {{ env "NOMAD_ADDR_link" }}
             admin: 127.0.0.1:{{ env "NOMAD_PORT_admin" }}

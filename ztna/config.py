@@ -266,19 +266,60 @@ class RelayTarget(Section, frozen=True, kw_only=True):
 
 
 class CheckConfig(Section, frozen=True, kw_only=True):
-    """How a backend's health is found out."""
+    """How a backend's health is found out. Texts to send and to expect may be `hex:00ff...`."""
 
     kind: Annotated[
-        Literal["auto", "tcp", "udp", "http", "none"],
+        Literal["auto", "tcp", "udp", "http", "grpc", "icmp", "script", "none"],
         about(
-            "tcp (connect), udp (ICMP errors fail), http (GET, 2xx), none (passing) or auto (by protocol)."
+            "tcp (connect), udp (ICMP errors fail), http, grpc (its health service), icmp (ping), script, "
+            "none (passing) or auto (by protocol)."
         ),
     ] = "auto"
-    path: Annotated[str, about("What an http check gets.")] = "/"
+    port: Annotated[
+        PortNumber | None, about("Ask this port of the backend's host instead of its own.", 8081)
+    ] = None
+    tls: Annotated[bool, about("Ask by TLS (http, grpc).")] = False
+    ca: Annotated[
+        str | None,
+        about("PEM file of the authorities for that; unset: the system's.", "/etc/ztna/backend-ca.pem"),
+    ] = None
+    tls_name: Annotated[
+        str | None, about("The name in its certificate; unset: the backend's host.", "web.internal")
+    ] = None
+    tls_skip_verify: Annotated[bool, about("Take any certificate: what answers may be anybody.")] = False
+    method: Annotated[Literal["GET", "HEAD", "POST"], about("How an http check asks.")] = "GET"
+    path: Annotated[str, about("What an http check asks for.")] = "/"
+    headers: Annotated[
+        tuple[str, ...], about("Headers an http check sends, each `Name: value`.", ["Host: web.internal"])
+    ] = ()
+    status: Annotated[tuple[str, ...], about("What may answer an http check: statuses and ranges.")] = (
+        "200-299",
+    )
+    body: Annotated[
+        str | None, about("Regular expression that the first 64 KiB of the answer must match.", "ready")
+    ] = None
+    send: Annotated[str | None, about("What a udp or tcp check sends.", "ping")] = None
+    expect: Annotated[str | None, about("What the reply to it must contain; unset: anything.", "pong")] = None
+    grpc_service: Annotated[str, about("The service that a grpc check asks about; empty: the server.")] = ""
+    command: Annotated[
+        tuple[str, ...],
+        about("What a script check runs, no shell: 0 passes, 1 warns.", ["/usr/lib/checks/web", "--fast"]),
+    ] = ()
     interval_s: Annotated[Seconds, about("Seconds from one check to the next.")] = 5.0
+    jitter: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=0.5)],
+        about("Each wait is up to this part of it longer or shorter."),
+    ] = 0.1
     timeout_s: Annotated[Seconds, about("A check that takes longer has failed, in seconds.")] = 2.0
     success_before_passing: Annotated[Count, about("Successes in a row before the service is passing.")] = 1
+    failures_before_warning: Annotated[
+        Count | None, about("Failures in a row before it is warning; unset: it never is.", 1)
+    ] = None
     failures_before_critical: Annotated[Count, about("Failures in a row before the service is critical.")] = 2
+    flaps_max: Annotated[
+        Count, about("After it was critical so many times in 300 s it has to prove itself for flap_hold_s.")
+    ] = 5
+    flap_hold_s: Annotated[Seconds, about("That time without a failure, in seconds.")] = 60.0
 
 
 class RouteConfig(Section, frozen=True, kw_only=True):
@@ -288,7 +329,13 @@ class RouteConfig(Section, frozen=True, kw_only=True):
     backend: Annotated[Endpoint, about("Where it really listens.", "127.0.0.1:8080")]
     port: Annotated[PortNumber, about("The port on its virtual address.", 80)]
     protocol: Annotated[Protocol, about("tcp, udp or icmp.")] = "tcp"
-    check: Annotated[CheckConfig, about("How its health is found out.")] = CheckConfig()
+    checks: Annotated[
+        tuple[CheckConfig, ...], about("How its health is found out: the worst of these is the service's.")
+    ] = (CheckConfig(),)
+    slow_start_s: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=86_400)],
+        about("Its weight grows for so long after it was critical, in seconds; 0: at once."),
+    ] = 0.0
     connect_timeout_s: Annotated[
         Seconds, about("How long a connection to the backend may take, in seconds.")
     ] = 5.0

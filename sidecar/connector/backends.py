@@ -1,7 +1,7 @@
-"""Backends: their addresses, their checks, dialling them over TCP, and a UDP socket of its own for every flow.
+"""Backends: their addresses, dialling them over TCP, and a UDP socket of its own for every flow.
 
-Decides neither who may reach a backend nor what a check's outcome means. Backends have names or numbers; a name is
-asked anew before each check and each dial.
+Does not decide who may reach a backend; sidecar.connector.probes checks them. Backends have names or numbers; a name
+is asked anew before each check and each dial.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import aiohttp
-
 from sidecar.connector.flows import FlowKey, FlowTable, SessionKey
-from sidecar.connector.health import Outcome
-from sidecar.connector.routes import Route, check_kind
 from sidecar.link.stream import FlowRefused
 from ztna.config import Endpoint
 from ztna.errors import PacketError, Refused
@@ -29,9 +25,6 @@ from ztna.telemetry import dropped, logger, refused
 from ztna.udp import SockAddr
 from ztna.wire.stream import OpenStatus
 
-CHECKS_AT_ONCE = 64
-UDP_SILENCE_SECONDS = 0.5
-"""A UDP backend that says nothing passes: an ICMP error from the same host or network is faster than this."""
 DATAGRAM_BYTES_MAX = 65_535
 FLOWS_PER_TURN = 256
 DATAGRAMS_PER_TURN = 64
@@ -73,52 +66,40 @@ async def dial_tcp(endpoint: Endpoint, timeout_s: float) -> socket.socket:
     """
     try:
         async with asyncio.timeout(timeout_s):
-            return await _connect(await resolve(endpoint))
+            return await connect_tcp(await resolve(endpoint))
     except TimeoutError:
         raise FlowRefused(OpenStatus.TIMED_OUT, f"{endpoint} within {timeout_s:g} s") from None
     except OSError as error:
         raise FlowRefused(_dial_status(error), f"{endpoint}: {error.strerror or error}") from None
 
 
-class Prober:
-    """Checks backends, CHECKS_AT_ONCE at a time. `addresses` has the last known address of each."""
+async def connect_tcp(address: SockAddr) -> socket.socket:
+    """Return a non-blocking socket that is connected. Raises OSError."""
+    sock = socket.socket(_family(address), socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
-    def __init__(self) -> None:
-        self.addresses: dict[Endpoint, SockAddr] = {}
-        self._room = asyncio.Semaphore(CHECKS_AT_ONCE)
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CHECKS_AT_ONCE, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
 
-    async def probe(self, route: Route) -> Outcome:
-        """Check the backend of a route once; never raises for what the backend does."""
-        kind = check_kind(route)
-        async with self._room:
-            try:
-                async with asyncio.timeout(route.check.timeout_s):
-                    address = self.addresses[route.backend] = await resolve(route.backend)
-                    if kind == "tcp":
-                        return await _probe_tcp(address)
-                    if kind == "udp":
-                        return await _probe_udp(address)
-                    if kind == "http":
-                        return await self._probe_http(route)
-            except TimeoutError:
-                return Outcome(False, f"{kind} {route.backend}: no answer in {route.check.timeout_s:g} s")
-            except (OSError, aiohttp.ClientError, ValueError) as error:
-                return Outcome(False, f"{kind} {route.backend}: {getattr(error, 'strerror', None) or error}")
-        return Outcome(True, "not checked")
-
-    async def close(self) -> None:
-        """Close what checks have open."""
-        await self._http.close()
-
-    async def _probe_http(self, route: Route) -> Outcome:
-        url = f"http://{route.backend}{route.check.path}"
-        async with self._http.get(url, allow_redirects=False) as response:
-            text = f"GET {route.check.path}: {response.status}"
-            return Outcome(200 <= response.status < 300, text)
+def connected_udp(address: SockAddr) -> socket.socket:
+    """Return a non-blocking socket whose only peer is `address`, with the ICMP errors kept. Raises OSError."""
+    sock = socket.socket(_family(address), socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 @dataclass(slots=True)
@@ -173,7 +154,7 @@ class UdpFlows:
             refused(_WHERE, Reason.LIMIT_REACHED)
             self._close(ended)
         try:
-            sock = _connected_udp(backend)
+            sock = connected_udp(backend)
         except OSError as error:
             if error.errno in _NO_DESCRIPTORS:
                 raise Refused(Reason.LIMIT_REACHED, f"no socket for a flow: {error.strerror}") from None
@@ -288,72 +269,9 @@ def _family(address: SockAddr) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
-def _connected_udp(address: SockAddr) -> socket.socket:
-    sock = socket.socket(_family(address), socket.SOCK_DGRAM)
-    try:
-        sock.setblocking(False)
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
-        else:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
-        sock.connect(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-async def _connect(address: SockAddr) -> socket.socket:
-    sock = socket.socket(_family(address), socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
 def _dial_status(error: OSError) -> OpenStatus:
     if isinstance(error, ConnectionRefusedError):
         return OpenStatus.REFUSED
     if error.errno == errno.ETIMEDOUT:
         return OpenStatus.TIMED_OUT
     return OpenStatus.DENIED if error.errno in _NO_DESCRIPTORS else OpenStatus.UNREACHABLE
-
-
-async def _probe_tcp(address: SockAddr) -> Outcome:
-    (await _connect(address)).close()
-    return Outcome(True, f"tcp {address[0]}:{address[1]}: connected")
-
-
-async def _probe_udp(address: SockAddr) -> Outcome:
-    """Send an empty datagram: an ICMP error is a failure, an answer or silence is none."""
-    with _connected_udp(address) as sock:
-        sock.send(b"")
-        with select.epoll() as waiting:
-            # Through an epoll set for the reason that UdpFlows has.
-            waiting.register(sock.fileno(), select.EPOLLIN)
-            if await _becomes_readable(waiting, UDP_SILENCE_SECONDS):
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if error:
-                    raise OSError(error, errno.errorcode.get(error, str(error)))
-                return Outcome(True, f"udp {address[0]}:{address[1]}: answered")
-    return Outcome(True, f"udp {address[0]}:{address[1]}: no ICMP error")
-
-
-async def _becomes_readable(waiting: select.epoll, timeout_s: float) -> bool:
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(waiting.fileno(), _settle, ready)
-    try:
-        await asyncio.wait((ready,), timeout=timeout_s)
-    finally:
-        loop.remove_reader(waiting.fileno())
-    return ready.done()
-
-
-def _settle(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)

@@ -7,12 +7,14 @@ import random
 import socket
 from contextlib import AsyncExitStack
 
-from sidecar.connector.backends import Prober, resolve
-from sidecar.connector.health import CheckHealth, Outcome, ServiceHealth, next_delay
+from sidecar.connector.backends import resolve
+from sidecar.connector.checks import Check
+from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, next_delay
 from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.probes import Prober
 from sidecar.connector.registrar import Desired, Registrant
 from sidecar.connector.registration import Registrar
-from sidecar.connector.routes import Route, RouteTable, check_kind
+from sidecar.connector.routes import RouteTable, ServiceRoutes
 from sidecar.connector.serving import Serving
 from sidecar.link.control import RelayClient
 from ztna.config import ConnectorConfig, RelayTarget
@@ -84,17 +86,14 @@ class _Connector:
         self._prober = prober
         self._loop = asyncio.get_running_loop()
         now = self._loop.time()
-        self._health = {
-            service: ServiceHealth({route.port: _check_health(route, now) for route in each.routes}, now)
-            for service, each in routes.services.items()
-        }
+        self._health = {service: _service_health(each, now) for service, each in routes.services.items()}
         self._leases = LeaseBook(consul, routes.services, self._lease_changed)
         self._serving = Serving(
             routes,
             credentials,
             leases=self._leases,
             prober=prober,
-            is_passing=lambda service: self._health[service].verdict == "passing",
+            is_available=lambda service: self._health[service].verdict != "critical",
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
             private_candidates=config.private_candidates,
@@ -136,8 +135,8 @@ class _Connector:
         tasks.create_task(self._leases.watch.run(), name="leases")
         tasks.create_task(self._tick(), name="expiry")
         for service in self._routes.services.values():
-            for route in service.routes:
-                tasks.create_task(self._check(route), name=f"check {route.service}")
+            for key, check in _checks(service).items():
+                tasks.create_task(self._check(service.service, key, check), name=f"check {service.service}")
         for relay in self._relays:
             tasks.create_task(relay.run(), name=f"relay {relay.target.name}")
         await self._daemon.stopping.wait()
@@ -170,27 +169,30 @@ class _Connector:
 
     # Health
 
-    async def _check(self, route: Route) -> None:
+    async def _check(self, service: ServiceName, key: CheckKey, check: Check) -> None:
         """Check one backend for ever."""
+        config = check.config
         while True:
-            outcome = await self._prober.probe(route)
-            self._checked(route, outcome)
-            await asyncio.sleep(next_delay(route.check.interval_s, random.random()))
+            outcome = await self._prober.probe(check)
+            self._checked(service, key, outcome)
+            await asyncio.sleep(next_delay(config.interval_s, config.jitter, random.random()))
 
-    def _checked(self, route: Route, outcome: Outcome) -> None:
-        health = self._health[route.service]
+    def _checked(self, service: ServiceName, key: CheckKey, outcome: Outcome) -> None:
+        health = self._health[service]
         before = health.output
-        changed = health.handle(route.port, outcome, self._loop.time())
+        changed = health.handle(key, outcome, self._loop.time())
         if changed:
             log = _log.info if health.verdict == "passing" else _log.warning
-            log("health", service=route.service, verdict=health.verdict, output=health.output)
+            log("health", service=service, verdict=health.verdict, output=health.output)
         if (changed or before != health.output) and self._registrar is not None:
-            self._registrar.verdict_changed(route.service)
+            self._registrar.verdict_changed(service)
 
     def _desired(self) -> dict[ServiceName, Desired]:
+        now = self._loop.time()
         return {
             service: Desired(
                 routes=self._routes.services[service],
+                weight=health.weight(self._routes.services[service].weight, now),
                 verdict=health.verdict,
                 since=health.since,
                 output=health.output,
@@ -310,26 +312,31 @@ class _Connector:
             "refused": registrar.refusal(service) if registrar is not None else None,
             "waiting_for_backend": registrar is not None and service in registrar.waiting,
             "lease": self._leases.lease(service),
-            "routes": [
+            "checks": [
                 {
-                    "protocol": route.port.protocol,
-                    "port": route.port.port,
-                    "backend": str(route.backend),
-                    "check": check_kind(route),
-                    "verdict": health.checks[route.port].verdict,
-                    "output": health.checks[route.port].output,
+                    "protocol": key.port.protocol,
+                    "port": key.port.port,
+                    "kind": check.kind,
+                    "target": str(check.target),
+                    "verdict": health.checks[key].verdict,
+                    "output": health.checks[key].output,
                 }
-                for route in self._routes.services[service].routes
+                for key, check in _checks(self._routes.services[service]).items()
             ],
         }
 
 
-def _check_health(route: Route, now: float) -> CheckHealth:
-    return CheckHealth(
-        success_before_passing=route.check.success_before_passing,
-        failures_before_critical=route.check.failures_before_critical,
-        now=now,
-    )
+def _checks(service: ServiceRoutes) -> dict[CheckKey, Check]:
+    return {
+        CheckKey(route.port, number): check
+        for route in service.routes
+        for number, check in enumerate(route.checks)
+    }
+
+
+def _service_health(service: ServiceRoutes, now: float) -> ServiceHealth:
+    checks = {key: CheckHealth(check.config, now) for key, check in _checks(service).items()}
+    return ServiceHealth(checks, now, service.slow_start_s)
 
 
 async def _local_address(relay: RelayTarget) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from sidecar.connector.backends import Prober, UdpFlows
+from sidecar.connector.backends import UdpFlows
 from sidecar.connector.flows import FlowKey
+from sidecar.connector.probes import Prober
 from sidecar.connector.routes import Route, RouteTable
 from sidecar.connector.sessions import BindKey, Session, Sessions
 from sidecar.link.control import RelayClient
@@ -114,10 +115,11 @@ class Datagrams:
         if route is None:
             reply(icmp_error(data, Unreachable.PORT))
             return
-        address = self._prober.addresses.get(route.backend)
-        if address is None:
+        host = self._prober.addresses.get(route.backend.host)
+        if host is None:
             reply(icmp_error(data, Unreachable.HOST))
             return
+        address = (host, route.backend.port)
         self.flows.open(key, session.agent.name, address, packet=data, idle_s=route.udp_idle_s, reply=reply)
 
     def _reply_v1(self, session: Session, client: RelayClient, packet: bytes) -> None:

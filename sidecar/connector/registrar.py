@@ -29,6 +29,7 @@ class Desired:
     """One of our services as it stands now; `since` and the `now` of a plan are of one clock, in seconds."""
 
     routes: ServiceRoutes
+    weight: int
     verdict: Verdict
     since: float
     output: str
@@ -87,8 +88,8 @@ def registration(desired: Desired, registrant: Registrant) -> Registration:
         tags=(MESH_TAG,),
         meta=_meta(desired.routes, connector_id),
         tagged_addresses=_virtual(desired),
-        weight_passing=desired.routes.weight,
-        weight_warning=desired.routes.weight,
+        weight_passing=desired.weight,
+        weight_warning=desired.weight,
         checks=(check,),
     )
 

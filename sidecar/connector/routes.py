@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from ztna.config import CheckConfig, Endpoint, RouteConfig
+from sidecar.connector.checks import CHECKS_PER_ROUTE_MAX, Check, parse
+from ztna.config import Endpoint, RouteConfig
 from ztna.errors import ConfigError
 from ztna.identity import Identity
 from ztna.leases import Port, Protocol
@@ -26,7 +27,7 @@ class Route:
     service: ServiceName
     port: Port
     backend: Endpoint
-    check: CheckConfig
+    checks: tuple[Check, ...]
     connect_timeout_s: float
     udp_idle_s: float
     allow_v1: bool = False
@@ -41,6 +42,7 @@ class ServiceRoutes:
     weight: int
     virtual_ip: IPv4Address | None = None
     wildcard: bool = False
+    slow_start_s: float = 0.0
 
     @property
     def allow_v1(self) -> bool:
@@ -58,7 +60,7 @@ class RouteTable:
 
     def __init__(self, configs: Iterable[RouteConfig]) -> None:
         """Group the routes by service. Raises ConfigError naming the route that cannot be used."""
-        grouped: dict[ServiceName, list[RouteConfig]] = {}
+        grouped: dict[ServiceName, list[tuple[RouteConfig, Route]]] = {}
         for index, config in enumerate(configs):
             if config.protocol not in CARRIED_PROTOCOLS:
                 raise ConfigError(
@@ -69,7 +71,9 @@ class RouteTable:
                     f"connector.routes[{index}].allow_v1: expected protocol udp, which is what v1 agents are "
                     f"served, got {config.protocol}"
                 )
-            grouped.setdefault(config.service, []).append(config)
+            grouped.setdefault(config.service, []).append(
+                (config, _route(config, f"connector.routes[{index}]"))
+            )
         if not grouped:
             raise ConfigError("connector.routes: expected at least one route")
         self.services: Mapping[ServiceName, ServiceRoutes] = {
@@ -98,38 +102,47 @@ class RouteTable:
                 )
 
 
-def check_kind(route: Route) -> str:
-    """Return how the route's backend is checked: `tcp`, `udp`, `http` or `none`; `auto` follows the protocol."""
-    return route.port.protocol if route.check.kind == "auto" else route.check.kind
-
-
-def _service_routes(service: ServiceName, group: list[RouteConfig]) -> ServiceRoutes:
-    weights = {config.weight for config in group}
+def _service_routes(service: ServiceName, group: list[tuple[RouteConfig, Route]]) -> ServiceRoutes:
+    configs = [config for config, _ in group]
+    weights = {config.weight for config in configs}
     if len(weights) > 1:
         raise ConfigError(
             f"connector.routes: {service}: expected one weight, got {', '.join(map(str, sorted(weights)))}"
         )
-    asked = {config.virtual_ip for config in group if config.virtual_ip is not None}
+    asked = {config.virtual_ip for config in configs if config.virtual_ip is not None}
     if len(asked) > 1:
         raise ConfigError(
             f"connector.routes: {service}: expected one virtual_ip, got {', '.join(map(str, sorted(asked)))}"
         )
-    routes = sorted(map(_route, group), key=lambda route: route.port)
+    routes = sorted((route for _, route in group), key=lambda route: route.port)
     for first, second in itertools.pairwise(routes):
         if first.port == second.port:
             raise ConfigError(
                 f"connector.routes: {service}: {first.port.protocol} port {first.port.port} is routed twice"
             )
-    wildcard = any(config.wildcard for config in group)
-    return ServiceRoutes(service, tuple(routes), group[0].weight, next(iter(asked), None), wildcard)
+    return ServiceRoutes(
+        service=service,
+        routes=tuple(routes),
+        weight=configs[0].weight,
+        virtual_ip=next(iter(asked), None),
+        wildcard=any(config.wildcard for config in configs),
+        slow_start_s=max(config.slow_start_s for config in configs),
+    )
 
 
-def _route(config: RouteConfig) -> Route:
+def _route(config: RouteConfig, where: str) -> Route:
+    if not 0 < len(config.checks) <= CHECKS_PER_ROUTE_MAX:
+        raise ConfigError(
+            f"{where}.checks: expected 1 to {CHECKS_PER_ROUTE_MAX} (kind none checks nothing), got {len(config.checks)}"
+        )
     return Route(
         service=config.service,
         port=Port(config.protocol, config.port),
         backend=config.backend,
-        check=config.check,
+        checks=tuple(
+            parse(check, config.protocol, config.backend, f"{where}.checks[{number}]")
+            for number, check in enumerate(config.checks)
+        ),
         connect_timeout_s=config.connect_timeout_s,
         udp_idle_s=config.udp_idle_s,
         allow_v1=config.allow_v1,

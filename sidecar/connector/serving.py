@@ -11,10 +11,11 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from sidecar.connector.backends import Prober, dial_tcp
+from sidecar.connector.backends import dial_tcp
 from sidecar.connector.datagrams import Datagrams
 from sidecar.connector.flows import RelayConnection
 from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.probes import Prober
 from sidecar.connector.routes import Route, RouteTable
 from sidecar.connector.sessions import BindKey, Session, Sessions, standing
 from sidecar.link.budget import Budget
@@ -55,7 +56,10 @@ _log = logger(__name__)
 
 
 class Serving:
-    """Serves the sessions that relays offer. `tasks` owns all that runs; `is_passing` tells a service's health."""
+    """Serves the sessions that relays offer.
+
+    `tasks` owns all that runs; `is_available` says of a service that it is not critical.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class Serving:
         *,
         leases: LeaseBook,
         prober: Prober,
-        is_passing: Callable[[ServiceName], bool],
+        is_available: Callable[[ServiceName], bool],
         flows_per_agent: int,
         flows_total: int,
         private_candidates: bool,
@@ -84,7 +88,7 @@ class Serving:
         self._routes = routes
         self._credentials = credentials
         self._leases = leases
-        self._is_passing = is_passing
+        self._is_available = is_available
         self._private_candidates = private_candidates
         self._tasks = tasks
         self._links: dict[BindKey, PacketLink] = {}
@@ -242,7 +246,7 @@ class Serving:
         if offer.v1 and not self._routes.services[offer.service].allow_v1:
             # The relay reads v1 traffic: only where that was asked for.
             return Reason.NO_GRANT
-        if not self._is_passing(offer.service):
+        if not self._is_available(offer.service):
             return Reason.NO_HEALTHY_CONNECTOR
         if offer.v1:
             return None

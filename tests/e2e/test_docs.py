@@ -77,7 +77,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
             "connector: {id: alpha, tls: {certificate: connector.pem, key: connector.key, ca: ztna-ca/ca.pem}, "
             f"relays: [{{address: 127.0.0.1:{relay}, name: edge}}], link: 127.0.0.1:{link}, "
             f"admin: 127.0.0.1:{admin[2]}, "
-            "routes: [{service: web-app, backend: 127.0.0.1:9, port: 8080, protocol: tcp, check: {kind: none}}]}"
+            "routes: [{service: web-app, backend: 127.0.0.1:9, port: 8080, protocol: tcp, checks: [{kind: none}]}]}"
         ),
         "agent": (
             "agent: {tls: {certificate: laptop.pem, key: laptop.key, ca: ztna-ca/ca.pem}, pool: 127.101.0.0/16, "

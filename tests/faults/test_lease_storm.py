@@ -71,7 +71,7 @@ def audit(made: Lab) -> None:
 def route(name: str, port: int = 8080) -> RouteConfig:
     unchecked = CheckConfig(kind="none")
     backend = Endpoint("127.0.0.1", 9)
-    return RouteConfig(service=ServiceName(name), backend=backend, port=port, check=unchecked)
+    return RouteConfig(service=ServiceName(name), backend=backend, port=port, checks=(unchecked,))
 
 
 def test_five_hundred_at_once_with_the_keeper_killed_and_the_next_paused(made: Lab) -> None:

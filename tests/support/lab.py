@@ -555,14 +555,14 @@ def _end(ending: Sequence[Running]) -> None:
 def tcp_route(service: str, backend: Endpoint, port: int = 8080, **check: Any) -> RouteConfig:
     """Return a TCP route with a quick TCP check."""
     checked = CheckConfig(**({"interval_s": 0.5, "timeout_s": 0.5, "failures_before_critical": 1} | check))
-    return RouteConfig(service=ServiceName(service), backend=backend, port=port, check=checked)
+    return RouteConfig(service=ServiceName(service), backend=backend, port=port, checks=(checked,))
 
 
 def udp_route(service: str, backend: Endpoint, port: int = 7) -> RouteConfig:
     """Return a UDP route without a check."""
     unchecked = CheckConfig(kind="none")
     return RouteConfig(
-        service=ServiceName(service), backend=backend, port=port, protocol="udp", check=unchecked
+        service=ServiceName(service), backend=backend, port=port, protocol="udp", checks=(unchecked,)
     )
 
 

@@ -379,7 +379,7 @@ def route(service: ServiceName, backend: Backend, *, protocol: Any = "tcp", port
         backend=Endpoint("127.0.0.1", backend.port),
         port=port,
         protocol=protocol,
-        check=PROMPT if protocol == "tcp" else CheckConfig(kind="none"),
+        checks=(PROMPT if protocol == "tcp" else CheckConfig(kind="none"),),
     )
 
 

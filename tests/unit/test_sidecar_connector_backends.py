@@ -10,14 +10,12 @@ from contextlib import asynccontextmanager, closing
 import pytest
 import uvloop
 
-from sidecar.connector.backends import Prober, UdpFlows, dial_tcp
+from sidecar.connector.backends import UdpFlows, dial_tcp
 from sidecar.connector.flows import FlowKey, SessionKey
-from sidecar.connector.health import Outcome
-from sidecar.connector.routes import Route, RouteTable
 from sidecar.link.stream import FlowRefused
-from ztna.config import CheckConfig, Endpoint, RouteConfig
+from ztna.config import Endpoint
 from ztna.errors import Refused
-from ztna.names import ServiceName, SessionId
+from ztna.names import SessionId
 from ztna.packet import PROTOCOL_ICMP, PROTOCOL_UDP, Packet, build_udp, parse
 from ztna.reasons import Reason
 from ztna.wire.stream import OpenStatus
@@ -45,38 +43,6 @@ def closed_udp_port() -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def route(backend: Endpoint, protocol: str = "tcp", **check: object) -> Route:
-    config = RouteConfig(
-        service=ServiceName("web"),
-        backend=backend,
-        port=80,
-        protocol=protocol,  # type: ignore[arg-type]
-        check=CheckConfig(**check),  # type: ignore[arg-type]
-    )
-    return RouteTable([config]).services[ServiceName("web")].routes[0]
-
-
-async def probe(checked: Route) -> Outcome:
-    prober = Prober()
-    try:
-        return await prober.probe(checked)
-    finally:
-        await prober.close()
-
-
-@asynccontextmanager
-async def http_server(status: str) -> AsyncIterator[Endpoint]:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        request = await reader.readuntil(b"\r\n\r\n")
-        assert request.startswith(b"GET /health HTTP/1.1")
-        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nLocation: /\r\n\r\n".encode())
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        yield Endpoint(*server.sockets[0].getsockname())
 
 
 async def test_dials() -> None:
@@ -110,40 +76,6 @@ async def test_a_failed_dial_says_why(closed_tcp: Endpoint, monkeypatch: pytest.
         assert refused.value.status is OpenStatus.TIMED_OUT
         for filler in fillers:
             filler.close()
-
-
-async def test_tcp_check(closed_tcp: Endpoint) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        assert (await probe(route(Endpoint(*server.getsockname())))).ok
-    outcome = await probe(route(closed_tcp))
-    assert not outcome.ok and str(closed_tcp) in outcome.output
-
-
-@pytest.mark.parametrize(
-    ("status", "ok"), [("200 OK", True), ("204 No Content", True), ("302 Found", False), ("500 Oops", False)]
-)
-async def test_http_check(status: str, ok: bool) -> None:
-    async with http_server(status) as backend:
-        outcome = await probe(route(backend, kind="http", path="/health"))
-        assert (outcome.ok, outcome.output) == (ok, f"GET /health: {status[:3]}")
-
-
-async def test_http_check_of_silence() -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        outcome = await probe(route(Endpoint(*server.getsockname()), kind="http", timeout_s=0.2))
-        assert not outcome.ok and "no answer in 0.2 s" in outcome.output
-
-
-async def test_udp_check() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as backend:
-        backend.bind(("127.0.0.1", 0))
-        assert (await probe(route(Endpoint(*backend.getsockname()), "udp"))).ok
-    outcome = await probe(route(Endpoint("127.0.0.1", closed_udp_port()), "udp"))
-    assert not outcome.ok
-
-
-async def test_no_check_passes(closed_tcp: Endpoint) -> None:
-    assert (await probe(route(closed_tcp, kind="none"))).ok
 
 
 # UDP flows

@@ -274,13 +274,13 @@ def config(
         "tls": tls,
         "relays": (relay.target,),
         "routes": (
-            RouteConfig(service=ECHO, backend=alive, port=PORT, check=check),
+            RouteConfig(service=ECHO, backend=alive, port=PORT, checks=(check,)),
             RouteConfig(
-                service=ECHO, backend=alive, port=PORT, protocol="udp", check=unchecked, allow_v1=allow_v1
+                service=ECHO, backend=alive, port=PORT, protocol="udp", checks=(unchecked,), allow_v1=allow_v1
             ),
-            RouteConfig(service=ECHO, backend=dead, port=8, check=unchecked),
-            RouteConfig(service=ECHO, backend=dead, port=9, protocol="udp", check=unchecked),
-            RouteConfig(service=DOWN, backend=dead, port=80, check=check),
+            RouteConfig(service=ECHO, backend=dead, port=8, checks=(unchecked,)),
+            RouteConfig(service=ECHO, backend=dead, port=9, protocol="udp", checks=(unchecked,)),
+            RouteConfig(service=DOWN, backend=dead, port=80, checks=(check,)),
         ),
         "link": Endpoint("127.0.0.1", 0),
         "drain_s": 0.3,

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.connector.health import CheckHealth, Outcome, ServiceHealth, next_delay
+from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, next_delay
+from ztna.config import CheckConfig
 from ztna.leases import Port
 
 GOOD, BAD = Outcome(True, "connected"), Outcome(False, "connection refused")
-TCP, UDP = Port("tcp", 80), Port("udp", 53)
+WARNING = Outcome(True, "disk is nearly full", is_warning=True)
+TCP, UDP = CheckKey(Port("tcp", 80)), CheckKey(Port("udp", 53), 1)
 
 
-def health(passing: int = 1, critical: int = 2) -> CheckHealth:
-    return CheckHealth(success_before_passing=passing, failures_before_critical=critical, now=0.0)
+def health(passing: int = 1, critical: int = 2, **config: object) -> CheckHealth:
+    thresholds = {"success_before_passing": passing, "failures_before_critical": critical}
+    return CheckHealth(CheckConfig(**thresholds | config), now=0.0)  # type: ignore[arg-type]
 
 
 def fed(check: CheckHealth, *outcomes: Outcome) -> list[str]:
@@ -41,17 +44,65 @@ def test_says_when_the_verdict_changed() -> None:
     assert (check.since, check.output) == (4.0, "connection refused")
 
 
-def test_a_service_passes_only_when_all_its_checks_do() -> None:
+def test_warns_before_it_is_critical() -> None:
+    check = health(critical=3, failures_before_warning=2)
+    assert fed(check, GOOD, BAD, BAD, BAD, BAD) == ["passing", "passing", "warning", "critical", "critical"]
+    # One that is critical or only warned does not get better by a failure.
+    assert fed(health(critical=9, failures_before_warning=1), BAD) == ["critical"]
+    assert fed(health(critical=9, failures_before_warning=1), GOOD, BAD, BAD) == [
+        "passing",
+        "warning",
+        "warning",
+    ]
+
+
+def test_a_warning_is_no_failure() -> None:
+    check = health(passing=2)
+    assert fed(check, WARNING, WARNING, GOOD, WARNING) == ["critical", "warning", "passing", "warning"]
+    assert check.output == "disk is nearly full"
+
+
+def test_who_flaps_has_to_prove_itself() -> None:
+    check = health(critical=1, flaps_max=2, flap_hold_s=10.0)
+    for at in (1.0, 3.0):
+        check.handle(GOOD, at)
+        check.handle(BAD, at + 1)
+    assert not check.handle(GOOD, 5.0)
+    assert check.output == "connected; it flaps: passing after 10 s without a failure"
+    assert not check.handle(GOOD, 14.9)
+    assert not check.handle(BAD, 15.0)
+    assert not check.handle(GOOD, 16.0), "a failure begins the time anew"
+    assert not check.handle(GOOD, 25.9)
+    assert check.handle(GOOD, 26.0)
+    # Long ago is forgotten.
+    assert check.handle(BAD, 400.0)
+    assert check.handle(GOOD, 401.0)
+
+
+def test_a_service_is_as_bad_as_its_worst_check() -> None:
     service = ServiceHealth({TCP: health(), UDP: health(critical=1)}, 0.0)
     assert not service.handle(TCP, GOOD, 1.0)
     assert service.output == "udp:53 not yet checked"
     assert service.handle(UDP, GOOD, 2.0)
     assert (service.verdict, service.since, service.output) == ("passing", 2.0, "connected; connected")
+    assert service.handle(TCP, WARNING, 2.5)
+    assert (service.verdict, service.output) == ("warning", "tcp:80 disk is nearly full")
     assert service.handle(UDP, BAD, 3.0)
     assert (service.verdict, service.since) == ("critical", 3.0)
     assert service.output == "udp:53 connection refused"
 
 
-@pytest.mark.parametrize(("draw", "delay"), [(0.0, 9.0), (0.5, 10.0), (1.0, 11.0)])
+def test_weight_grows_after_it_was_critical() -> None:
+    service = ServiceHealth({TCP: health()}, 0.0, slow_start_s=10.0)
+    assert service.weight(100, 0.0) == 20, "what is registered while critical is the first step"
+    service.handle(TCP, GOOD, 1.0)
+    assert [service.weight(100, 1.0 + age) for age in (0.0, 2.0, 9.9, 10.0, 99.0)] == [20, 40, 100, 100, 100]
+    assert service.weight(1, 1.0) == 1
+    service.handle(TCP, WARNING, 20.0)
+    assert service.weight(100, 20.0) == 100, "a warning is no new start"
+    assert ServiceHealth({TCP: health()}, 0.0).weight(100, 0.0) == 100
+
+
+@pytest.mark.parametrize(("draw", "delay"), [(0.0, 8.0), (0.5, 10.0), (1.0, 12.0)])
 def test_checks_spread_out(draw: float, delay: float) -> None:
-    assert next_delay(10.0, draw) == pytest.approx(delay)
+    assert next_delay(10.0, 0.2, draw) == pytest.approx(delay)

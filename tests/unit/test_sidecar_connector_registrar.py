@@ -24,7 +24,7 @@ def desired(verdict: Verdict = "passing", *, since: float = 0.0, lease: Lease | 
         RouteConfig(service=WEB, backend=Endpoint("127.0.0.1", 1), port=8080, weight=3),
         RouteConfig(service=WEB, backend=Endpoint("127.0.0.1", 1), port=53, protocol="udp", weight=3),
     ]
-    return Desired(RouteTable(routes).services[WEB], verdict, since, "connected", lease)
+    return Desired(RouteTable(routes).services[WEB], 3, verdict, since, "connected", lease)
 
 
 def known(**changes: object) -> dict[str, AgentService]:
@@ -66,7 +66,7 @@ def test_the_address_it_asks_for_is_in_its_meta() -> None:
         virtual_ip=IPv4Address("10.100.0.80"),
         wildcard=True,
     )
-    made = registration(Desired(RouteTable([asked]).services[WEB], "passing", 0.0, ""), ME)
+    made = registration(Desired(RouteTable([asked]).services[WEB], 1, "passing", 0.0, ""), ME)
     assert made.meta["ztna-virtual-ip"] == "10.100.0.80"
     assert made.meta["ztna-wildcard"] == "true"
 

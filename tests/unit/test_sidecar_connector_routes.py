@@ -5,7 +5,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from sidecar.connector.routes import RouteTable, check_kind
+from sidecar.connector.routes import RouteTable
 from ztna.config import CheckConfig, Endpoint, RouteConfig
 from ztna.errors import ConfigError
 from ztna.identity import Grants, Identity
@@ -66,6 +66,8 @@ def test_one_route_may_ask_for_the_address_of_all() -> None:
         ([route(protocol="icmp")], r"routes\[0\]\.protocol"),
         ([route(), route()], "tcp port 80 is routed twice"),
         ([route(weight=1), route(port=81, weight=2)], "one weight, got 1, 2"),
+        ([route(checks=())], r"routes\[0\]\.checks: expected 1 to 16"),
+        ([route(), route("db", checks=(CheckConfig(path="x"),))], r"routes\[1\]\.checks\[0\]\.path"),
         (
             [route(virtual_ip=IPv4Address("10.0.0.2")), route(port=81, virtual_ip=IPv4Address("10.0.0.1"))],
             r"one virtual_ip, got 10\.0\.0\.1, 10\.0\.0\.2",
@@ -77,14 +79,17 @@ def test_refuses_what_cannot_be_used(routes: list[RouteConfig], said: str) -> No
         RouteTable(routes)
 
 
-@pytest.mark.parametrize(
-    ("kind", "protocol", "used"),
-    [("auto", "tcp", "tcp"), ("auto", "udp", "udp"), ("http", "tcp", "http"), ("none", "udp", "none")],
-)
-def test_checks_as_the_protocol_unless_told(kind: str, protocol: str, used: str) -> None:
-    check = CheckConfig(kind=kind)  # type: ignore[arg-type]
-    table = RouteTable([route(protocol=protocol, check=check)])
-    assert check_kind(table.services[WEB].routes[0]) == used
+def test_checks_as_the_protocol_unless_told() -> None:
+    table = RouteTable(
+        [route(), route(port=53, protocol="udp", checks=(CheckConfig(kind="none"), CheckConfig()))]
+    )
+    kinds = [[check.kind for check in each.checks] for each in table.services[WEB].routes]
+    assert kinds == [["tcp"], ["none", "udp"]]
+
+
+def test_the_slowest_start_of_a_service_counts() -> None:
+    table = RouteTable([route(slow_start_s=5.0), route(port=81)])
+    assert table.services[WEB].slow_start_s == 5.0
 
 
 def test_our_certificate_must_allow_every_route() -> None:

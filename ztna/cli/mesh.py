@@ -255,19 +255,19 @@ class Mesh:
                 backend=Endpoint("127.0.0.1", self.backend_ports[ECHO]),
                 port=VIRTUAL_PORTS[ECHO],
                 protocol="udp",
-                check=CheckConfig(kind="none"),
+                checks=(CheckConfig(kind="none"),),
             ),
             RouteConfig(
                 service=WEB,
                 backend=Endpoint("127.0.0.1", self.backend_ports[WEB]),
                 port=VIRTUAL_PORTS[WEB],
-                check=CheckConfig(kind="http", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),
+                checks=(CheckConfig(kind="http", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),),
             ),
             RouteConfig(
                 service=DATABASE,
                 backend=Endpoint("127.0.0.1", self.backend_ports[DATABASE]),
                 port=VIRTUAL_PORTS[DATABASE],
-                check=CheckConfig(kind="tcp", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),
+                checks=(CheckConfig(kind="tcp", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),),
             ),
         )
 
