@@ -13,18 +13,19 @@ from pathlib import Path
 
 import msgspec
 
-from dnsd.answer import EDE_NO_REACHABLE_AUTHORITY, EDE_NOT_READY, Answers, Options
+from dnsd.answer import Options
 from dnsd.cookies import SECRET_BYTES
-from dnsd.forwarding import Forwarder
+from dnsd.feed import Setup
 from dnsd.keeping import Keeping, check_schema
-from dnsd.limits import Limiter
 from dnsd.plans import WITHOUT_LEASE, PoolUse, Problem, Rules
 from dnsd.pool import Pool
 from dnsd.secondaries import Secondaries
-from dnsd.server import Server
+from dnsd.server import Server, configured
 from dnsd.services import describe_all
+from dnsd.serving import Age, aged, renewed
+from dnsd.settling import Settled
 from dnsd.shelf import Shelf
-from dnsd.signed import SecondLook
+from dnsd.workers import Workers
 from dnsd.zone import Settings, ZoneData, rebuilt
 from ztna.config import DnsdConfig
 from ztna.consul.client import ConsulClient
@@ -35,10 +36,6 @@ from ztna.leases import SERVICE_PREFIX, ULA, ULA_PREFIX_BITS, Table, is_ula, rea
 from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import CONFIRMED, POOL, SERVED, UNLEASED, logger
 
-STALE_AFTER_SECONDS = 60.0
-"""Names not confirmed for so long are marked as stale (EDE 3); an idle watch confirms about every 21 s."""
-STALE_SECONDS_MAX = 86_400.0
-"""Names not confirmed for so long are not served any more (SERVFAIL), whatever `stale_max_s` says."""
 SAVE_SECONDS = 5.0
 """How often the names on disk are brought up to date."""
 LOOPBACK = IPv4Network("127.0.0.0/8")
@@ -63,18 +60,16 @@ async def run(daemon: Daemon) -> None:
     daemon.readiness.awaiting("leases", "the first read of the leases in Consul's KV")
     keys = load_keys(config.keys, "dnsd.keys")
     secondaries = Secondaries(config.transfer, keys)
-    server = Server(
-        config.allow,
-        Answers(None),
-        SecondLook(keys, config.transfer.allow, secondaries.publication),
-        limiter=Limiter(config.rate_limit) if config.rate_limit else None,
-        limits_loopback=config.rate_limit_loopback,
-        forwarder=Forwarder(config.upstreams, config.upstream_timeout_s) if config.upstreams else None,
-    )
-    host, port = server.listen(config.listen)
+    server = configured(config, keys, secondaries.publication)
+    options = _options(config)
+    workers = None
+    if config.workers > 1:
+        setup = Setup(config, daemon.config.log, keys, options)
+        workers = Workers(config.listen, config.workers, setup, server.adopt, daemon.readiness)
+    host, port = workers.address if workers else server.listen(config.listen)
     _log.info("listening", address=f"{host}:{port}", zone=daemon.config.domain, pool=_rules(config).pool)
     async with ConsulClient(daemon.config.consul) as client:
-        dnsd = _Dnsd(daemon, config, server, secondaries, client, host)
+        dnsd = _Dnsd(daemon, config, server, workers, secondaries, client, options, host)
         await dnsd.run()
 
 
@@ -86,12 +81,16 @@ class _Dnsd:
         daemon: Daemon,
         config: DnsdConfig,
         server: Server,
+        workers: Workers | None,
         secondaries: Secondaries,
         client: ConsulClient,
+        options: Options,
         host: str,
     ) -> None:
+        """With workers, these answer, and the server transfers zones on the connections that they hand over."""
         self._daemon = daemon
         self._server = server
+        self._workers = workers
         self._secondaries = secondaries
         self._client = client
         self._catalog = CatalogWatch(client)
@@ -123,13 +122,8 @@ class _Dnsd:
             config.pool.ula,
         )
         self._zone = ZoneData(settings, {}, {}, int(time.time()))
-        self._options = Options(
-            version=f"ztna-dnsd {version('ztna-mesh')}".encode() if config.version_bind else b"",
-            nsid=(config.nsid or "").encode(),
-            secret=secrets.token_bytes(SECRET_BYTES),
-            forwards=bool(config.upstreams),
-            bounds=self._zone,
-        )
+        self._options = msgspec.structs.replace(options, bounds=self._zone)
+        self._settled = Settled()
         self._show_who_may_ask(config.allow)
         self._renew_answers()
         self._catalog.subscribe(lambda _: self._changed.set())
@@ -149,6 +143,8 @@ class _Dnsd:
                 group.create_task(self._tick(), name="tick"),
                 group.create_task(self._secondaries.run(self._serve), name="secondaries"),
             ]
+            if self._workers is not None:
+                tasks.append(group.create_task(self._workers.run(), name="workers"))
             if await self._schema_is_known():
                 tasks += [
                     group.create_task(self._catalog.run(), name="catalog-watch"),
@@ -268,12 +264,12 @@ class _Dnsd:
         """Let the answers age, and show what stands in the way."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            answers = self._server.answers
-            answers.confirmed_at, answers.now = self._confirmed_at, time.time()
-            CONFIRMED.set(answers.confirmed_at)
-            is_served = answers.zone is not None
-            if self._is_served != is_served or self._is_stale != answers.is_stale:
+            age = self._age
+            CONFIRMED.set(age.confirmed_at)
+            if aged(self._server.answers, age, time.time()):
                 self._renew_answers()
+            elif self._workers is not None:
+                self._workers.show(self._zone, age)
             self._server.count()
             if self._secondaries.is_due(self._confirmed_at):
                 self._serve(self._secondaries.freshened(self._confirmed_at))
@@ -285,22 +281,21 @@ class _Dnsd:
 
     def _renew_answers(self) -> None:
         """Answer from the zone as it is now; what did not change keeps its ready answers."""
-        zone = None
-        if self._is_served:
-            zone = self._zone = self._secondaries.numbered(self._zone, self._confirmed_at)
+        age, now = self._age, time.time()
+        if age.is_served(now):
+            self._zone = self._secondaries.numbered(self._zone, age.confirmed_at)
         else:
             self._secondaries.withdraw()
-        answers = Answers(
-            zone,
-            confirmed_at=self._confirmed_at,
-            is_stale=self._is_stale,
-            why_not=EDE_NO_REACHABLE_AUTHORITY if self._confirmed_at else EDE_NOT_READY,
-            options=self._options,
-            now=time.time(),
-        )
-        answers.take_over(self._server.answers)
+        answers = renewed(self._server.answers, self._zone, age, self._options, now)
         self._server.answers = answers
-        SERVED.set((1 if self._is_stale else 2) if zone else 0)
+        if self._workers is not None:
+            self._workers.show(self._zone, age)
+        self._settled.grow(len(self._zone.services))
+        SERVED.set((1 if answers.is_stale else 2) if answers.zone else 0)
+
+    @property
+    def _age(self) -> Age:
+        return Age(self._confirmed_at, self._is_live, self._stale_max_s)
 
     @property
     def _confirmed_at(self) -> float:
@@ -315,11 +310,11 @@ class _Dnsd:
 
     @property
     def _is_stale(self) -> bool:
-        return not self._is_live or time.time() - self._confirmed_at > STALE_AFTER_SECONDS
+        return self._age.is_stale(time.time())
 
     @property
     def _is_served(self) -> bool:
-        return time.time() - self._confirmed_at <= min(self._stale_max_s, STALE_SECONDS_MAX)
+        return self._age.is_served(time.time())
 
     def _show_warnings(self) -> None:
         problem = self._catalog.problem or self._leases.problem
@@ -381,16 +376,15 @@ class _Dnsd:
         UNLEASED.set(sum(1 for problem in problems if problem.kind in WITHOUT_LEASE))
 
     def _dns_status(self) -> Mapping[str, object]:
-        answers = self._server.answers
         return {
-            **self._server.status,
+            **(self._workers.status() if self._workers else self._server.status),
             "zone": self._zone.settings.domain,
             "serial": self._zone.serial,
             "services": len(self._zone.services),
             "leases": len(self._zone.leases),
             "unreadable": dict(self._table.unreadable),
             "confirmed_at": self._confirmed_at,
-            "stale": answers.is_stale,
+            "stale": self._server.answers.is_stale,
         }
 
     def _keeper_status(self) -> Mapping[str, object]:
@@ -399,6 +393,15 @@ class _Dnsd:
             "trouble": self._keeping.trouble,
             "problems": {problem.service: problem.what for problem in self._problems},
         }
+
+
+def _options(config: DnsdConfig) -> Options:
+    return Options(
+        version=f"ztna-dnsd {version('ztna-mesh')}".encode() if config.version_bind else b"",
+        nsid=(config.nsid or "").encode(),
+        secret=secrets.token_bytes(SECRET_BYTES),
+        forwards=bool(config.upstreams),
+    )
 
 
 def _rules(config: DnsdConfig) -> Rules:

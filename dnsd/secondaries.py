@@ -47,8 +47,7 @@ class Secondaries:
     def __init__(self, config: TransferConfig, keys: Mapping[str, Key]) -> None:
         """Raises ConfigError for a key that is not among `keys` or an address that is none."""
         self.publication = Publication()
-        self.wanted = bool(config.allow or config.notify or keys)
-        """Whether anybody may transfer: otherwise nothing is kept for it."""
+        self.wanted = are_wanted(config, keys)
         self._targets = [_target(config, place, keys) for place in range(len(config.notify))]
         self._published_at = 0.0
         self._pending: ZoneData | None = None
@@ -158,6 +157,11 @@ class Secondaries:
                 break
         NOTIFIES.labels("failed").inc()
         return f"{zone}: {problem}"
+
+
+def are_wanted(config: TransferConfig, keys: Mapping[str, Key]) -> bool:
+    """Say whether anybody may transfer: otherwise nothing is kept for it."""
+    return bool(config.allow or config.notify or keys)
 
 
 async def _exchange(target: _Target, zone: str) -> int:

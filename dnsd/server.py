@@ -1,7 +1,8 @@
 """DNS over UDP and TCP on one port, for those on the allow list. What is answered is dnsd.answer's.
 
 UDP is served in batches straight from the socket; over TCP (RFC 7766) connections are bounded, may be idle
-only so long, and may send many queries without waiting for the answers.
+only so long, and may send many queries without waiting for the answers. A server without sockets of its own goes
+on with connections that others hand over.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from dnsd.answer import FORWARD, TCP_IDLE_SECONDS, Answers, prohibited
 from dnsd.forwarding import Forwarder
 from dnsd.limits import Limiter
 from dnsd.signed import SecondLook
-from ztna.config import Endpoint
+from dnsd.sockets import Sockets, bind
+from dnsd.transfer import Publication
+from ztna.config import DnsdConfig, Endpoint
 from ztna.reasons import Reason
-from ztna.runtime import bind_error
 from ztna.telemetry import DNS_CONNECTIONS, DNS_QUERIES, DROPS, REFUSALS, logger
+from ztna.tsig import Key
 from ztna.udp import BATCH_PACKETS, RawAddress, RawSocket, SockAddr
 
 BATCHES_PER_WAKEUP = 8
 TCP_CONNECTIONS_MAX = 256
 TCP_STRANGERS_MAX = 128
 """Connections beyond which only those on the allow list get one; whether others hold a key shows later."""
-TCP_BACKLOG = 128
 TCP_CONNECTIONS_PER_CLIENT_MAX = 64
 TCP_MESSAGE_SECONDS = 5.0
 """A query that has begun must be whole by then, however slowly its bytes drip."""
@@ -40,12 +42,13 @@ TCP_SEND_BYTES = 16_384
 """Answers are written when there are so many bytes of them, or no more queries."""
 ACCEPT_RETRY_SECONDS = 0.1
 SOURCES_REMEMBERED_MAX = 65_536
-BIND_ATTEMPTS = 16
-"""How often another free port is tried when port 0 was asked for and TCP does not get UDP's."""
 
 _LENGTH = struct.Struct("!H")
 _LOOPBACK = 127
 _log = logger(__name__)
+
+HandOver = Callable[[socket.socket, str, bytes], Awaitable[None]]
+"""Gives somebody else a connection, the host it is from, and what was read of it but not answered."""
 
 
 class Server:
@@ -60,10 +63,12 @@ class Server:
         limiter: Limiter | None = None,
         limits_loopback: bool = False,
         forwarder: Forwarder | None = None,
+        hand_over: HandOver | None = None,
     ) -> None:
         """`second_look` has signed queries and transfers, which `allow` does not bind.
 
-        Without a limiter nobody has a limit; a forwarder is needed when the answers' options forward.
+        Without a limiter nobody has a limit; a forwarder is needed when the answers' options forward. With
+        `hand_over`, connections that ask for a transfer are given away.
         """
         self.answers = answers
         self._second_look = second_look or SecondLook()
@@ -74,8 +79,9 @@ class Server:
         # Who gets ready answers without a further look: who may ask, and has no limit.
         self._is_known = self._is_allowed if limiter is None else dict[bytes, bool]()
         self._forwarder = forwarder
+        self._hand_over = hand_over
         self._tasks: asyncio.TaskGroup
-        self._udp: RawSocket
+        self._udp: RawSocket | None = None
         self._tcp: socket.socket
         self._connections: set[socket.socket] = set()
         self._clients: Counter[str] = Counter()
@@ -89,63 +95,71 @@ class Server:
 
     def listen(self, endpoint: Endpoint) -> SockAddr:
         """Bind UDP and TCP to the same port; port 0 takes a free one. Raises ZtnaError naming a taken port."""
-        for attempt in range(BIND_ATTEMPTS):
-            self._udp = RawSocket.open((endpoint.host, endpoint.port))
-            host, port = self._udp.address
-            try:
-                self._tcp = _listen_tcp(Endpoint(host, port))
-            except OSError as error:
-                self._udp.close()
-                if endpoint.port or attempt == BIND_ATTEMPTS - 1:
-                    raise bind_error(endpoint, error) from None
-            else:
-                break
-        return host, port
+        sockets = bind(endpoint)
+        self.take(sockets)
+        return sockets.address
+
+    def take(self, sockets: Sockets) -> None:
+        """Answer on these; they are closed at the end."""
+        self._udp, self._tcp = RawSocket(sockets.udp), sockets.tcp
 
     async def run(self) -> None:
         """Serve until cancelled; then everything is closed."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            if self._udp is None:
+                await asyncio.Event().wait()
+            else:
+                await self._listen(self._udp, tasks)
+
+    async def _listen(self, udp: RawSocket, tasks: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                loop.add_reader(self._udp.fileno(), self._readable)
-                while True:
-                    try:
-                        sock, (host, *_) = await loop.sock_accept(self._tcp)
-                    except OSError as error:
-                        # That one went away again, or files have run out: neither may end the others.
-                        _log.warning("accept_failed", error=error)
-                        await asyncio.sleep(ACCEPT_RETRY_SECONDS)
-                        continue
-                    if self._admits(sock, host):
-                        tasks.create_task(self._serve_connection(sock, host), name="dns-tcp")
+            loop.add_reader(udp.fileno(), self._readable, udp)
+            while True:
+                try:
+                    sock, (host, *_) = await loop.sock_accept(self._tcp)
+                except OSError as error:
+                    # That one went away again, or files have run out: neither may end the others.
+                    _log.warning("accept_failed", error=error)
+                    await asyncio.sleep(ACCEPT_RETRY_SECONDS)
+                    continue
+                if self._admits(sock, host):
+                    tasks.create_task(self._serve_connection(sock, host, b""), name="dns-tcp")
         finally:
-            loop.remove_reader(self._udp.fileno())
-            self._udp.close()
+            loop.remove_reader(udp.fileno())
+            udp.close()
             self._tcp.close()
+
+    def adopt(self, sock: socket.socket, host: str, received: bytes) -> None:
+        """Go on with a connection of which somebody else has read `received`, within our own bounds; only while run."""
+        if self._admits(sock, host):
+            self._tasks.create_task(self._serve_connection(sock, host, received), name="dns-tcp")
 
     def count(self) -> None:
         """Bring the metrics up to date: the hot path counts in plain numbers."""
-        self._udp_queries.inc(self._udp.received - self._counted)
-        self._counted = self._udp.received
+        if self._udp is not None:
+            self._udp_queries.inc(self._udp.received - self._counted)
+            self._counted = self._udp.received
 
     @property
     def status(self) -> Mapping[str, int]:
         """Counts for /status."""
+        udp = self._udp
         return {
-            "udp_received": self._udp.received,
-            "udp_sent": self._udp.sent,
-            "udp_dropped": self._udp.dropped,
+            "udp_received": udp.received if udp else 0,
+            "udp_sent": udp.sent if udp else 0,
+            "udp_dropped": udp.dropped if udp else 0,
             "tcp_connections": len(self._connections),
             "answers_ready": len(self.answers.ready),
         }
 
     # UDP
 
-    def _readable(self) -> None:
+    def _readable(self, udp: RawSocket) -> None:
         for _ in range(BATCHES_PER_WAKEUP):
             # The zone may change between two batches, so `ready` is looked up for each.
-            count = self._udp.reply(self.answers.ready, self._is_known, self._answer_udp)
+            count = udp.reply(self.answers.ready, self._is_known, self._answer_udp)
             if count < BATCH_PACKETS:
                 return
 
@@ -163,7 +177,9 @@ class Server:
         return answer
 
     async def _forward(self, data: bytes, source: RawAddress) -> None:
-        self._udp.send([(await self._upstream_answer(data, over_tcp=False), source)])
+        answer = await self._upstream_answer(data, over_tcp=False)
+        if self._udp is not None:
+            self._udp.send([(answer, source)])
 
     async def _upstream_answer(self, data: bytes, *, over_tcp: bool) -> bytes:
         assert self._forwarder is not None, "only answers with upstreams say FORWARD"
@@ -226,14 +242,14 @@ class Server:
             sock.setblocking(False)
             self._connections.add(sock)
             self._clients[host] += 1
-            DNS_CONNECTIONS.set(len(self._connections))
+            DNS_CONNECTIONS.inc()
             return True
         sock.close()
         return False
 
-    async def _serve_connection(self, sock: socket.socket, host: str) -> None:
+    async def _serve_connection(self, sock: socket.socket, host: str, received: bytes) -> None:
         try:
-            await self._serve_queries(sock, socket.inet_aton(host))
+            await self._serve_queries(sock, host, bytearray(received))
         except (OSError, TimeoutError):
             # The client went away, or was too slow: that is how every such connection ends.
             pass
@@ -242,31 +258,42 @@ class Server:
             self._clients[host] -= 1
             if not self._clients[host]:
                 del self._clients[host]
-            DNS_CONNECTIONS.set(len(self._connections))
+            DNS_CONNECTIONS.dec()
             sock.close()
 
-    async def _serve_queries(self, sock: socket.socket, address: bytes) -> None:
-        """Answer query after query in order, a run of them in one write."""
+    async def _serve_queries(self, sock: socket.socket, host: str, received: bytearray) -> None:
+        """Answer query after query in order, a run of them in one write; what has come already is first."""
         loop = asyncio.get_running_loop()
-        received = bytearray()
-        deadline = loop.time() + TCP_IDLE_SECONDS
+        had_begun = False
         while True:
-            async with asyncio.timeout_at(deadline):
-                data = await loop.sock_recv(sock, TCP_READ_BYTES)
-            if not data:
-                return
-            had_begun = bool(received)
-            received += data
             queries = _take_queries(received)
-            for start in range(0, len(queries), TCP_QUERIES_AT_ONCE):
-                run = queries[start : start + TCP_QUERIES_AT_ONCE]
-                if not await self._answer_run(sock, run, address):
-                    return
+            own = self._own(queries)
+            for start in range(0, own, TCP_QUERIES_AT_ONCE):
+                run = queries[start : min(own, start + TCP_QUERIES_AT_ONCE)]
+                if not await self._answer_run(sock, run, socket.inet_aton(host)):
+                    return None
                 # A client that never stops asking must not keep the others waiting.
                 await asyncio.sleep(0)
+            if own < len(queries) and self._hand_over is not None:
+                rest = b"".join(map(_framed, queries[own:])) + received
+                return await self._hand_over(sock, host, rest)
             if queries or not had_begun:
                 patience = min(TCP_MESSAGE_SECONDS, TCP_IDLE_SECONDS) if received else TCP_IDLE_SECONDS
                 deadline = loop.time() + patience
+            async with asyncio.timeout_at(deadline):
+                data = await loop.sock_recv(sock, TCP_READ_BYTES)
+            if not data:
+                return None
+            had_begun = bool(received)
+            received += data
+
+    def _own(self, queries: Sequence[bytes]) -> int:
+        """Return how many of the queries come before the first that another is to answer."""
+        if self._hand_over is not None:
+            for place, query in enumerate(queries):
+                if self._second_look.is_transfer(query):
+                    return place
+        return len(queries)
 
     async def _answer_run(self, sock: socket.socket, queries: Sequence[bytes], address: bytes) -> bool:
         """Answer in order; False after what is no DNS: who sends that gets no more (RFC 7766 8)."""
@@ -277,7 +304,7 @@ class Server:
             for answer in self._answers_to(query, address, over_tcp=True):
                 is_answered = True
                 told = answer or await self._upstream_answer(query, over_tcp=True)
-                written += _LENGTH.pack(len(told)) + told
+                written += _framed(told)
                 if len(written) >= TCP_SEND_BYTES:
                     await _send(sock, written)
             if not is_answered:
@@ -288,6 +315,26 @@ class Server:
         return True
 
 
+def configured(
+    config: DnsdConfig,
+    keys: Mapping[str, Key],
+    publication: Publication,
+    *,
+    limits: memoryview | None = None,
+    hand_over: HandOver | None = None,
+) -> Server:
+    """Return a server as the configuration wants it, without answers yet; `limits` is memory shared with others."""
+    return Server(
+        config.allow,
+        Answers(None),
+        SecondLook(keys, config.transfer.allow, publication),
+        limiter=Limiter(config.rate_limit, limits) if config.rate_limit else None,
+        limits_loopback=config.rate_limit_loopback,
+        forwarder=Forwarder(config.upstreams, config.upstream_timeout_s) if config.upstreams else None,
+        hand_over=hand_over,
+    )
+
+
 async def _send(sock: socket.socket, written: bytearray) -> None:
     """Write what is there; a client that does not take it in time is no client any more."""
     async with asyncio.timeout(TCP_SEND_SECONDS):
@@ -295,6 +342,10 @@ async def _send(sock: socket.socket, written: bytearray) -> None:
     written.clear()
     # A write that need not wait does not let others go on, and a transfer is many of them.
     await asyncio.sleep(0)
+
+
+def _framed(message: bytes) -> bytes:
+    return _LENGTH.pack(len(message)) + message
 
 
 def _take_queries(received: bytearray) -> list[bytes]:
@@ -310,16 +361,3 @@ def _take_queries(received: bytearray) -> list[bytes]:
         position = end
     del received[:position]
     return queries
-
-
-def _listen_tcp(endpoint: Endpoint) -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((endpoint.host, endpoint.port))
-        sock.listen(TCP_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock

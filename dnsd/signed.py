@@ -43,9 +43,11 @@ class SecondLook:
 
     def wants(self, data: bytes) -> bool:
         """Return whether `answers` is for this query; most are not, and this is quick to say so."""
-        return (tsig.may_be_signed(data) or transfer.may_be(data)) and (
-            len(data) >= HEADER_BYTES and not data[2] & 0x80
-        )
+        return (tsig.may_be_signed(data) or transfer.may_be(data)) and _is_query(data)
+
+    def is_transfer(self, data: bytes) -> bool:
+        """Return whether `answers` may transfer a zone to who asks this."""
+        return transfer.may_be(data) and _is_query(data)
 
     def answers(
         self,
@@ -104,6 +106,10 @@ class SecondLook:
             TRANSFERS.labels(kind).inc()
             _log.info("transfer", peer=address, zone=".".join(request.apex), kind=kind, since=request.serial)
         yield from found
+
+
+def _is_query(data: bytes) -> bool:
+    return len(data) >= HEADER_BYTES and not data[2] & 0x80
 
 
 def _one(answer: bytes | None) -> Iterator[bytes]:

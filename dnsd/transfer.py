@@ -23,6 +23,7 @@ from dnsd.zone import (
     Labels,
     Outcome,
     ZoneData,
+    differing,
 )
 from ztna.dns import Code, SoaData, Type, decode
 from ztna.errors import ProtocolError
@@ -180,7 +181,7 @@ def refuse(request: Request, code: Code) -> bytes:
 
 def differences(before: ZoneData, after: ZoneData) -> Mapping[Labels, Delta]:
     """Return what changed, by apex; looks only at names whose service or lease is another."""
-    names = _changed(before.services, after.services) | _changed(before.leases, after.leases)
+    names = differing(before.services, after.services) | differing(before.leases, after.leases)
     removed, added = _by_apex(before, names, before, after), _by_apex(after, names, before, after)
     return {
         apex: Delta(lost, gained)
@@ -214,13 +215,6 @@ def _by_apex(
             found[apex].add(record)
     found[domain].add(_fresh(zone))
     return {apex: frozenset(records) for apex, records in found.items()}
-
-
-def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> set[str]:
-    names = {
-        name for name, value in after.items() if before.get(name) is not value and before.get(name) != value
-    }
-    return names | (before.keys() - after.keys())
 
 
 def _owners(

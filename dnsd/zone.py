@@ -145,17 +145,11 @@ class ZoneData:
         return zone
 
     def followed_by(
-        self, services: Mapping[str, Service], leases: Mapping[str, Lease], serial: int
+        self, services: Mapping[str, Service], leases: Mapping[str, Lease], serial: int, changed: set[str]
     ) -> ZoneData:
-        """Return the next state of the zone, put together from this one and what is different."""
+        """Return the next state of the zone, in which only the services named in `changed` are different."""
         zone = copy(self)
         zone.services, zone.leases, zone.serial = services, leases, serial
-        changed = {
-            name
-            for before, after in ((self.services, services), (self.leases, leases))
-            for name in before.keys() | after.keys()
-            if before.get(name) is not after.get(name) and before.get(name) != after.get(name)
-        }
         zone._index, moved = self._index.updated(changed, (self.services, self.leases), (services, leases))
         zone.follows, zone.changed = self.serial, self._subjects(changed, moved, leases)
         return zone
@@ -375,9 +369,18 @@ def rebuilt(
 
     The serial rises with the Unix time `now`, and always (RFC 1982 arithmetic, 32 bits).
     """
-    if services == previous.services and leases == previous.leases:
+    changed = differing(previous.services, services) | differing(previous.leases, leases)
+    if not changed:
         return previous
-    return previous.followed_by(services, leases, max(previous.serial + 1, int(now)) & 0xFFFFFFFF)
+    return previous.followed_by(services, leases, max(previous.serial + 1, int(now)) & 0xFFFFFFFF, changed)
+
+
+def differing(before: Mapping[str, object], after: Mapping[str, object]) -> set[str]:
+    """Return the keys under which two tables have not the same."""
+    changed = {
+        name for name, value in after.items() if before.get(name) is not value and before.get(name) != value
+    }
+    return changed | (before.keys() - after.keys())
 
 
 def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:

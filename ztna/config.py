@@ -148,6 +148,10 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
     admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
         "127.0.0.1", 9432
     )
+    workers: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=64)],
+        about("Processes that answer; two or more share the port beside one that keeps the names."),
+    ] = 1
     allow: Annotated[tuple[IPv4Network, ...], about("Who may ask; everybody else is refused.")] = (
         IPv4Network("127.0.0.0/8"),
     )

@@ -8,7 +8,6 @@ of what a daemon does.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import resource
 import signal
@@ -32,6 +31,7 @@ from ztna import telemetry
 from ztna.config import Config, Endpoint
 from ztna.errors import ConfigError, ZtnaError
 from ztna.jsontypes import Secret, encode_hook
+from ztna.listening import bind_error, endpoint_text
 
 EXIT_FINE = 0
 EXIT_FAILED = 1
@@ -169,20 +169,6 @@ async def sleep_or_stop(daemon: Daemon, seconds: float) -> bool:
     return daemon.stopping.is_set()
 
 
-def port_in_use_error(endpoint: Endpoint | tuple[str, int]) -> ZtnaError:
-    """Return the error that names a port somebody else holds."""
-    return ZtnaError(
-        f"{_endpoint_text(endpoint)} is taken by another process; stop it or choose another port"
-    )
-
-
-def bind_error(endpoint: Endpoint | tuple[str, int], error: OSError) -> ZtnaError:
-    """Return the error for a socket that could not be bound, in words for the operator."""
-    if error.errno == errno.EADDRINUSE:
-        return port_in_use_error(endpoint)
-    return ZtnaError(f"cannot listen on {_endpoint_text(endpoint)}: {error.strerror or error}")
-
-
 def raise_file_limit() -> None:
     """Allow as many open files as the hard limit does."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -199,7 +185,7 @@ async def _run(
             daemon = Daemon(daemon_name, config, tasks, reread=reread)
             _install_signals(loop, daemon)
             runner = await _serve_admin(daemon, admin)
-            _log.info("started", daemon=daemon_name, admin=_endpoint_text(daemon.admin_address))
+            _log.info("started", daemon=daemon_name, admin=endpoint_text(daemon.admin_address))
             try:
                 await body(daemon)
             finally:
@@ -348,7 +334,3 @@ def _pairs(settings: tuple[str, ...], log_level: str | None) -> Iterator[tuple[s
         yield key, value
     if log_level is not None:
         yield "log.level", log_level
-
-
-def _endpoint_text(endpoint: Endpoint | tuple[str, int]) -> str:
-    return str(endpoint if isinstance(endpoint, Endpoint) else Endpoint(*endpoint))

@@ -62,6 +62,16 @@ DNS_FORWARDED = Counter(
     registry=REGISTRY,
 )
 DNS_CONNECTIONS = Gauge("ztna_dns_tcp_connections", "Open DNS connections over TCP.", registry=REGISTRY)
+WORKERS = Gauge("ztna_dns_workers", "Processes beside dnsd's own that answer on its port.", registry=REGISTRY)
+WORKER_ENDS = Counter(
+    "ztna_dns_worker_ends", "Workers that ended and were to be started again.", registry=REGISTRY
+)
+WORKER_CPU = Counter(
+    "ztna_dns_worker_cpu_seconds", "Processor time of all workers, those that ended too.", registry=REGISTRY
+)
+WORKER_MEMORY = Gauge(
+    "ztna_dns_worker_resident_bytes", "Resident memory of all workers, summed.", registry=REGISTRY
+)
 NOTIFIES = Counter(
     "ztna_dns_notifies", "NOTIFY messages by what became of them.", ("outcome",), registry=REGISTRY
 )

@@ -22,8 +22,9 @@ from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError, Refused
 from ztna.leases import Lease
+from ztna.listening import bind_error
 from ztna.names import ServiceName, SessionId
-from ztna.runtime import Daemon, bind_error, sleep_or_stop
+from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import dropped, logger, refused
 from ztna.wire import control
 from ztna.wire.control import Address, AnyMessage, Offering, Register

@@ -1,10 +1,11 @@
-"""What dig is told, one row a question: the whole of what dnsd promises on the wire."""
+"""What dig is told, one row a question: the whole of what dnsd promises on the wire, by one process or several."""
 
 from __future__ import annotations
 
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 
@@ -12,13 +13,13 @@ import pytest
 from msgspec import Struct
 from msgspec.structs import replace
 
-from dnsd.answer import Answers, Options
-from dnsd.server import Server
+from dnsd.answer import Options
+from dnsd.serving import Age
 from tests.support.dns import SETTINGS, catalog, instance, lease, query, zone
-from tests.support.dns_serving import serving
+from tests.support.dns_serving import Served, serving_by
 from ztna.leases import Port
 
-NOW = 1_700_000_000
+NOW = int(time.time())
 INSTANCES = 300
 NAMES = zone(
     catalog(
@@ -37,14 +38,14 @@ NAMES = zone(
 )
 DUAL = zone(NAMES.services, NAMES.leases, replace(SETTINGS, ula=IPv6Network("fd12:3456:789a::/96")))
 TALKATIVE = Options(version=b"ztna-dnsd 1", nsid=b"dns-1", secret=b"s" * 32)
+NOW_KNOWN, STALE = Age(NOW, True, 3600.0), Age(NOW, False, 3600.0)
 SERVERS = {
-    "plain": Answers(NAMES, confirmed_at=NOW),
-    "talkative": Answers(DUAL, confirmed_at=NOW, options=TALKATIVE, now=NOW),
-    "stale": Answers(NAMES, confirmed_at=NOW, is_stale=True),
-    "ended": Answers(None, why_not=22),
-    "strangers": Answers(NAMES),
+    "plain": Served(NAMES, NOW_KNOWN),
+    "talkative": Served(DUAL, NOW_KNOWN, TALKATIVE),
+    "stale": Served(NAMES, STALE),
+    "ended": Served(NAMES, Age(NOW - 7200, True, 3600.0)),
+    "strangers": Served(NAMES, NOW_KNOWN, allow=(IPv4Network("192.0.2.0/24"),)),
 }
-ALLOWED = {"strangers": (IPv4Network("192.0.2.0/24"),)}
 
 
 class Row(Struct, frozen=True):
@@ -161,11 +162,9 @@ MATRIX = {
 }
 
 
-@pytest.fixture(scope="module")
-def ports() -> Iterator[dict[str, int]]:
-    everybody = (IPv4Network("127.0.0.0/8"),)
-    servers = {name: Server(ALLOWED.get(name, everybody), answers) for name, answers in SERVERS.items()}
-    with serving(servers) as bound:
+@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two workers"])
+def ports(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
+    with serving_by(request.param, SERVERS) as bound:
         yield bound
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnsd.answer import Answers
+from dnsd import feed
+from dnsd.answer import NO_OPTIONS, Answers
+from dnsd.feed import Copy, Entries, State
 from dnsd.services import Service
+from dnsd.serving import Age, renewed
 from dnsd.zone import rebuilt
 from tests.support.dns import catalog, instance, lease, query, zone
 from ztna.dns import SoaData, decode
@@ -74,3 +77,26 @@ def test_kept_answers_are_those_of_the_state(states: list[object]) -> None:
         anew = Answers(here)
         for asked in QUERIES:
             assert told(kept, asked) == told(anew, asked)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(STATE, st.booleans()), min_size=1, max_size=5))
+def test_a_worker_that_is_told_of_some_states_answers_as_dnsd_does(states: list[tuple[object, bool]]) -> None:
+    """It keeps its ready answers over what it was told, and was not told of every state."""
+    copy, known, told_of = Copy(), Answers(None), None
+    here = zone({}, {})
+    for state, is_told in [*states, (({}, {}), True)]:
+        services, leases = made(state)  # type: ignore[arg-type]
+        here = rebuilt(here, services, leases, 2e9)
+        if not is_told:
+            continue
+        for data in feed.update(told_of, here, Age(2e9, True, 60.0)):
+            message = feed.decode_to_worker(data)
+            if isinstance(message, Entries):
+                copy.learn(message)
+            elif isinstance(message, State):
+                known = renewed(known, copy.follow(message), message.age, NO_OPTIONS, 2e9)
+        told_of = here
+        anew = Answers(here)
+        for asked in QUERIES:
+            assert told(known, asked) == told(anew, asked)

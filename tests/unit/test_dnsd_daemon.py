@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import dnsd.daemon
+import dnsd.serving
 from dnsd.answer import Answers
 from dnsd.daemon import run
 from dnsd.server import Server
@@ -168,7 +169,7 @@ async def test_names_outlive_consul_are_marked_stale_and_end(
         await until("served", lambda: has(here, "web"))
         assert not (await here.ask("web.ztna.local", Type.A)).stale  # type: ignore[attr-defined]
         await asyncio.to_thread(consul.stop)
-        monkeypatch.setattr(dnsd.daemon, "STALE_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr(dnsd.serving, "STALE_AFTER_SECONDS", 0.0)
 
         async def stale() -> bool:
             return (await here.ask("web.ztna.local", Type.A)).stale  # type: ignore[attr-defined, no-any-return]
@@ -176,14 +177,14 @@ async def test_names_outlive_consul_are_marked_stale_and_end(
         await until("stale", stale)
         assert (await here.resolver.srv("web.ztna.local")).stale
         await until("told", lambda: "consul" in here.daemon.readiness.report()["warnings"])
-        monkeypatch.setattr(dnsd.daemon, "STALE_SECONDS_MAX", 0.0)
+        monkeypatch.setattr(dnsd.serving, "STALE_SECONDS_MAX", 0.0)
 
         async def ended() -> bool:
             return (await here.ask("web.ztna.local", Type.A)).code == Code.SERVFAIL  # type: ignore[attr-defined]
 
         await until("not served any more", ended)
-        monkeypatch.setattr(dnsd.daemon, "STALE_AFTER_SECONDS", 60.0)
-        monkeypatch.setattr(dnsd.daemon, "STALE_SECONDS_MAX", 86_400.0)
+        monkeypatch.setattr(dnsd.serving, "STALE_AFTER_SECONDS", 60.0)
+        monkeypatch.setattr(dnsd.serving, "STALE_SECONDS_MAX", 86_400.0)
         await asyncio.to_thread(consul.start)
         await until("back without a restart", lambda: has(here, "web"))
 

@@ -21,7 +21,8 @@ import pytest
 
 from ztna import runtime
 from ztna.config import Config, Endpoint
-from ztna.runtime import Daemon, Readiness, bind_error, port_in_use_error, sleep_or_stop
+from ztna.listening import bind_error, port_in_use_error
+from ztna.runtime import Daemon, Readiness, sleep_or_stop
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 20.0
