@@ -76,7 +76,10 @@ __all__ = [
 
 CLOSED_KEPT_SECONDS = 3.0
 CLOSE_SLICE_CONNECTIONS = 50
-FLUSH_SLICE_CONNECTIONS = 200
+FLUSH_SLICE_SECONDS = 0.010
+"""How long connections are settled before the loop gets its turn: thousands may end at once."""
+RETRY_HALF_OPEN_SHARE = 4
+"""With a quarter of half_open_max under way everybody has to prove an address first (RFC 9000 8.1.2)."""
 RESETS_PER_SECOND = 200
 RESET_KEY_BYTES = 32
 
@@ -174,13 +177,13 @@ class _Endpoint(ABC):
         self._flushing = True
         packets: Packets = []
         try:
-            # Thousands may end at once: the rest waits for the next turn of the loop.
-            for _ in range(FLUSH_SLICE_CONNECTIONS):
-                if not self._dirty:
-                    break
+            until = time.monotonic() + FLUSH_SLICE_SECONDS
+            while self._dirty:
                 connection = next(iter(self._dirty))
                 del self._dirty[connection]
                 packets += connection.settle()
+                if time.monotonic() >= until:
+                    break
         finally:
             self._flushing = False
             if self._flush_handle is not None:
@@ -234,7 +237,7 @@ class Server(_Endpoint):
         self._half_open = 0
         self._buried: deque[tuple[float, Connection]] = deque()
         self._burial_timer: asyncio.Handle | None = None
-        self._retry = QuicRetryTokenHandler() if settings.retry else None
+        self._retry = QuicRetryTokenHandler()
         self._accepting = True
         self._resets_left = RESETS_PER_SECOND
         self._resets_second = 0
@@ -366,7 +369,7 @@ class Server(_Endpoint):
             refused(self.settings.where, Reason.LIMIT_REACHED if self._accepting else Reason.DRAINING)
             return None
         original, retried = header.destination_cid, None
-        if self._retry is not None:
+        if header.token or self._wants_proof:
             if not header.token:
                 self._send_retry(header.version, header.destination_cid, header.source_cid, address)
                 return None
@@ -396,8 +399,13 @@ class Server(_Endpoint):
             self._routes[each] = connection
         return connection
 
+    @property
+    def _wants_proof(self) -> bool:
+        """Whether clients have to prove their address before anything is kept of them."""
+        settings = self.settings
+        return settings.retry or self._half_open * RETRY_HALF_OPEN_SHARE >= settings.half_open_max
+
     def _send_retry(self, version: int, original: bytes, peer_cid: bytes, address: SockAddr) -> None:
-        assert self._retry is not None
         cid = new_cid()
         token = self._retry.create_token(
             address=address,

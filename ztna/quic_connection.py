@@ -132,6 +132,7 @@ class Connection:
         self._held_ends: set[int] = set()
         self._timer: asyncio.Handle | None = None
         self._timer_at = float("inf")
+        self._timer_due = False
         self._not_before = 0.0
         now = endpoint.clock()
         self.heard_at = now
@@ -257,10 +258,15 @@ class Connection:
             self.heard_at = now
 
     def settle(self) -> Packets:
-        """Act on what was received and return the packets to send."""
+        """Act on what was received, and on time, and return the packets to send."""
+        if self._timer_due:
+            self._timer_due = False
+            self._act_on_time()
         if self._ended is None:
             self._act()
             sent = self._flush_engine()
+            # The peer may use at once what it was just told: a CID without a route would be answered with a reset.
+            self._act_on_events()
             closing = self._engine.close_event
             if closing is None:
                 self._arm()
@@ -296,15 +302,18 @@ class Connection:
         return sent
 
     def _act(self) -> None:
-        # What came before the peer's own close still counts; after a close of ours nothing does.
-        while (event := self._engine.next_event()) is not None and not self._engine.is_close_pending:
-            self._guard(partial(self._act_on, event))
+        self._act_on_events()
         for stream_id in [each for each in self._held if each not in self._paused]:
             self._guard(partial(self._release, stream_id))
         if self._engine.is_confirmed and not self.confirmed.done() and self.is_open:
             self.confirmed.set_result(None)
             self._probe_payload()
         self._follow_address()
+
+    def _act_on_events(self) -> None:
+        # What came before the peer's own close still counts; after a close of ours nothing does.
+        while (event := self._engine.next_event()) is not None and not self._engine.is_close_pending:
+            self._guard(partial(self._act_on, event))
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Do something with the peer's input; what its owner calls malformed ends the connection."""
@@ -411,7 +420,12 @@ class Connection:
         self._timer = loop.call_soon(self._on_timer) if soon else loop.call_later(delay, self._on_timer)
 
     def _on_timer(self) -> None:
+        # Thousands may be due at once: what follows is done in `settle`, a slice at a time.
         self._timer = None
+        self._timer_due = True
+        self._endpoint.touch(self)
+
+    def _act_on_time(self) -> None:
         if self._ended is not None:
             return
         now = self._now()
@@ -424,7 +438,6 @@ class Connection:
             self._engine.close(TRANSPORT_INTERNAL_ERROR, QuicFrameType.PADDING, "handshake took too long")
         if now >= self._tick_at:
             self._tick(now)
-        self._endpoint.touch(self)
 
     def _probe_payload(self) -> None:
         larger = self._endpoint.settings.udp_payload_probe

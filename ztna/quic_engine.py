@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aioquic import tls
+from aioquic._buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import (
     CONNECTION_LIMIT_FRAME_CAPACITY,
@@ -21,6 +22,7 @@ from aioquic.quic.connection import (
     QuicConnection,
     QuicConnectionError,
     QuicConnectionId,
+    QuicReceiveContext,
 )
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
@@ -40,6 +42,11 @@ DATAGRAM_QUEUE_MAX = 1000
 STREAM_WINDOW_BYTES = 256 * 1024
 CONNECTION_WINDOW_BYTES = 1024 * 1024
 CLOSE_PHRASE_BYTES = 160
+CRYPTO_BYTES_MAX = 64 * 1024
+"""What a peer may say in a handshake: its certificates, six at most, are all that is long."""
+CRYPTO_FRAGMENTS_MAX = 64
+STREAM_FRAGMENTS_MAX = 256
+"""Pieces with gaps between them: one for each packet lost in a window. Each frame costs a look at all of them."""
 
 TRANSPORT_INTERNAL_ERROR = 0x01
 TRANSPORT_UNTRUSTED = QuicErrorCode.CRYPTO_ERROR + tls.AlertDescription.unknown_ca
@@ -79,6 +86,10 @@ def close_phrase(error: Refused) -> str:
 def bounded_phrase(text: str) -> str:
     """Cut a close phrase so that it fits three times into the smallest packet (one per packet space)."""
     return text.encode()[:CLOSE_PHRASE_BYTES].decode(errors="ignore")
+
+
+def _flooded(code: QuicErrorCode, frame_type: int, phrase: str) -> QuicConnectionError:
+    return QuicConnectionError(error_code=code, frame_type=frame_type, reason_phrase=phrase)
 
 
 class Engine(QuicConnection):
@@ -264,6 +275,32 @@ class Engine(QuicConnection):
     def _on_payload_probe(self, delivery: QuicDeliveryState, size: int) -> None:
         if delivery is QuicDeliveryState.ACKED:
             self._max_datagram_size = max(self._max_datagram_size, size)
+
+    def _handle_crypto_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        # aioquic takes 512 KiB beyond a gap and a TLS message of 16 MiB, from anybody.
+        start = buf.tell()
+        end = buf.pull_uint_var() + buf.pull_uint_var()
+        buf.seek(start)
+        if end > CRYPTO_BYTES_MAX:
+            raise _flooded(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, "too long a handshake")
+        super()._handle_crypto_frame(context, frame_type, buf)
+        if len(self._crypto_streams[context.epoch].receiver._ranges) > CRYPTO_FRAGMENTS_MAX:
+            raise _flooded(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, "too many fragments")
+
+    def _handle_ping_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        # Of a packet full of PINGs the first says it all; one by one they are the dearest bytes there are.
+        rest = buf.data_slice(buf.tell(), buf.capacity)
+        buf.seek(buf.tell() + len(rest) - len(rest.lstrip(b"\x01")))
+        super()._handle_ping_frame(context, frame_type, buf)
+
+    def _handle_stream_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        start = buf.tell()
+        stream_id = buf.pull_uint_var()
+        buf.seek(start)
+        super()._handle_stream_frame(context, frame_type, buf)
+        stream = self._streams.get(stream_id)
+        if stream is not None and len(stream.receiver._ranges) > STREAM_FRAGMENTS_MAX:
+            raise _flooded(QuicErrorCode.INTERNAL_ERROR, frame_type, "too many fragments")
 
     def _write_datagram_frame(
         self, builder: QuicPacketBuilder, data: bytes, frame_type: QuicFrameType

@@ -7,67 +7,19 @@ import time
 from pathlib import Path
 
 import pytest
-from aioquic import tls
 from aioquic._buffer import Buffer
-from aioquic.quic.connection import QuicConnection
 from aioquic.quic.packet import encode_quic_retry, encode_quic_version_negotiation
 
 from tests.support.certificates import Pki
-from tests.support.hostile import client_connection
 from tests.support.mutations import MUTATIONS_DEFAULT, mutate, survive
-from tests.support.quic import ALPN, Recorder, settings
+from tests.support.quic_memory import HERE, Bench, sealed
 from ztna.errors import ProtocolError
-from ztna.quic import Packets, Server
 from ztna.reasons import Reason
 from ztna.telemetry import REFUSALS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-HERE = ("127.0.0.1", 1111)
 FRAMES_PER_MUTATIONS = 500
-
-
-class Bench:
-    """A server in memory and clients of bare aioquic."""
-
-    def __init__(self, pki: Pki, half_open_max: int = 1000) -> None:
-        self.pki = pki
-        self.sent: Packets = []
-        self.handlers: list[Recorder] = []
-        self.seen: list[bytes] = []
-        self.server = Server(
-            self,
-            pki.credentials(pki.relay()),
-            settings(half_open_max=half_open_max),
-            admit=lambda identity, alpn: None,
-            factory=self._handler,
-        )
-
-    def send(self, packets: Packets) -> None:
-        self.sent += packets
-
-    def _handler(self, connection: object) -> Recorder:
-        self.handlers.append(Recorder(connection))  # type: ignore[arg-type]
-        return self.handlers[-1]
-
-    def connect(self) -> QuicConnection:
-        client = client_connection(ALPN, self.pki.signed(dns=["agent.echo-service.ztna"]))
-        client.connect(HERE, time.monotonic())
-        for _ in range(10):
-            self.pump(client)
-            if client._handshake_confirmed:
-                return client
-        raise AssertionError("no handshake")
-
-    def pump(self, client: QuicConnection) -> None:
-        """Carry packets one way and back."""
-        packets = client.datagrams_to_send(time.monotonic())
-        self.seen += [data for data, _ in packets]
-        self.server.packets_received([(data, HERE) for data, _ in packets])
-        back, self.sent = self.sent, []
-        self.seen += [data for data, _ in back]
-        for data, _ in back:
-            client.receive_datagram(data, HERE, time.monotonic())
 
 
 @pytest.fixture
@@ -144,11 +96,7 @@ async def test_frames_of_an_authenticated_peer(pki: Pki, capsys: pytest.CaptureF
     hostile, number, ended = bench.connect(), 1000, 0
     for payload in mutate(seed, frames(), count):
         number += 1
-        header = b"\x41" + hostile._peer_cid.cid + (number & 0xFFFF).to_bytes(2, "big")
-        packet = hostile._cryptos[tls.Epoch.ONE_RTT].send.encrypt_packet(
-            header, payload + bytes(max(0, 4 - len(payload))), number
-        )
-        bench.server.packets_received([(packet, HERE)])
+        bench.server.packets_received([(sealed(hostile, payload, number), HERE)])
         bench.sent.clear()
         if bench.handlers[-1].closed is not None:
             ended += 1

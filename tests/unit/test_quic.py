@@ -388,7 +388,10 @@ async def test_a_retry_token_is_bound_to_address_cid_and_time(serve: Any, agent:
     assert server.server.half_open == 1
 
 
-async def test_half_open_handshakes_are_capped_and_end(serve: Any, agent: Credentials) -> None:
+async def test_half_open_handshakes_are_capped_and_end(
+    serve: Any, agent: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quic, "RETRY_HALF_OPEN_SHARE", 0)
     clock = [1000.0]
     server = serve(half_open_max=3, where="half-open", more={"clock": lambda: clock[0]})
     for _ in range(5):
@@ -550,7 +553,7 @@ async def test_what_breaks_the_engine_costs_that_peer_only(
 async def test_many_that_have_something_to_do_share_the_loop(
     monkeypatch: pytest.MonkeyPatch, serve: Any, dial: Any
 ) -> None:
-    monkeypatch.setattr(quic, "FLUSH_SLICE_CONNECTIONS", 1)
+    monkeypatch.setattr(quic, "FLUSH_SLICE_SECONDS", 0.0)
     server = serve(more={"echo": True})
     handlers = [await dial(server.address).connect() for _ in range(3)]
     for connection in server.server.connections:
