@@ -46,6 +46,7 @@ from ztna.errors import ConfigError, ZtnaError
 from ztna.identity import Identity
 from ztna.names import SessionId, Zone
 from ztna.reasons import Reason
+from ztna.renewal import Renewal
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import logger, refused
@@ -83,7 +84,16 @@ async def run(daemon: Daemon) -> None:
     relay = Relay(config, daemon.config.domain, credentials)
     try:
         daemon.status_sources.update(relay.status_sources())
-        daemon.on_reload.append(relay.reload)
+        renewal = Renewal(
+            config.tls,
+            credentials,
+            daemon.readiness,
+            check=lambda renewed: check_name(config, renewed),
+            accept=relay.server.use_credentials,
+        )
+        daemon.on_reload.append(renewal.reload)
+        daemon.status_sources["certificate"] = renewal.status
+        daemon.tasks.create_task(renewal.run(), name="certificates")
         daemon.tasks.create_task(relay.run(), name="relay")
         await _watch_readiness(daemon, relay)
         await relay.drain(config.drain_s)
@@ -122,11 +132,16 @@ def check_resolvers(config: RelayConfig, daemon: Daemon) -> None:
 def load_credentials(config: RelayConfig) -> Credentials:
     """Return the relay's credentials. Raises ConfigError unless they carry its configured name."""
     credentials = Credentials.load(config.tls)
+    check_name(config, credentials)
+    return credentials
+
+
+def check_name(config: RelayConfig, credentials: Credentials) -> None:
+    """Raise ConfigError unless the certificate is of the relay that is configured."""
     if credentials.identity.relay != config.name:
         raise ConfigError(
             f"tls.certificate: {config.tls.certificate} carries no relay.{config.name}.ztna (relay.name)"
         )
-    return credentials
 
 
 def reset_key(path: str | None, credentials: Credentials) -> bytes:
@@ -227,11 +242,8 @@ class Relay:
             while True:
                 await asyncio.sleep(TICK_SECONDS)
                 self._mind_silence()
+                self._mind_crls()
                 self._tick()
-
-    def reload(self) -> None:
-        """Read the certificate files again; live connections stay. Raises ConfigError."""
-        self.server.use_credentials(load_credentials(self._config))
 
     async def drain(self, deadline_s: float) -> None:
         """Let nobody new in, tell all, wait for the sessions to end at most `deadline_s`, then close."""
@@ -279,8 +291,7 @@ class Relay:
             # No descriptor left, or no way back: this peer goes, and the others of the batch are served.
             forwarder = Address(*self.forwarder.address)
             peer.disconnect(Reason.LIMIT_REACHED)
-        expires_at = time.monotonic() + identity.not_after.timestamp() - time.time()
-        self.carry_out(self._sessions.connected(peer.key, identity, forwarder, expires_at))
+        self.carry_out(self._sessions.connected(peer.key, identity, forwarder))
         peer.begin()
         return peer
 
@@ -345,6 +356,15 @@ class Relay:
         for peer in list(self._peers.values()):
             silent = now - peer.connection.heard_at >= GONE_SECONDS
             self.carry_out(self._sessions.silence(peer.key, silent, peer.connection.heard_at, now))
+
+    def _mind_crls(self) -> None:
+        """Have no session begin for or with those of whom CRLs do not tell whether they were revoked."""
+        verdicts = self.server.credentials.verdicts
+        unvouched: list[ConnectionKey] = []
+        if verdicts.is_outdated:
+            peers = self._peers.items()
+            unvouched = [key for key, peer in peers if verdicts.unknown(peer.connection.identity)]
+        self._sessions.unvouched(unvouched)
 
     # What goes out.
 

@@ -104,10 +104,12 @@ class ControlPeer:
 
     def connection_closed(self, code: int, reason: str) -> None:
         """End what hung on the connection."""
-        self._owner.connection_closed(self, self._ending or ending(code, reason))
+        self._owner.connection_closed(self, self._ending or ending(self.connection, code, reason))
 
 
-def ending(code: int, reason: str) -> Reason:
-    """Return how a connection ended that was not closed by us: with a word or without."""
+def ending(connection: quic.Connection, code: int, reason: str) -> Reason:
+    """Return how a connection ended: its certificate does not stand any more, or it went with a word or without."""
+    if connection.refusal is not None:
+        return connection.refusal.reason
     said_so = code == quic.CLOSE_OK and reason != quic.STATELESS_RESET
     return Reason.CLOSED_BY_PEER if said_so else Reason.PEER_GONE

@@ -8,7 +8,7 @@ Does not know how a connection or a forwarder works. Source: protocol.md, Contro
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from relay import policy
 from relay.admission import registration_refusal
@@ -19,7 +19,6 @@ from relay.commands import (
     BindTicket,
     Command,
     ConnectionKey,
-    Disconnect,
     EndSession,
     Event,
     LinkKey,
@@ -78,6 +77,7 @@ class Sessions:
         self._parked: list[tuple[ConnectionKey, Attempt]] = []
         self._withdrawn: dict[tuple[ServiceName, ConnectorId], float] = {}
         self._ended: OrderedDict[SessionId, tuple[float, LinkKey]] = OrderedDict()
+        self._unvouched: frozenset[ConnectionKey] = frozenset()
 
     # What others read.
 
@@ -103,11 +103,9 @@ class Sessions:
 
     # Events.
 
-    def connected(
-        self, key: ConnectionKey, identity: Identity, forwarder: Address | None, expires_at: float
-    ) -> list[Command]:
-        """Take a new connection; its certificate ends at `expires_at`, and a v1 agent knows no `forwarder`."""
-        self._peers[key] = Peer(key, identity, forwarder, expires_at)
+    def connected(self, key: ConnectionKey, identity: Identity, forwarder: Address | None) -> list[Command]:
+        """Take a new connection; a v1 agent knows no `forwarder`."""
+        self._peers[key] = Peer(key, identity, forwarder)
         return []
 
     def disconnected(self, key: ConnectionKey, reason: Reason, now: float) -> list[Command]:
@@ -147,6 +145,10 @@ class Sessions:
                 if session.connector == key and session.open:
                     self._cut(session, Reason.PEER_GONE, now, out)
         return out
+
+    def unvouched(self, keys: Collection[ConnectionKey]) -> None:
+        """Open no session for or with these connections, and with all others: CRLs do not tell if they stand."""
+        self._unvouched = frozenset(keys)
 
     def drain(self, deadline_s: float) -> list[Command]:
         """Open nothing any more, and tell everybody."""
@@ -190,9 +192,6 @@ class Sessions:
         self._tell_health(self._freshness_changed(now), now, out)
         for service, connector_id in list(self._routed):
             self._hold(service, connector_id, now, out)
-        for peer in self._peers.values():
-            if peer.expires_at <= now:
-                out.append(Disconnect(peer.key, Reason.EXPIRED))
         while self._ended and next(iter(self._ended.values()))[0] <= now:
             self._ended.popitem(last=False)
         return out
@@ -319,11 +318,15 @@ class Sessions:
         )
         if self._draining:
             raise Refused(Reason.DRAINING, "this relay is stopping")
+        if agent.key in self._unvouched:
+            raise Refused(Reason.POLICY_UNKNOWN, f"{agent.identity.name}: no CRL of today")
         limited = self._of_name[agent.identity.name] >= self._per_identity
         if limited or len(self._sessions) >= self._total:
             raise Refused(Reason.LIMIT_REACHED, f"{agent.identity.name}: sessions")
         for key in ordered:
-            if key not in attempt.tried and self._peers[key].silent_since is None:
+            if key in self._unvouched:
+                attempt.refusal = attempt.refusal or Reason.POLICY_UNKNOWN
+            elif key not in attempt.tried and self._peers[key].silent_since is None:
                 return key
         raise Refused(attempt.refusal or Reason.NO_HEALTHY_CONNECTOR, request.service)
 

@@ -24,7 +24,6 @@ class Peer:
     identity: Identity
     forwarder: Address | None
     """The forwarder's address as this peer reaches it, None for one that only speaks to the relay (`ztna-v1`)."""
-    expires_at: float
     features: frozenset[str] | None = None
     """None before its `hello`."""
     connector_id: ConnectorId | None = None

@@ -93,7 +93,7 @@ class AgentPeer:
 
     def connection_closed(self, code: int, reason: str) -> None:
         """End what hung on the connection."""
-        self._owner.connection_closed(self, self._ending or ending(code, reason))
+        self._owner.connection_closed(self, self._ending or ending(self.connection, code, reason))
 
     def _tell_address(self) -> None:
         host, port = self.connection.peer_address

@@ -1,7 +1,7 @@
 """A certificate authority in a directory: a root, an intermediate that signs, and the leaves of design.md 5.
 
 The root's key is only used to sign the intermediate and may be moved away afterwards. Does not judge
-certificates (ztna.identity does) and does not revoke.
+certificates: ztna.identity does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPublicKeyTypes
@@ -25,10 +26,12 @@ from ztna.names import ConnectorId, ServiceName, is_label
 
 KeyKind = Literal["ec", "ed25519"]
 LeafKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+LeafPublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
 ROOT_DAYS = 3650
 INTERMEDIATE_DAYS = 1825
 LEAF_DAYS = 90
+CRL_DAYS = 7
 BACKDATE = timedelta(minutes=5)
 TRUST_DOMAIN = "ztna"
 EVERY = "*"
@@ -37,6 +40,7 @@ ROOT_CERTIFICATE = "ca.pem"
 ROOT_KEY = "ca.key"
 INTERMEDIATE_CERTIFICATE = "intermediate.pem"
 INTERMEDIATE_KEY = "intermediate.key"
+CRL = "crl.pem"
 
 _PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -108,19 +112,120 @@ class Authority:
         which the certificate carries the part before `--`. Raises ConfigError, or BadName for a bad service.
         """
         names = _alternative_names(name, agent, connector, relay, connector_id)
-        usages = _extended_usages(bool(agent), bool(connector), relay is not None)
-        moment = now or datetime.now(UTC)
         private = (
             ec.generate_private_key(ec.SECP256R1()) if key == "ec" else ed25519.Ed25519PrivateKey.generate()
         )
+        usages = _extended_usages(bool(agent), bool(connector), relay is not None)
+        return self._sign(name, names, usages, private.public_key(), days, now), _key_pem(private)
+
+    def sign_request(
+        self,
+        request_pem: bytes,
+        name: str,
+        *,
+        agent: Sequence[str] = (),
+        connector: Sequence[str] = (),
+        relay: str | None = None,
+        connector_id: str | None = None,
+        days: float = LEAF_DAYS,
+        now: datetime | None = None,
+    ) -> bytes:
+        """Return the chain of a leaf for the key of a certificate signing request (PEM).
+
+        What it grants is said here, as for `issue`: nothing that a request asks for is taken over. Raises ConfigError.
+        """
+        try:
+            request = x509.load_pem_x509_csr(request_pem)
+        except ValueError as error:
+            raise ConfigError(f"no certificate signing request in PEM: {error}") from None
+        if not request.is_signature_valid:
+            raise ConfigError("the signing request is not signed with its own key")
+        public = _leaf_key(request.public_key())
+        names = _alternative_names(name, agent, connector, relay, connector_id)
+        usages = _extended_usages(bool(agent), bool(connector), relay is not None)
+        return self._sign(name, names, usages, public, days, now)
+
+    def renew(self, chain_pem: bytes, *, days: float | None = None, now: datetime | None = None) -> bytes:
+        """Return a new chain for a leaf of this CA: same key, name and grants; by default as long as before.
+
+        Raises ConfigError for a leaf of another CA, or one that was revoked.
+        """
+        leaf = _leaf(chain_pem)
+        if not self.issued(leaf):
+            raise ConfigError("the certificate is not of this CA")
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        common = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
+        lifetime = leaf.not_valid_after_utc - leaf.not_valid_before_utc - BACKDATE
+        wanted = days if days is not None else lifetime / timedelta(days=1)
+        return self._sign(str(common), list(names), list(usages), _leaf_key(leaf.public_key()), wanted, now)
+
+    def issued(self, leaf: x509.Certificate) -> bool:
+        """Say whether this CA signed the certificate."""
+        try:
+            leaf.verify_directly_issued_by(self.intermediate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    def crl(
+        self,
+        before_pem: bytes | None,
+        revoke: Sequence[x509.Certificate] = (),
+        *,
+        days: float = CRL_DAYS,
+        now: datetime | None = None,
+    ) -> bytes:
+        """Return a new CRL (PEM): what the one before had and what is revoked now. Raises ConfigError."""
+        moment = now or datetime.now(UTC)
         until = min(moment + timedelta(days=days), self.intermediate.not_valid_after_utc)
-        builder = _builder(name, self.intermediate.subject, private.public_key(), self.key, moment, until)
+        builder = x509.CertificateRevocationListBuilder(issuer_name=self.intermediate.subject)
+        builder = builder.last_update(moment - BACKDATE).next_update(until)
+        serials: set[int] = set()
+        number = 0
+        if before_pem is not None:
+            before = self._own_crl(before_pem)
+            number = before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+            for entry in before:
+                serials.add(entry.serial_number)
+                builder = builder.add_revoked_certificate(entry)
+        for leaf in revoke:
+            if not self.issued(leaf):
+                raise ConfigError(f"certificate {leaf.serial_number:x} is not of this CA")
+            if leaf.serial_number not in serials:
+                serials.add(leaf.serial_number)
+                builder = builder.add_revoked_certificate(_revoked(leaf.serial_number, moment))
+        builder = builder.add_extension(x509.CRLNumber(number + 1), critical=False)
+        authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        builder = builder.add_extension(authority, critical=False)
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def _own_crl(self, pem: bytes) -> x509.CertificateRevocationList:
+        try:
+            found = x509.load_pem_x509_crl(pem)
+        except ValueError as error:
+            raise ConfigError(f"no CRL in PEM: {error}") from None
+        if not found.is_signature_valid(self.key.public_key()):
+            raise ConfigError("the CRL is not of this CA")
+        return found
+
+    def _sign(
+        self,
+        name: str,
+        names: Sequence[x509.GeneralName],
+        usages: Sequence[x509.ObjectIdentifier],
+        public: LeafPublicKey,
+        days: float,
+        now: datetime | None,
+    ) -> bytes:
+        moment = now or datetime.now(UTC)
+        until = min(moment + timedelta(days=days), self.intermediate.not_valid_after_utc)
+        builder = _builder(name, self.intermediate.subject, public, self.key, moment, until)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(ca=False), critical=True)
         builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        leaf = builder.sign(self.key, hashes.SHA256())
-        return _pem(leaf) + _pem(self.intermediate), _key_pem(private)
+        return _pem(builder.sign(self.key, hashes.SHA256())) + _pem(self.intermediate)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -131,6 +236,32 @@ def write_private(path: Path, data: bytes) -> None:
         raise ConfigError(f"{path} exists already and is not overwritten") from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one step, so that who reads it meanwhile has the old one or the new."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_bytes(data)
+    if path.exists():
+        fresh.chmod(path.stat().st_mode & 0o777)
+    fresh.replace(path)
+
+
+def _leaf(chain_pem: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificates(chain_pem)[0]
+    except ValueError as error:
+        raise ConfigError(f"no certificate in PEM: {error}") from None
+
+
+def _leaf_key(public: object) -> LeafPublicKey:
+    if not isinstance(public, LeafPublicKey):
+        raise ConfigError(f"the key is a {type(public).__name__}; expected an EC or Ed25519 key")
+    return public
+
+
+def _revoked(serial: int, now: datetime) -> x509.RevokedCertificate:
+    return x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
 
 
 def _alternative_names(

@@ -42,6 +42,18 @@ class TlsConfig(Section, frozen=True, kw_only=True):
     ca: Annotated[
         str, about("PEM file of the certificate authorities whose peers are believed.", "/etc/ztna/ca.pem")
     ]
+    crl_file: Annotated[
+        str | None,
+        about("File with the CRLs (PEM or DER) of whoever issues leaves; unset: none.", "/etc/ztna/crl.pem"),
+    ] = None
+    crl_url: Annotated[
+        str | None,
+        about(
+            "Where the CRL is fetched instead: http, https or file.",
+            "http://vault.example.net/v1/pki/crl/pem",
+        ),
+    ] = None
+    crl_refresh_s: Annotated[Seconds, about("How often crl_url is fetched, in seconds.")] = 60.0
 
 
 class ConsulConfig(Section, frozen=True, kw_only=True):

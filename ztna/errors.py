@@ -73,5 +73,9 @@ class ResolverUnavailable(ZtnaError):
     """No resolver gave an answer to use in time; names the question and what each one did."""
 
 
+class CrlUnavailable(ZtnaError):
+    """No CRL could be fetched: no answer in time, another status than 200, or too many bytes."""
+
+
 class LinkError(ZtnaError):
     """A link to the other end that cannot be made or has gone."""

@@ -1,13 +1,13 @@
 """Who a peer is: the verdict on a presented chain at a given moment, and what its leaf grants (design.md 5).
 
-Pure: `now` is passed in and nothing is read or fetched. Revocation and TLS are not its business.
+Pure: `now` is passed in and nothing is read or fetched. What CRLs say is ztna.revocation's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeVar
 
@@ -27,6 +27,7 @@ from cryptography.x509.verification import (
 from ztna.errors import BadName, ConfigError, IdentityError
 from ztna.names import ConnectorId, ServiceName, is_label
 from ztna.reasons import Reason
+from ztna.revocation import Revocations
 
 Usage = Literal["client", "server"]
 ExtensionT = TypeVar("ExtensionT", bound=x509.ExtensionType)
@@ -34,6 +35,10 @@ ExtensionT = TypeVar("ExtensionT", bound=x509.ExtensionType)
 PRESENTED_CERTIFICATES_MAX = 6
 INTERMEDIATES_MAX = 3
 NAME_CHARACTERS_MAX = 255
+PROVEN_MAX = 4_096
+"""How many chains are remembered as verified: a carrier or a reconnection of a known peer costs no signature check."""
+PROVEN_CHAIN_BYTES_MAX = 8_192
+"""Larger ones are not remembered, or one who fills his chain up could fill the memory."""
 
 _USAGE_OIDS = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
 
@@ -58,7 +63,8 @@ class Identity:
     """A peer whose leaf's own chain verified. An object that exists was verified for one usage.
 
     `name` is the SPIFFE URI SAN, else the CN; `fingerprint` the SHA-256 of the leaf's DER in hex; `id_name`
-    what `id.<name>.ztna` carries, which connector ids are checked against.
+    what `id.<name>.ztna` carries, which connector ids are checked against; `path` is what verified, from the leaf to
+    the authority believed, and the dates are those in which all of it is valid.
     """
 
     name: str
@@ -69,6 +75,7 @@ class Identity:
     id_name: str | None
     not_before: datetime
     not_after: datetime
+    path: tuple[x509.Certificate, ...] = field(default=(), repr=False, compare=False)
 
     def may_use(self, service: ServiceName) -> bool:
         """Say whether it may reach the service as an agent."""
@@ -83,14 +90,17 @@ class Identity:
         return self.id_name is not None and connector_id.name == self.id_name
 
     def valid_at(self, now: datetime) -> bool:
-        """Say whether the leaf is inside its dates at `now`."""
+        """Say whether the leaf and all that vouch for it are inside their dates at `now`."""
         return self.not_before <= now <= self.not_after
 
 
 class Trust:
     """The certificate authorities a daemon believes, and nothing else: never the system's roots."""
 
-    def __init__(self, authorities: Sequence[x509.Certificate]) -> None:
+    def __init__(
+        self, authorities: Sequence[x509.Certificate], revocations: Revocations | None = None
+    ) -> None:
+        """`revocations` None: no CRL is gone by."""
         if not authorities:
             raise ConfigError("the CA file holds no certificate; expected at least one CA certificate in PEM")
         for authority in authorities:
@@ -98,25 +108,72 @@ class Trust:
                 raise ConfigError(
                     f"{_subject(authority)} in the CA file is no CA certificate; put only CAs there"
                 )
+        self.revocations = revocations
         self._authorities = tuple(authorities)
         self._store = Store(list(authorities))
+        self._proven: dict[tuple[Usage, tuple[bytes, ...]], Identity] = {}
 
     @classmethod
-    def from_pem(cls, ca_pem: bytes) -> Trust:
+    def from_pem(cls, ca_pem: bytes, revocations: Revocations | None = None) -> Trust:
         """Read a bundle of CA certificates. Raises ConfigError when there is none or one is no CA."""
         try:
-            return cls(x509.load_pem_x509_certificates(ca_pem))
+            return cls(x509.load_pem_x509_certificates(ca_pem), revocations)
         except ValueError as error:
             raise ConfigError(f"the CA file cannot be read as PEM certificates: {error}") from None
+
+    def with_revocations(self, revocations: Revocations | None) -> Trust:
+        """Return the same authorities with other CRLs; what verified under them need not be verified again."""
+        other = Trust(self._authorities, revocations)
+        other._proven = self._proven
+        return other
 
     def verify(self, chain_der: Sequence[bytes], usage: Usage, now: datetime) -> Identity:
         """Return the identity that the chain proves for the usage at `now` (timezone-aware).
 
         `chain_der` is everything the peer presented, its leaf first, each certificate in DER. Only the leaf's
         own path counts; the others are material for it and prove nothing themselves. Raises IdentityError
-        with no_certificate, untrusted, expired, or no_grant for a leaf that is valid but none of ours.
-        Source: design.md 5.
+        with no_certificate, untrusted, expired, revoked, policy_unknown when CRLs cannot tell, or no_grant for a leaf
+        that is valid but none of ours. Source: design.md 5.
         """
+        chain = tuple(chain_der)
+        identity = self._proven.get((usage, chain))
+        if identity is None or not identity.valid_at(now):
+            identity = self._prove(chain, usage, now)
+            if sum(map(len, chain)) <= PROVEN_CHAIN_BYTES_MAX:
+                self._remember((usage, chain), identity)
+        if self.revocations is not None:
+            self.revocations.require(identity.path, now)
+        return identity
+
+    def judge(self, identity: Identity, now: datetime) -> IdentityError | None:
+        """Return why a peer that was let in before may not stay, else None: expired, revoked or untrusted.
+
+        That a CRL is out of date keeps only others from coming in.
+        """
+        if not identity.valid_at(now):
+            return IdentityError(Reason.EXPIRED, f"{identity.name} ({identity.not_after:%Y-%m-%dT%H:%M:%SZ})")
+        if self.revocations is not None:
+            revoked = self.revocations.revoked(identity.path)
+            if revoked is not None:
+                return IdentityError(Reason.REVOKED, revoked)
+        if identity.path and identity.path[-1] not in self._authorities:
+            # Believed by another way, perhaps: a cross-signed authority.
+            try:
+                self._verify_path(identity.path, now)
+            except IdentityError as error:
+                return error
+        return None
+
+    def unknown(self, path: Sequence[x509.Certificate], now: datetime) -> str | None:
+        """Return why nobody whose certificate has this path's issuer can be let in now, else None."""
+        return None if self.revocations is None else self.revocations.unknown(path, now)
+
+    def _remember(self, key: tuple[Usage, tuple[bytes, ...]], identity: Identity) -> None:
+        if len(self._proven) >= PROVEN_MAX:
+            del self._proven[next(iter(self._proven))]
+        self._proven[key] = identity
+
+    def _prove(self, chain_der: tuple[bytes, ...], usage: Usage, now: datetime) -> Identity:
         if not chain_der:
             raise IdentityError(Reason.NO_CERTIFICATE, "client cert required" if usage == "client" else "")
         if len(chain_der) > PRESENTED_CERTIFICATES_MAX:
@@ -125,24 +182,22 @@ class Trust:
                 f"{len(chain_der)} certificates presented, at most {PRESENTED_CERTIFICATES_MAX}",
             )
         chain = [_parse(der) for der in chain_der]
-        leaf = chain[0]
         try:
-            self._verify_path(chain, now)
-            return _identity(leaf, usage)
+            return _identity(self._verify_path(chain, now), usage)
         except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
             # cryptography reads extensions lazily, so hostile ones are only noticed here.
             raise IdentityError(Reason.UNTRUSTED, f"malformed certificate: {error}") from None
 
-    def _verify_path(self, chain: Sequence[x509.Certificate], now: datetime) -> None:
+    def _verify_path(self, chain: Sequence[x509.Certificate], now: datetime) -> list[x509.Certificate]:
         try:
-            self._build_path(chain, now)
+            return self._build_path(chain, now)
         except VerificationError as error:
             detail = self._expiry(chain, now)
             if detail is not None:
                 raise IdentityError(Reason.EXPIRED, detail) from None
             raise IdentityError(Reason.UNTRUSTED, f"{_subject(chain[0])}: {error}") from None
 
-    def _build_path(self, chain: Sequence[x509.Certificate], now: datetime) -> None:
+    def _build_path(self, chain: Sequence[x509.Certificate], now: datetime) -> list[x509.Certificate]:
         # The leaf's extensions are judged by us: the ready-made policy cannot match `connector.*.ztna` and
         # lets a leaf without EKU pass. CAs need only be CAs: their EKU says nothing about a role here.
         authorities = ExtensionPolicy.permit_all()
@@ -150,7 +205,7 @@ class Trust:
         authorities = authorities.may_be_present(x509.KeyUsage, Criticality.AGNOSTIC, _require_cert_sign)
         policy = PolicyBuilder().store(self._store).time(now).max_chain_depth(INTERMEDIATES_MAX)
         policy = policy.extension_policies(ca_policy=authorities, ee_policy=ExtensionPolicy.permit_all())
-        policy.build_client_verifier().verify(chain[0], list(chain[1:]))
+        return policy.build_client_verifier().verify(chain[0], list(chain[1:])).chain
 
     def _expiry(self, chain: Sequence[x509.Certificate], now: datetime) -> str | None:
         """Return what is out of its dates when that is all that is wrong with the chain, else None.
@@ -206,7 +261,8 @@ def _require_fingerprint(identity: Identity, fingerprint: str) -> None:
         raise IdentityError(Reason.NO_GRANT, f"{identity.name} has another certificate than the relay named")
 
 
-def _identity(leaf: x509.Certificate, usage: Usage) -> Identity:
+def _identity(path: Sequence[x509.Certificate], usage: Usage) -> Identity:
+    leaf = path[0]
     _require_leaf_usage(leaf, usage)
     names = _alternative_names(leaf)
     found = [_grant(name) for name in _under_ztna(names.get_values_for_type(x509.DNSName))]
@@ -226,8 +282,9 @@ def _identity(leaf: x509.Certificate, usage: Usage) -> Identity:
         connector=connector,
         relay=relay,
         id_name=id_name,
-        not_before=leaf.not_valid_before_utc,
-        not_after=leaf.not_valid_after_utc,
+        not_before=max(each.not_valid_before_utc for each in path),
+        not_after=min(each.not_valid_after_utc for each in path),
+        path=tuple(path),
     )
 
 

@@ -12,7 +12,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from ssl import CERT_NONE
 from typing import Protocol
 
@@ -29,7 +28,7 @@ from aioquic.quic.retry import QuicRetryTokenHandler
 
 from ztna.credentials import Credentials
 from ztna.errors import LinkError
-from ztna.identity import Identity, Usage
+from ztna.identity import Identity
 from ztna.quic_connection import (
     CLOSE_OK,
     CLOSE_PROTOCOL_ERROR,
@@ -42,7 +41,6 @@ from ztna.quic_connection import (
     Handler,
     Packets,
     Settings,
-    WallClock,
 )
 from ztna.quic_engine import (
     CID_BYTES,
@@ -99,10 +97,6 @@ class PacketPath(Protocol):
         """Send without waiting; what cannot be sent is lost."""
 
 
-def _wall_clock() -> datetime:
-    return datetime.now(UTC)
-
-
 class _Endpoint(ABC):
     """What servers and clients share: connections that have something to do, and one send for all of them."""
 
@@ -113,12 +107,10 @@ class _Endpoint(ABC):
         settings: Settings,
         factory: Callable[[Connection], Handler],
         clock: Clock,
-        wall: WallClock,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.settings = settings
         self.clock = clock
-        self.wall = wall
         self.credentials = credentials
         self._path = path
         self._factory = factory
@@ -147,10 +139,13 @@ class _Endpoint(ABC):
             address=f"{host}:{port}",
             alpn=connection.alpn,
         )
+        connection.followed = self.credentials.verdicts.follow(connection.identity, connection.refuse)
         return self._factory(connection)
 
     def ended(self, connection: Connection, *, was_open: bool, code: int, reason: str) -> None:
         """Log the end of a connection."""
+        if connection.followed is not None:
+            connection.followed.forget()
         host, port = connection.peer_address
         _log.info(
             "connection_ended" if was_open else "connection_refused",
@@ -226,10 +221,9 @@ class Server(_Endpoint):
         admit: Callable[[Identity, str], None],
         factory: Callable[[Connection], Handler],
         clock: Clock = time.monotonic,
-        wall: WallClock = _wall_clock,
     ) -> None:
         """`admit(identity, alpn)` raises Refused for a peer that verified but may not come in here."""
-        super().__init__(path, credentials, settings, factory, clock, wall)
+        super().__init__(path, credentials, settings, factory, clock)
         self._admit = admit
         self._routes: dict[bytes, Connection] = {}
         self._cids: dict[Connection, set[bytes]] = {}
@@ -294,7 +288,7 @@ class Server(_Endpoint):
 
     def judge(self, chain: Sequence[bytes], alpn: str) -> Identity:
         """Verify a client's chain and ask the owner whether it may come in."""
-        identity = _verify(self.credentials, chain, "client", self.wall())
+        identity = self.credentials.verdicts.verify(chain, "client")
         self._admit(identity, alpn)
         return identity
 
@@ -449,10 +443,9 @@ class Client(_Endpoint):
         check: Callable[[Identity], None],
         factory: Callable[[Connection], Handler],
         clock: Clock = time.monotonic,
-        wall: WallClock = _wall_clock,
     ) -> None:
         """`check(identity)` raises Refused for a server that verified but is not the one that was meant."""
-        super().__init__(path, credentials, settings, factory, clock, wall)
+        super().__init__(path, credentials, settings, factory, clock)
         self._address = address
         self._server_name = server_name
         self._check = check
@@ -509,7 +502,7 @@ class Client(_Endpoint):
 
     def judge(self, chain: Sequence[bytes], alpn: str) -> Identity:
         """Verify the server's chain and ask the owner whether it is the one that was meant."""
-        identity = _verify(self.credentials, chain, "server", self.wall())
+        identity = self.credentials.verdicts.verify(chain, "server")
         self._check(identity)
         return identity
 
@@ -535,7 +528,3 @@ class Client(_Endpoint):
         engine.connect(self._address, self.clock())
         self.touch(connection)
         return connection
-
-
-def _verify(credentials: Credentials, chain: Sequence[bytes], usage: Usage, now: datetime) -> Identity:
-    return credentials.trust.verify(chain, usage, now)

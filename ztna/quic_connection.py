@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Protocol
 
@@ -24,10 +23,12 @@ from ztna.quic_engine import (
     TRANSPORT_INTERNAL_ERROR,
     Engine,
     bounded_phrase,
+    close_code,
 )
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS, logger, refused
 from ztna.udp import SockAddr
+from ztna.verdicts import Followed
 
 STREAM_UNSENT_BYTES_MAX = 1024 * 1024
 HANDSHAKE_SECONDS = 10.0
@@ -42,7 +43,6 @@ STATELESS_RESET = "stateless reset"
 _log = logger(__name__)
 
 Clock = Callable[[], float]
-WallClock = Callable[[], datetime]
 Packets = list[tuple[bytes, SockAddr]]
 
 
@@ -88,7 +88,6 @@ class Host(Protocol):
     loop: asyncio.AbstractEventLoop
     settings: Settings
     clock: Clock
-    wall: WallClock
 
     def touch(self, connection: Connection) -> None:
         """Have the connection settled before the loop waits again."""
@@ -120,6 +119,8 @@ class Connection:
         self.closed: asyncio.Future[tuple[int, str]] = endpoint.loop.create_future()
         self.confirmed: asyncio.Future[None] = endpoint.loop.create_future()
         self.refusal: Refused | None = None
+        """Why this end did not let the peer in, or did not let it stay."""
+        self.followed: Followed | None = None
         self._endpoint = endpoint
         self._engine = engine
         self._handler: Handler | None = None
@@ -233,6 +234,15 @@ class Connection:
         if self.is_open:
             self._flush_engine()
             self._engine.close(error_code=code, reason_phrase=bounded_phrase(reason))
+            self._endpoint.touch(self)
+
+    def refuse(self, error: Refused) -> None:
+        """Close as for a peer that is not let in: its certificate does not stand any more."""
+        if self.is_open:
+            self.refusal = error
+            refused(self._endpoint.settings.where, error.reason)
+            self._flush_engine()
+            self._engine.close(close_code(error.reason), QuicFrameType.PADDING, str(error.reason))
             self._endpoint.touch(self)
 
     # For the endpoint.
@@ -451,6 +461,3 @@ class Connection:
             return
         self._engine.send_ping(0)
         self._probe_payload()
-        if not self.identity.valid_at(self._endpoint.wall()):
-            refused(self._endpoint.settings.where, Reason.EXPIRED)
-            self._engine.close(TRANSPORT_INTERNAL_ERROR, QuicFrameType.PADDING, str(Reason.EXPIRED))

@@ -39,6 +39,27 @@ UNEXPECTED = Counter(
 READY = Gauge("ztna_ready", "1 when /readyz says ready.", registry=REGISTRY)
 BUILD = Gauge("ztna_build_info", "Always 1.", ("daemon", "version"), registry=REGISTRY)
 
+CERTIFICATE_EXPIRES = Gauge(
+    "ztna_certificate_expires_seconds",
+    "Unix time when the daemon's own certificate, or one that vouches for it, expires.",
+    registry=REGISTRY,
+)
+CERTIFICATE_EXPIRING = Gauge(
+    "ztna_certificate_expiring", "1 when less than a third of its lifetime is left.", registry=REGISTRY
+)
+CRL_NEXT_UPDATE = Gauge(
+    "ztna_crl_next_update_seconds", "Unix time when the CRL in use is out of date.", registry=REGISTRY
+)
+CREDENTIALS_BROKEN = Gauge(
+    "ztna_credentials_broken",
+    "1 while the newest of the certificate, the CA file or the CRL cannot be used, and the one before it is.",
+    ("what",),
+    registry=REGISTRY,
+)
+CREDENTIAL_RELOADS = Counter(
+    "ztna_credential_reloads", "Certificates, CA files and CRLs taken into use.", ("what",), registry=REGISTRY
+)
+
 KEEPER = Gauge("ztna_keeper", "1 while this dnsd is the keeper of the leases.", registry=REGISTRY)
 LEASE_CHANGES = Counter(
     "ztna_lease_changes", "What the keeper has done to leases, by kind.", ("kind",), registry=REGISTRY

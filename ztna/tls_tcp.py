@@ -14,7 +14,6 @@ import ssl
 import struct
 import termios
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +21,7 @@ from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
 from ztna.identity import Identity
 from ztna.reasons import Reason
+from ztna.verdicts import Followed, Verdicts
 
 SockAddr = tuple[str, int]
 
@@ -103,10 +103,8 @@ async def secure(
             await _handshake(tls)
         if tls.selected_alpn_protocol() != alpn:
             raise LinkError(f"the peer speaks {tls.selected_alpn_protocol() or 'no ALPN'}, not {alpn}")
-        identity = credentials.trust.verify(
-            _presented_chain(tls), "client" if server_side else "server", datetime.now(UTC)
-        )
-        return TlsStream(tls, identity)
+        identity = credentials.verdicts.verify(_presented_chain(tls), "client" if server_side else "server")
+        return TlsStream(tls, identity, credentials.verdicts)
     except TimeoutError:
         tls.close()
         raise LinkError(f"no TLS handshake within {timeout_s:g} s") from None
@@ -124,8 +122,10 @@ async def secure(
 class TlsStream:
     """An authenticated connection; its owner is called when it can be read or written and must not block."""
 
-    def __init__(self, tls: ssl.SSLSocket, identity: Identity) -> None:
+    def __init__(self, tls: ssl.SSLSocket, identity: Identity, verdicts: Verdicts) -> None:
         self.identity = identity
+        self._verdicts = verdicts
+        self._followed: Followed | None = None
         self.peer_address: SockAddr = tls.getpeername()[:2]
         self.is_ended = False
         self._tls = tls
@@ -145,10 +145,19 @@ class TlsStream:
         self._write_awaits_readable = False
         self._is_closed = False
 
-    def start(self, on_readable: Callable[[], None], on_writable: Callable[[], None]) -> None:
-        """Begin to call: `on_readable` whenever there is something, `on_writable` once after a short `write`."""
+    def start(
+        self,
+        on_readable: Callable[[], None],
+        on_writable: Callable[[], None],
+        on_refused: Callable[[IdentityError], None],
+    ) -> None:
+        """Begin to call: `on_readable` whenever there is something, `on_writable` once after a short `write`.
+
+        `on_refused` is called when the peer's certificate does not stand any more: close then.
+        """
         self._on_readable = on_readable
         self._on_writable = on_writable
+        self._followed = self._verdicts.follow(self.identity, on_refused)
         self._loop.add_reader(self._fd, self._readable)
         # The peer's first bytes may have come in the same segment as the end of its handshake.
         self._loop.call_soon(self._read_pending)
@@ -248,6 +257,8 @@ class TlsStream:
             self.close()
 
     def _stop_watching(self) -> None:
+        if self._followed is not None:
+            self._followed.forget()
         self._on_readable = self._on_writable = None
         self._has_writer = False
         self._loop.remove_reader(self._fd)

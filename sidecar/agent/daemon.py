@@ -38,9 +38,10 @@ from sidecar.link.pulse import Life
 from ztna.config import AgentConfig, RelayTarget
 from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
-from ztna.errors import ConfigError, ZtnaError
+from ztna.errors import ConfigError
 from ztna.leases import Lease
 from ztna.names import ServiceName
+from ztna.renewal import Renewal
 from ztna.runtime import Daemon, Readiness
 from ztna.telemetry import logger
 from ztna.wire.control import AnyMessage, Conflict, DialToken, Drain, LeaseRef, StartPunching
@@ -143,6 +144,13 @@ class Agent:
             changed=self._leases_changed,
             read=self._lease_read,
         )
+        self._renewal = Renewal(
+            config.tls,
+            credentials,
+            daemon.readiness,
+            check=lambda _: None,
+            accept=self._use_credentials,
+        )
         ranges.tell = self._tell_relays
         ranges.leases = self._follower.addresses
         ranges.serving = lambda: self._follower.leases
@@ -151,10 +159,18 @@ class Agent:
     async def run(self) -> None:
         """Serve until the daemon stops, then let what runs finish for a while."""
         self._daemon.status_sources["agent"] = self.status
-        self._daemon.on_reload.append(self._reload)
+        self._daemon.on_reload.append(self._renewal.reload)
+        self._daemon.status_sources["certificate"] = self._renewal.status
         for label, client in self._relays.items():
             self._tasks.create_task(client.run(), name=f"relay {label}")
-        for what in (self._follower, self._listeners, self._datagrams, self._links, self._ranges):
+        for what in (
+            self._renewal,
+            self._follower,
+            self._listeners,
+            self._datagrams,
+            self._links,
+            self._ranges,
+        ):
             self._tasks.create_task(what.run(), name=type(what).__name__)
         await self._daemon.stopping.wait()
         await self._drain()
@@ -306,18 +322,12 @@ class Agent:
         )
         self._streams.leave(lambda at: not places.has(ip_address(at.at)))
 
-    def _reload(self) -> None:
-        """Read the certificates again; what stands keeps the old ones."""
-        try:
-            credentials = Credentials.load(self._config.tls)
-        except ZtnaError as error:
-            _log.error("reload_failed", detail=error)
-            return
+    def _use_credentials(self, credentials: Credentials) -> None:
+        """Prove ourselves with these from now on."""
         self._carriers.credentials = self._links.credentials = credentials
         for client in self._relays.values():
             client.credentials = credentials
         self._follower.use_grants(credentials.identity.agent)
-        _log.info("reloaded", name=credentials.identity.name)
 
 
 class _Stopped(Exception):

@@ -24,6 +24,7 @@ from ztna.errors import ConfigError, Refused
 from ztna.leases import Lease
 from ztna.listening import bind_error
 from ztna.names import ServiceName, SessionId
+from ztna.renewal import Renewal
 from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import dropped, logger, refused
 from ztna.wire import control
@@ -112,6 +113,13 @@ class _Connector:
             for target in config.relays
         ]
         self._refusals: dict[str, dict[str, str]] = {target.name: {} for target in config.relays}
+        self._renewal = Renewal(
+            config.tls,
+            credentials,
+            daemon.readiness,
+            check=self._check_credentials,
+            accept=self._use_credentials,
+        )
         self._link_address: Address | None = None
         self._registrar: Registrar | None = None
 
@@ -128,13 +136,15 @@ class _Connector:
             ),
             self._desired,
         )
-        self._daemon.on_reload.append(self._reload)
+        self._daemon.on_reload.append(self._renewal.reload)
+        self._daemon.status_sources["certificate"] = self._renewal.status
         self._daemon.status_sources["connector"] = self._status
         tasks = self._tasks
         registering = tasks.create_task(registrar.run(), name="registration")
         tasks.create_task(self._registered(registrar), name="first registration")
         tasks.create_task(self._leases.watch.run(), name="leases")
         tasks.create_task(self._tick(), name="expiry")
+        tasks.create_task(self._renewal.run(), name="certificates")
         for service in self._routes.services.values():
             for key, check in _checks(service).items():
                 tasks.create_task(self._check(service.service, key, check), name=f"check {service.service}")
@@ -279,9 +289,10 @@ class _Connector:
 
     # Operators
 
-    def _reload(self) -> None:
-        credentials = Credentials.load(self._config.tls)
+    def _check_credentials(self, credentials: Credentials) -> None:
         self._routes.require_granted(credentials.identity, self._config.id)
+
+    def _use_credentials(self, credentials: Credentials) -> None:
         self._serving.use_credentials(credentials)
         for relay in self._relays:
             relay.credentials = credentials

@@ -7,12 +7,11 @@ sidecar.link.stream's.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable
 
 from sidecar.link.flow import TcpFlow
-from ztna.errors import ProtocolError
+from ztna.errors import IdentityError, ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
 from ztna.telemetry import logger, refused
@@ -45,15 +44,12 @@ class FrameStream:
         # The first may be half written: TLS wants the same bytes again. True marks the DATA frame of the flow.
         self._unsent: deque[tuple[memoryview, bool]] = deque()
         self._is_finishing = False
-        self._expiry: asyncio.TimerHandle | None = None
         self._on_frame = on_frame
         self._on_closed = on_closed
 
     def start(self) -> None:
         """Begin to read; it ends when the peer's certificate does, whatever runs on it."""
-        left_s = self.peer.not_after.timestamp() - time.time()
-        self._expiry = asyncio.get_running_loop().call_later(max(0.0, left_s), self._expired)
-        self._tls.start(self._readable, self._writable)
+        self._tls.start(self._readable, self._writable, self._refused)
 
     @property
     def unacknowledged_bytes(self) -> int:
@@ -102,13 +98,13 @@ class FrameStream:
         self._tls.finish(FINISH_SECONDS)
         self._ended(reason)
 
-    def _expired(self) -> None:
-        refused(_WHERE, Reason.EXPIRED)
-        self.close(Reason.EXPIRED)
+    def _refused(self, error: IdentityError) -> None:
+        refused(_WHERE, error.reason)
+        if self.flow is not None:
+            self.flow.reset(error.reason)
+        self.close(error.reason)
 
     def _ended(self, reason: Reason) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
         self._unsent.clear()
         flow, self.flow = self.flow, None
         if flow is not None:

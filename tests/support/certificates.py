@@ -9,12 +9,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ztna.ca import Authority, write_private
+from ztna.ca import Authority, replace_file, write_private
 from ztna.config import TlsConfig
 from ztna.credentials import Credentials
 from ztna.reasons import Reason
@@ -136,6 +137,10 @@ class Pki:
     def ca_file(self) -> Path:
         return self.directory / "ca" / "ca.pem"
 
+    @property
+    def crl_file(self) -> Path:
+        return self.directory / "crl.pem"
+
     def write(self, chain_pem: bytes, key_pem: bytes) -> TlsConfig:
         """Write a chain and its key to files of their own."""
         number = next(self._numbers)
@@ -155,6 +160,19 @@ class Pki:
 
     def relay(self, name: str = "relay-1") -> TlsConfig:
         return self.write(*self.authority.issue(name, relay=name))
+
+    def with_crl(self, config: TlsConfig) -> TlsConfig:
+        """Have it go by the CRL that `revoke` writes."""
+        if not self.crl_file.exists():
+            self.revoke()
+        return msgspec.structs.replace(config, crl_file=str(self.crl_file))
+
+    def revoke(self, *configs: TlsConfig, until: datetime | None = None) -> None:
+        """Write the CRL anew, with these certificates and all before them."""
+        days = (until - datetime.now(UTC)) / DAY if until is not None else 1.0
+        leaves = [x509.load_pem_x509_certificates(Path(each.certificate).read_bytes())[0] for each in configs]
+        before = self.crl_file.read_bytes() if self.crl_file.exists() else None
+        replace_file(self.crl_file, self.authority.crl(before, leaves, days=days))
 
     def credentials(self, config: TlsConfig) -> Credentials:
         return Credentials.load(config)

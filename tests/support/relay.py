@@ -16,6 +16,8 @@ from ztna.config import Endpoint, RelayConfig, TlsConfig
 from ztna.credentials import Credentials
 from ztna.names import ConnectorId, ServiceName, SessionId, Zone
 from ztna.reasons import Reason
+from ztna.renewal import Renewal
+from ztna.runtime import Readiness
 from ztna.telemetry import REFUSALS
 from ztna.wire import control
 
@@ -142,8 +144,11 @@ class Peer:
 class RunningRelay:
     """A relay in this process with its DNS server."""
 
+    renewal: Renewal
+
     def __init__(self, pki: Pki, dns: DnsServer, relay: Relay) -> None:
         self.pki, self.dns, self.relay = pki, dns, relay
+        self.readiness = Readiness()
         self._peers: list[Peer] = []
 
     @property
@@ -174,13 +179,14 @@ class RunningRelay:
 
 
 @asynccontextmanager
-async def running_relay(directory: Path, **config: Any) -> AsyncIterator[RunningRelay]:
-    """Run a relay on free loopback ports."""
+async def running_relay(directory: Path, *, crl: bool = False, **config: Any) -> AsyncIterator[RunningRelay]:
+    """Run a relay on free loopback ports; with `crl` it goes by the CRL that its Pki writes."""
     pki = Pki(directory)
+    tls = pki.relay("relay-1")
     dns = DnsServer()
     fields: dict[str, Any] = {
         "name": "relay-1",
-        "tls": pki.relay("relay-1"),
+        "tls": pki.with_crl(tls) if crl else tls,
         "listen": FREE,
         "forwarder": FREE,
         "admin": FREE,
@@ -189,7 +195,14 @@ async def running_relay(directory: Path, **config: Any) -> AsyncIterator[Running
     settings_ = RelayConfig(**(fields | config))
     relay = Relay(settings_, Zone("ztna.local"), pki.credentials(settings_.tls))
     running = RunningRelay(pki, dns, relay)
-    task = asyncio.ensure_future(relay.run())
+    renewal = running.renewal = Renewal(
+        settings_.tls,
+        relay.server.credentials,
+        running.readiness,
+        check=lambda _: None,
+        accept=relay.server.use_credentials,
+    )
+    task = asyncio.ensure_future(asyncio.gather(relay.run(), renewal.run()))
     try:
         yield running
     finally:

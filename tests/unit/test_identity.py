@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from tests.support.certificates import BOTH, CLIENT, DAY, SERVER, Pki, Presented, forge
+from ztna import identity as identity_module
 from ztna.errors import ConfigError, IdentityError
 from ztna.identity import (
     INTERMEDIATES_MAX,
@@ -21,6 +23,7 @@ from ztna.identity import (
 )
 from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
+from ztna.revocation import Revocations
 
 WEB, DB = ServiceName("web-app"), ServiceName("db")
 CONNECTOR_DNS = ["connector.web-app.ztna", "id.c1.ztna"]
@@ -250,6 +253,95 @@ def test_validity_is_judged_at_the_moment_given(pki: Pki, trust: Trust) -> None:
     with pytest.raises(IdentityError) as caught:
         trust.verify(presented.der, "client", now() + timedelta(hours=2))
     assert caught.value.reason is Reason.EXPIRED
+
+
+def test_a_chain_filled_up_with_others_certificates_proves_nothing_more(pki: Pki, trust: Trust) -> None:
+    own = pki.signed(dns=["agent.db.ztna"], cn="own")
+    others = pki.signed(dns=["agent.*.ztna", "agent.web-app.ztna"], cn="other")
+    rogue = pki.signed(pki.rogue, dns=["agent.*.ztna"])
+    old, _ = forge(None, ca=True, cn="old", not_before=now() - 2 * DAY, not_after=now() - DAY)
+    for filler in ([others.chain[0]], [rogue.chain[0], rogue.chain[1], old], [own.chain[0], old, old, old]):
+        identity = judge(trust, Presented((own.chain[0], *filler, own.chain[1]), own.key))
+        assert identity.name == "own" and identity.agent.services == {DB} and not identity.agent.every
+        assert [each.subject for each in identity.path] == [
+            own.chain[0].subject,
+            own.chain[1].subject,
+            pki.authority.root.subject,
+        ]
+
+
+def test_during_a_rotation_leaves_of_both_roots_are_believed(pki: Pki) -> None:
+    new, old = pki.rogue, pki.authority
+    both = Trust([old.root, new.root])
+    peers = [pki.signed(each, dns=["agent.db.ztna"]) for each in (old, new)]
+    identities = [judge(both, each) for each in peers]
+    assert [both.judge(each, now()) for each in identities] == [None, None]
+    after = Trust([new.root])
+    gone = after.judge(identities[0], now())
+    assert gone is not None and gone.reason is Reason.UNTRUSTED
+    assert after.judge(identities[1], now()) is None
+
+
+def test_a_peer_whose_root_went_stays_when_another_vouches_for_it() -> None:
+    """A root that was cross-signed by the next one."""
+    old, old_key = forge(None, ca=True, cn="old", eku=())
+    new, new_key = forge(None, ca=True, cn="new", eku=())
+    leaf, key = forge((old, old_key), dns=["agent.db.ztna"])
+    builder = x509.CertificateBuilder(new.subject, old.subject, old.public_key(), 77)
+    builder = builder.not_valid_before(now() - DAY).not_valid_after(now() + DAY)
+    for extension in (x509.BasicConstraints, x509.SubjectKeyIdentifier, x509.KeyUsage):
+        found = old.extensions.get_extension_for_class(extension)
+        builder = builder.add_extension(found.value, found.critical)
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(new_key.public_key())
+    crossed = builder.add_extension(issuer, False).sign(new_key, hashes.SHA256())
+    identity = judge(Trust([old]), Presented((leaf, crossed), key))
+    assert Trust([new, crossed]).judge(identity, now()) is None
+
+
+def test_the_dates_are_those_of_the_whole_path() -> None:
+    root, root_key = forge(None, ca=True, cn="root", eku=())
+    soon = (now() + timedelta(hours=1)).replace(microsecond=0)
+    brief, brief_key = forge((root, root_key), ca=True, cn="brief", eku=(), not_after=soon)
+    leaf, key = forge((brief, brief_key), dns=["agent.db.ztna"])
+    trust = Trust([root])
+    identity = judge(trust, Presented((leaf, brief), key))
+    assert identity.not_after == soon
+    over = trust.judge(identity, soon + timedelta(seconds=1))
+    assert over is not None and over.reason is Reason.EXPIRED
+
+
+def test_a_crl_keeps_the_revoked_out_and_ends_those_who_are_in(pki: Pki) -> None:
+    good, bad = (pki.signed(dns=["agent.db.ztna"]) for _ in range(2))
+    trust = Trust.from_pem(pki.ca_file.read_bytes())
+    identities = [judge(trust, each) for each in (good, bad)]
+    assert trust.unknown(identities[0].path, now()) is None
+    revocations = Revocations.from_bytes(pki.authority.crl(None, [bad.chain[0]], days=1))
+    strict = trust.with_revocations(revocations)
+    assert judge(strict, good) == identities[0]
+    assert refusal(strict, bad).reason is Reason.REVOKED
+    assert strict.judge(identities[0], now()) is None
+    ended = strict.judge(identities[1], now())
+    assert ended is not None and ended.reason is Reason.REVOKED
+    blind = trust.with_revocations(Revocations(()))
+    assert refusal(blind, good).reason is Reason.POLICY_UNKNOWN
+    assert blind.judge(identities[0], now()) is None, "who is in stays"
+    assert blind.unknown(identities[0].path, now()) is not None
+
+
+def test_a_chain_is_verified_once_and_remembered_within_bounds(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_module, "PROVEN_MAX", 2)
+    trust = Trust.from_pem(pki.ca_file.read_bytes())
+    first, *others = (pki.signed(dns=["agent.db.ztna"]) for _ in range(3))
+    identity = judge(trust, first)
+    assert judge(trust, first) is identity
+    for each in others:
+        judge(trust, each)
+    assert len(trust._proven) == 2 and judge(trust, first) is not identity
+    monkeypatch.setattr(identity_module, "PROVEN_CHAIN_BYTES_MAX", 100)
+    large = pki.signed(dns=["agent.db.ztna"])
+    assert judge(trust, large) is not judge(trust, large)
 
 
 def test_ends_require_the_very_peer_the_relay_named(pki: Pki, trust: Trust) -> None:

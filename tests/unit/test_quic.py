@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from ztna.quic import DATAGRAM_QUEUE_MAX, Connection
 from ztna.quic_engine import Engine, new_cid, reset_token
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS, REFUSALS
+from ztna.verdicts import Verdicts
 
 CLIENT_DNS = ["agent.echo-service.ztna"]
 SERVER_DNS = ["relay.relay-1.ztna"]
@@ -632,9 +634,12 @@ async def test_a_reset_stream_is_a_protocol_error(serve: Any, dial: Any, how: st
     assert code == 2 and "reset" in reason
 
 
-async def test_an_expired_certificate_ends_its_live_connection(serve: Any, dial: Any, agent: Any) -> None:
+async def test_an_expired_certificate_ends_its_live_connection(
+    serve: Any, dial: Any, relay: Credentials, agent: Credentials
+) -> None:
     moment = [datetime.now(UTC)]
-    server = serve(ping_interval_s=0.05, where="expiry", more={"wall": lambda: moment[0]})
+    own = replace(relay, verdicts=Verdicts(relay.trust, lambda: moment[0]))
+    server = serve(credentials=own, where="expiry")
     mine = await dial(server.address).connect()
     moment[0] = agent.identity.not_after + timedelta(seconds=1)
     async with asyncio.timeout(DEADLINE_SECONDS):

@@ -412,13 +412,6 @@ async def test_out_of_descriptors_one_peer_is_refused_and_the_next_served(
     assert [each.identity.name for each in mesh.relay.sessions.peers.values()] == ["spiffe://ztna/agent-next"]
 
 
-async def test_an_expired_certificate_ends_its_connection(mesh: RunningRelay) -> None:
-    agent = await mesh.agent()
-    (state,) = mesh.relay.sessions.peers.values()
-    state.expires_at = 0.0
-    assert await agent.expect_close() == (0x02, "expired")
-
-
 # The forwarder, through the tickets and tokens that the relay gave out.
 
 

@@ -14,7 +14,6 @@ from relay.commands import (
     AdmitAgent,
     AdmitConnector,
     Command,
-    Disconnect,
     EndSession,
     Event,
     Refusal,
@@ -58,11 +57,9 @@ class World:
                 self.inbox.setdefault(command.to, []).append(command.message)
         return commands
 
-    def join(
-        self, key: int, hello: bool = True, expires_at: float = 1e9, v1: bool = False, **grants: object
-    ) -> None:
+    def join(self, key: int, hello: bool = True, v1: bool = False, **grants: object) -> None:
         name, forwarder = grants.pop("name", f"peer-{key}"), None if v1 else HERE
-        self.do(self.sessions.connected(key, identity(str(name), **grants), forwarder, expires_at))  # type: ignore[arg-type]
+        self.do(self.sessions.connected(key, identity(str(name), **grants), forwarder))  # type: ignore[arg-type]
         if hello:
             self.say(key, control.Hello())
 
@@ -618,10 +615,15 @@ def test_sessions_end_when_nobody_confirms_the_catalog(world: World) -> None:
     assert world.take(ALICE, control.Health).state == "passing"
 
 
-def test_an_expired_certificate_ends_its_connection(world: World) -> None:
-    world.agent(9, expires_at=world.now + 5)
-    assert Disconnect(9, Reason.EXPIRED) not in world.tick(4)
-    assert Disconnect(9, Reason.EXPIRED) in world.tick(1)
+def test_nothing_is_opened_for_or_with_those_of_whom_crls_tell_nothing(world: World) -> None:
+    for unvouched in ([ALICE], [X, Y]):
+        world.sessions.unvouched(unvouched)
+        world.open(ALICE)
+        assert world.denied(ALICE) is Reason.POLICY_UNKNOWN
+    assert world.quiet(X, Y)
+    world.sessions.unvouched([X])
+    world.open(ALICE)
+    world.take(Y, control.Offered)
 
 
 def test_health_is_told_at_the_start_and_on_change_to_those_who_may_know(world: World) -> None:

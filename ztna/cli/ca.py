@@ -1,4 +1,4 @@
-"""`ztna ca`: make a certificate authority, issue certificates for the mesh, show what a certificate grants.
+"""`ztna ca`: make a certificate authority; issue, sign, renew and revoke certificates; show what one grants.
 
 Writes files and prints; the certificates themselves are made by ztna.ca and judged by ztna.identity.
 """
@@ -6,15 +6,28 @@ Writes files and prints; the certificates themselves are made by ztna.ca and jud
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import click
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from ztna.ca import LEAF_DAYS, ROOT_CERTIFICATE, ROOT_KEY, Authority, KeyKind, write_private
-from ztna.errors import IdentityError, ZtnaError
+from ztna.ca import (
+    CRL,
+    CRL_DAYS,
+    LEAF_DAYS,
+    ROOT_CERTIFICATE,
+    ROOT_KEY,
+    Authority,
+    KeyKind,
+    replace_file,
+    write_private,
+)
+from ztna.errors import ConfigError, IdentityError, ZtnaError
 from ztna.identity import Grants, Trust, Usage
 
 _DIRECTORY = click.option(
@@ -25,6 +38,14 @@ _DIRECTORY = click.option(
     show_default=True,
     help="The directory of the certificate authority.",
 )
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_CRL_DAYS = click.option(
+    "--days", type=click.IntRange(1), default=CRL_DAYS, show_default=True, help="The CRL is good for so long."
+)
+
+Command = Callable[..., None]
 
 
 @click.group()
@@ -46,20 +67,43 @@ def init(directory: Path, name: str) -> None:
     click.echo(f"Move {directory / ROOT_KEY} to a safe place offline: nothing here needs it any more.")
 
 
+class _Grants(TypedDict):
+    agent: tuple[str, ...]
+    connector: tuple[str, ...]
+    connector_id: str | None
+    relay: str | None
+    days: int
+
+
+def _grants(command: Command) -> Command:
+    """Give a command the options that say what a certificate grants."""
+    options = (
+        click.option(
+            "--agent", multiple=True, metavar="SERVICE", help="May use this service; `*` for all. Repeatable."
+        ),
+        click.option(
+            "--connector",
+            multiple=True,
+            metavar="SERVICE",
+            help="May serve this service; `*` for all. Repeatable.",
+        ),
+        click.option(
+            "--connector-id", metavar="ID", help="The connector's id (`<name>` or `<name>--<instance>`)."
+        ),
+        click.option("--relay", metavar="NAME", help="Is the relay of this name."),
+        click.option(
+            "--days", type=click.IntRange(1), default=LEAF_DAYS, show_default=True, help="Valid for so long."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @ca.command()
 @_DIRECTORY
 @click.argument("name")
-@click.option(
-    "--agent", multiple=True, metavar="SERVICE", help="May use this service; `*` for all. Repeatable."
-)
-@click.option(
-    "--connector", multiple=True, metavar="SERVICE", help="May serve this service; `*` for all. Repeatable."
-)
-@click.option("--connector-id", metavar="ID", help="The connector's id (`<name>` or `<name>--<instance>`).")
-@click.option("--relay", metavar="NAME", help="Is the relay of this name.")
-@click.option(
-    "--days", type=click.IntRange(1), default=LEAF_DAYS, show_default=True, help="Valid for so long."
-)
+@_grants
 @click.option("--key", type=click.Choice(["ec", "ed25519"]), default="ec", show_default=True)
 @click.option(
     "--out",
@@ -67,29 +111,97 @@ def init(directory: Path, name: str) -> None:
     default=Path(),
     help="Where to write NAME.pem and NAME.key (default: here).",
 )
-def issue(
-    directory: Path,
-    name: str,
-    agent: tuple[str, ...],
-    connector: tuple[str, ...],
-    connector_id: str | None,
-    relay: str | None,
-    days: int,
-    key: KeyKind,
-    out: Path,
-) -> None:
+def issue(directory: Path, name: str, key: KeyKind, out: Path, **grants: Unpack[_Grants]) -> None:
     """Issue a certificate for NAME with the grants given."""
     certificate_file, key_file = out / f"{name}.pem", out / f"{name}.key"
-    try:
-        chain, key_pem = Authority.load(directory).issue(
-            name, agent=agent, connector=connector, relay=relay, connector_id=connector_id, days=days, key=key
-        )
+    with _told():
+        chain, key_pem = Authority.load(directory).issue(name, key=key, **grants)
         out.mkdir(parents=True, exist_ok=True)
         write_private(key_file, key_pem)
-    except ZtnaError as error:
-        raise click.ClickException(str(error)) from None
-    certificate_file.write_bytes(chain)
+        certificate_file.write_bytes(chain)
     click.echo(f"Wrote {certificate_file} and {key_file} (0600).")
+
+
+@ca.command("sign-csr")
+@_DIRECTORY
+@click.argument("request", type=_FILE)
+@click.argument("name")
+@_grants
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write it (default: NAME.pem).")
+def sign_csr(directory: Path, request: Path, name: str, out: Path | None, **grants: Unpack[_Grants]) -> None:
+    """Sign the key of a certificate signing REQUEST for NAME, with the grants given here and no other.
+
+    The key never leaves the machine that made it: `openssl req -new -key NAME.key -subj / -out NAME.csr` there.
+    """
+    target = out or Path(f"{name}.pem")
+    with _told():
+        chain = Authority.load(directory).sign_request(request.read_bytes(), name, **grants)
+        if target.exists():
+            raise ConfigError(f"{target} exists already and is not overwritten")
+        target.write_bytes(chain)
+    click.echo(f"Wrote {target}.")
+
+
+@ca.command()
+@_DIRECTORY
+@click.argument("certificates", nargs=-1, required=True, type=_FILE)
+@click.option("--days", type=click.IntRange(1), help="Valid for so long (default: as long as before).")
+def renew(directory: Path, certificates: tuple[Path, ...], days: int | None) -> None:
+    """Replace each of CERTIFICATES by a new one for the same key, name and grants; daemons take it up by themselves."""
+    with _told():
+        authority = Authority.load(directory)
+        revoked = _serials(directory)
+        for file in certificates:
+            chain = file.read_bytes()
+            if x509.load_pem_x509_certificates(chain)[0].serial_number in revoked:
+                raise ConfigError(f"{file} was revoked")
+            replace_file(file, authority.renew(chain, days=days))
+            click.echo(f"Renewed {file}.")
+
+
+@ca.command()
+@_DIRECTORY
+@click.argument("certificates", nargs=-1, required=True, type=_FILE)
+@_CRL_DAYS
+def revoke(directory: Path, certificates: tuple[Path, ...], days: int) -> None:
+    """Take CERTIFICATES back: add them to the CRL, which every daemon has to get (tls.crl_file or tls.crl_url)."""
+    with _told():
+        leaves = [x509.load_pem_x509_certificates(file.read_bytes())[0] for file in certificates]
+        _write_crl(directory, leaves, days)
+    for file in certificates:
+        click.echo(f"Revoked {file}.")
+
+
+@ca.command()
+@_DIRECTORY
+@_CRL_DAYS
+def crl(directory: Path, days: int) -> None:
+    """Write the CRL anew: daemons refuse new sessions once it is out of date, so do it often."""
+    with _told():
+        _write_crl(directory, [], days)
+
+
+def _write_crl(directory: Path, leaves: list[x509.Certificate], days: int) -> None:
+    file = directory / CRL
+    before = file.read_bytes() if file.exists() else None
+    replace_file(file, Authority.load(directory).crl(before, leaves, days=days))
+    click.echo(f"Wrote {file}, good for {days} days.")
+
+
+def _serials(directory: Path) -> frozenset[int]:
+    file = directory / CRL
+    if not file.exists():
+        return frozenset()
+    return frozenset(each.serial_number for each in x509.load_pem_x509_crl(file.read_bytes()))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell what goes wrong in one line."""
+    try:
+        yield
+    except (ZtnaError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 @ca.command()
