@@ -46,6 +46,8 @@ class AddLink(msgspec.Struct, frozen=True):
     link: LinkKey
     agent: BindTicket
     connector: BindTicket
+    peers: tuple[str, str]
+    """The agent's name and the connector's id: whose quota the link uses."""
 
 
 class RemoveLink(msgspec.Struct, frozen=True):

@@ -31,6 +31,8 @@ from relay.commands import (
     Send,
 )
 from relay.forwarder import Forwarder
+from relay.kernel import local_address_towards
+from relay.links import Limits
 from relay.notified import Notified
 from relay.peers import WHERE, ControlPeer
 from relay.policy import SrvTable
@@ -108,6 +110,8 @@ async def _watch_readiness(daemon: Daemon, relay: Relay) -> None:
         elif relay.puller.fresh_at is not None:
             daemon.readiness.unwarn("dns")
             daemon.readiness.done("dns")
+        if relay.forwarder.problem:
+            daemon.readiness.warn("forwarding", f"in user space: {relay.forwarder.problem}")
 
 
 def check_resolvers(config: RelayConfig, daemon: Daemon) -> None:
@@ -201,7 +205,7 @@ class Relay:
         except ZtnaError:
             self._close_sockets()
             raise
-        self.forwarder = Forwarder(raw)
+        self.forwarder = Forwarder(raw, link_limits(config), config.forwarding)
         self.splicer = Splicer(listener, self._agent_waiting)
         self.server = quic.Server(
             self._socket, credentials, settings, admit=self._admit, factory=self._established
@@ -304,7 +308,9 @@ class Relay:
         """Return the forwarder's address as this peer reaches it, None for v1. Raises OSError."""
         if connection.alpn == v1_peers.ALPN:
             return None
-        return self._advertised or _reached_from(connection.peer_address[0], self.forwarder.address[1])
+        if self._advertised is not None:
+            return self._advertised
+        return Address(local_address_towards(connection.peer_address[0]), self.forwarder.address[1])
 
     def message_received(self, peer: Peer, message: control.AnyMessage) -> None:
         """Take a whole message of a connection. Raises ProtocolError."""
@@ -372,9 +378,9 @@ class Relay:
         match command:
             case Send(to, message):
                 self._send(to, message)
-            case AddLink(link, agent, connector):
+            case AddLink(link, agent, connector, peers):
                 self.forwarder.add_link(
-                    link, (agent.bind_id, agent.secret), (connector.bind_id, connector.secret)
+                    link, (agent.bind_id, agent.secret), (connector.bind_id, connector.secret), peers
                 )
             case RemoveLink(link):
                 self.forwarder.remove_link(link)
@@ -460,6 +466,11 @@ class Relay:
         ]
 
 
+def link_limits(config: RelayConfig) -> Limits:
+    """Return what one link may carry."""
+    return Limits(config.link_rate_bytes_per_s, config.link_quota_bytes, config.link_quota_period_s)
+
+
 def advertised(config: RelayConfig) -> Address | None:
     """Return the forwarder's address to tell peers, None when it depends on how they reach this host."""
     endpoint = config.forwarder_advertise
@@ -469,15 +480,6 @@ def advertised(config: RelayConfig) -> Address | None:
         return Address(str(ip_address(endpoint.host)), endpoint.port)
     except ValueError:
         raise ConfigError(f"relay.forwarder_advertise: {endpoint}: expected a numeric IP address") from None
-
-
-def _reached_from(peer: str, port: int) -> Address:
-    """Return the forwarder's address on the interface that the peer is reached through."""
-    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        # Connecting a UDP socket sends nothing: it only asks the routing table.
-        probe.connect((peer, 9))
-        return Address(probe.getsockname()[0], port)
 
 
 def _forwarder_sockets(endpoint: Endpoint) -> tuple[socket.socket, BulkSocket]:

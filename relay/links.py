@@ -1,7 +1,8 @@
 """The forwarder's table: which source address is which side of which link, and what to do with its packets.
 
 Pure: packets and sockaddr bytes in, packets and sockaddr bytes out; `now` and random bytes are passed in.
-Sends nothing, and reads nothing of a link's QUIC but the fixed bit of byte 0. Source: protocol.md, Forwarder.
+Sends nothing, and reads nothing of a link's QUIC but the fixed bit of byte 0. What the kernel forwards instead
+(relay.kernel) is told in `take_changed` and counted in `counted`. Source: protocol.md, Forwarder.
 """
 
 from __future__ import annotations
@@ -22,11 +23,50 @@ LINK_IDLE_SECONDS = 60.0
 NONCE_SECONDS = 60.0
 CHALLENGES_PER_SECOND = 20
 """For each bind id: a peer asks five times a second, and a spoofer gets less than it sends."""
+UNLIMITED_BYTES = 1 << 62
+BURST_SECONDS = 0.25
+BURST_BYTES_MIN = 128 * 1024
+"""A link that was quiet may send so much, or BURST_SECONDS of its rate, at once."""
+QUOTA_GRANT_BYTES = 256 * 1024
+"""A side takes so much of its link's quota at a time."""
+ALLOWANCES_MAX = 100_000
 
 _NONCE_INPUT = struct.Struct(">qq")
 
 RawAddress = bytes
 RawPacket = tuple[bytes, RawAddress]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one link may carry: bytes a second each way, and bytes both ways in each period; None: any."""
+
+    rate_bytes_per_s: int | None = None
+    quota_bytes: int | None = None
+    quota_period_s: float = 86_400.0
+
+    @property
+    def burst_bytes(self) -> int:
+        """How much a link that was quiet may send at once."""
+        return max(int((self.rate_bytes_per_s or 0) * BURST_SECONDS), BURST_BYTES_MIN)
+
+
+@dataclass(slots=True)
+class Allowance:
+    """What is left of the quota of one pair of peers in a period; it outlives their links."""
+
+    period: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What was passed on for a link, from its agent (`up`) and from its connector (`down`)."""
+
+    up_packets: int
+    up_bytes: int
+    down_packets: int
+    down_bytes: int
 
 
 @dataclass(slots=True)
@@ -46,6 +86,9 @@ class Side:
     moves: int = 0
     challenge_second: int = -1
     challenges: int = 0
+    budget: int = UNLIMITED_BYTES
+    """Bytes it may send before the limits are asked again."""
+    filled_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -54,6 +97,16 @@ class Link:
 
     agent: Side
     connector: Side
+    allowance: Allowance | None
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.agent, self.connector
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether its quota is used up."""
+        return self.allowance is not None and self.allowance.left <= 0
 
 
 @dataclass(slots=True)
@@ -62,11 +115,15 @@ class LinkTable:
 
     nonce_key: Secret
     """32 random bytes: challenges are derived from it, the source address and the time."""
+    limits: Limits = Limits()
     drops: Counter[str] = field(default_factory=Counter)
-    """Packets not passed on, by why: unknown_source, unbound_peer, malformed, unknown_bind, rate."""
+    """Packets not passed on, by why: unknown_source, unbound_peer, malformed, unknown_bind, challenge_rate,
+    link_rate, link_quota."""
     _links: dict[Hashable, Link] = field(default_factory=dict)
     _sides: dict[bytes, Side] = field(default_factory=dict)
     _routes: dict[RawAddress, Side] = field(default_factory=dict)
+    _allowances: dict[Hashable, Allowance] = field(default_factory=dict)
+    _changed: set[RawAddress] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self._links)
@@ -80,9 +137,30 @@ class LinkTable:
         """Return the live links, to be read only."""
         return self._links
 
-    def add(self, key: Hashable, agent: tuple[bytes, Secret], connector: tuple[bytes, Secret]) -> None:
-        """Let both sides of a link bind, each with its (id, secret); as many links as there are sessions."""
-        link = Link(Side(key, *agent), Side(key, *connector))
+    def traffic(self, key: Hashable) -> Traffic | None:
+        """Return what was passed on for a link, None when there is no such link."""
+        link = self._links.get(key)
+        if link is None:
+            return None
+        up, down = link.sides
+        return Traffic(up.packets, up.bytes, down.packets, down.bytes)
+
+    def add(
+        self,
+        key: Hashable,
+        agent: tuple[bytes, Secret],
+        connector: tuple[bytes, Secret],
+        peers: Hashable,
+        now: float,
+    ) -> None:
+        """Let both sides of a link bind, each with its (id, secret); as many links as there are sessions.
+
+        `peers` says between whom: their links share one quota, also one after the other.
+        """
+        link = Link(Side(key, *agent), Side(key, *connector), self._allow(peers, now))
+        if self.limits.rate_bytes_per_s is not None or link.allowance is not None:
+            for side in link.sides:
+                side.budget = 0
         self._links[key] = link
         self._sides[link.agent.bind_id] = link.agent
         self._sides[link.connector.bind_id] = link.connector
@@ -91,9 +169,34 @@ class LinkTable:
         """End a link: nothing of it is passed on from here. Harmless when it is not there."""
         link = self._links.pop(key, None)
         if link is not None:
-            for side in (link.agent, link.connector):
+            for side in link.sides:
                 del self._sides[side.bind_id]
-                self._unbind(side)
+                self._unbind(side, link)
+                if link.allowance is not None:
+                    link.allowance.left += side.budget
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether `take_changed` has something to tell."""
+        return bool(self._changed)
+
+    def take_changed(self) -> dict[RawAddress, RawAddress | None]:
+        """Return where the sources whose way changed since the last call go now; None: nothing is passed on."""
+        changed, self._changed = self._changed, set()
+        return {source: self._onward(source) for source in changed}
+
+    def counted(self, source: RawAddress, packets: int, size: int) -> None:
+        """Hear what else was passed on for a source, by the kernel; its packets cost quota like any."""
+        side = self._routes.get(source)
+        if side is None:
+            return
+        side.packets += packets
+        side.bytes += size
+        link = self._links[side.link]
+        if link.allowance is not None:
+            link.allowance.left -= size
+            if link.exhausted:
+                self._way_changed(link)
 
     def handle(self, packets: Sequence[RawPacket], now: float) -> list[RawPacket]:
         """Return what to send for a batch that was received: copies for the other side, and answers to binds."""
@@ -110,8 +213,12 @@ class LinkTable:
                 side.dropped += 1
                 self.drops["unbound_peer"] += 1
                 continue
+            size = len(data)
+            side.budget -= size
+            if side.budget < 0 and not self._replenish(side, size, now):
+                continue
             side.packets += 1
-            side.bytes += len(data)
+            side.bytes += size
             out.append((data, onward))
         return out
 
@@ -126,8 +233,52 @@ class LinkTable:
                 side.heard_at = now
         for link in self._links.values():
             if now - max(link.agent.heard_at, link.connector.heard_at) >= LINK_IDLE_SECONDS:
-                self._unbind(link.agent)
-                self._unbind(link.connector)
+                self._unbind(link.agent, link)
+                self._unbind(link.connector, link)
+        self._renew_allowances(now)
+
+    def _allow(self, peers: Hashable, now: float) -> Allowance | None:
+        """Return the quota that links between these peers share, None when there is no limit."""
+        quota = self.limits.quota_bytes
+        if quota is None:
+            return None
+        if peers not in self._allowances and len(self._allowances) >= ALLOWANCES_MAX:
+            # The one that was made first: who is many enough to get there could as well wait for the next period.
+            del self._allowances[next(iter(self._allowances))]
+        return self._allowances.setdefault(peers, Allowance(self._period(now), quota))
+
+    def _renew_allowances(self, now: float) -> None:
+        """Begin a new period where the last is over; pairs without a link are forgotten."""
+        period = self._period(now)
+        if not self._allowances or all(each.period == period for each in self._allowances.values()):
+            return
+        for link in self._links.values():
+            allowance = link.allowance
+            if allowance is not None and allowance.period != period:
+                allowance.period, allowance.left = period, self.limits.quota_bytes or 0
+            self._way_changed(link)
+        self._allowances = {key: each for key, each in self._allowances.items() if each.period == period}
+
+    def _period(self, now: float) -> int:
+        return int(now / self.limits.quota_period_s)
+
+    def _replenish(self, side: Side, size: int, now: float) -> bool:
+        """Let a side send on as the limits allow; False when the packet of `size` bytes may not pass."""
+        link, rate = self._links[side.link], self.limits.rate_bytes_per_s
+        grant = UNLIMITED_BYTES
+        if rate is not None:
+            grant = min(self.limits.burst_bytes, int((now - side.filled_at) * rate))
+            side.filled_at = now
+        if link.allowance is not None:
+            grant = max(0, min(grant, link.allowance.left, QUOTA_GRANT_BYTES))
+            link.allowance.left -= grant
+        side.budget += grant
+        if side.budget >= 0:
+            return True
+        side.budget += size
+        side.dropped += 1
+        self.drops["link_quota" if link.exhausted else "link_rate"] += 1
+        return False
 
     def _handle_other(
         self, data: bytes, source: RawAddress, side: Side | None, now: float, out: list[RawPacket]
@@ -172,7 +323,7 @@ class LinkTable:
             side.challenge_second, side.challenges = second, 0
         side.challenges += 1
         if side.challenges > CHALLENGES_PER_SECOND:
-            self.drops["rate"] += 1
+            self.drops["challenge_rate"] += 1
             return False
         return True
 
@@ -183,27 +334,31 @@ class LinkTable:
         holder = self._routes.get(source)
         if holder is not None:
             # The address proved another side before: a source address is one side of one link.
-            self._unbind(holder)
-        self._unbind(side)
+            self._unbind(holder, self._links[holder.link])
+        link = self._links[side.link]
+        self._unbind(side, link)
         side.address = source
         side.moves += 1
         self._routes[source] = side
-        peer = self._peer(side)
+        peer = link.connector if side is link.agent else link.agent
         peer.onward = source
         side.onward = peer.address
+        self._way_changed(link)
 
-    def _unbind(self, side: Side) -> None:
+    def _unbind(self, side: Side, link: Link) -> None:
         if side.address is None:
             return
+        self._way_changed(link)
         del self._routes[side.address]
-        side.address = side.onward = None
-        link = self._links.get(side.link)
-        if link is not None:
-            self._peer(side).onward = None
+        side.address = None
+        link.agent.onward = link.connector.onward = None
 
-    def _peer(self, side: Side) -> Side:
-        link = self._links[side.link]
-        return link.connector if side is link.agent else link.agent
+    def _way_changed(self, link: Link) -> None:
+        self._changed.update(side.address for side in link.sides if side.address is not None)
+
+    def _onward(self, source: RawAddress) -> RawAddress | None:
+        side = self._routes.get(source)
+        return None if side is None or self._links[side.link].exhausted else side.onward
 
 
 def address_of(source: RawAddress) -> Address:

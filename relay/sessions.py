@@ -542,7 +542,8 @@ class Sessions:
         if link is None:
             link = Link(self._ticket(), self._ticket(), Secret(self._random(SECRET_BYTES)))
             self._links[session.link] = link
-            out.append(AddLink(session.link, link.agent, link.connector))
+            peers = session.agent_name, session.connector_id
+            out.append(AddLink(session.link, link.agent, link.connector, peers))
         link.sessions.add(session.id)
         return link
 

@@ -27,6 +27,7 @@ DAEMON_SECTIONS = ("relay", "dnsd", "connector", "agent")
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
 PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 ListenPort = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+LinkBytes = Annotated[int, msgspec.Meta(ge=10_000, le=10**15)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 
@@ -231,6 +232,18 @@ class RelayConfig(Section, frozen=True, kw_only=True):
         Endpoint | None,
         about("The forwarder's address as peers reach it, when it is another.", "203.0.113.7:4434"),
     ] = None
+    forwarding: Annotated[
+        Literal["user", "kernel", "auto"],
+        about("Who copies links' packets: user (this process), kernel (nftables, else user), auto (either)."),
+    ] = "user"
+    link_rate_bytes_per_s: Annotated[
+        LinkBytes | None, about("The most that a link may carry each way, in bytes a second.", 12_500_000)
+    ] = None
+    link_quota_bytes: Annotated[
+        LinkBytes | None,
+        about("The most that one agent and one connector may exchange in a period.", 10**11),
+    ] = None
+    link_quota_period_s: Annotated[Seconds, about("That period, in seconds.")] = 86_400.0
     admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
         "127.0.0.1", 9431
     )

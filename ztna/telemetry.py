@@ -109,6 +109,15 @@ SERVED = Gauge(
     "Whether names are served: 2 confirmed, 1 stale (Consul is away), 0 not.",
     registry=REGISTRY,
 )
+FORWARDED = Counter(
+    "ztna_forwarded_packets",
+    "UDP packets that the relay's forwarder passed on, by who did it: user (space) or kernel.",
+    ("by",),
+    registry=REGISTRY,
+)
+FORWARDING_IN_KERNEL = Gauge(
+    "ztna_forwarding_in_kernel", "1 while the kernel forwards for the relay.", registry=REGISTRY
+)
 
 HIDDEN = "***"
 

@@ -27,6 +27,7 @@ ROWS = {
     "leases": "tests.bench.rows_leases",
     "change": "tests.bench.rows_leases:change_row",
     "forwarder-udp": "tests.bench.rows_forwarder_udp",
+    "forwarder-kernel": "tests.bench.rows_forwarder_udp:kernel_row",
     "tcp": "tests.bench.rows_tcp",
     "tcp-relay": "tests.bench.rows_tcp_relay",
     "latency": "tests.bench.rows_latency",

@@ -7,12 +7,13 @@ none is lost and both forwarders see the same pattern.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.bench.harness import (
     CannotMeasure,
@@ -26,8 +27,9 @@ from tests.bench.harness import (
     running,
     wait_until,
 )
+from tests.support.forwarding import ForwarderProcess, LinkPeer, udp_socket
+from tests.support.namespaces import Host, LocalNetwork, network, why_not
 from ztna.udp import RawSocket, encode_address
-from ztna.wire import forwarder as wire
 
 PACKETS = 200_000
 PACKET_BYTES = 1200
@@ -40,14 +42,55 @@ def row(directory: Path) -> Row:
     """Return the row; everything is written under `directory`."""
     directory = directory / "forwarder-udp"
     directory.mkdir()
+    here = LocalNetwork().host("here")
     return Row(
         f"forwarder: CPU per {PACKET_BYTES:,}-byte packet, one link, user space",
         "<= 1.0 x coturn",
         [
-            Contender("ztna forwarder", lambda: ours(directory)),
-            Contender("coturn", lambda: coturn(directory)),
+            Contender("ztna forwarder", lambda: ours(directory, Hosts(here, here, here), "user")),
+            Contender("coturn", lambda: coturn(directory, Hosts(here, here, here))),
         ],
     )
+
+
+def kernel_row(directory: Path) -> Row:
+    """Return the row of three hosts, where the kernel can forward; `all` has the load's own share too."""
+    directory = directory / "forwarder-kernel"
+    directory.mkdir()
+
+    return Row(
+        f"forwarder: CPU per {PACKET_BYTES:,}-byte packet, one link, between hosts, in the kernel",
+        "reported",
+        [
+            Contender("ztna, kernel", lambda: between_hosts(lambda hosts: ours(directory, hosts, "kernel"))),
+            Contender(
+                "ztna, user space", lambda: between_hosts(lambda hosts: ours(directory, hosts, "user"))
+            ),
+            Contender("coturn", lambda: between_hosts(lambda hosts: coturn(directory, hosts))),
+        ],
+    )
+
+
+class Hosts(NamedTuple):
+    """Where the relay and the two ends are."""
+
+    relay: Host
+    left: Host
+    right: Host
+
+
+@contextlib.contextmanager
+def between_hosts(
+    contender: Callable[[Hosts], contextlib.AbstractContextManager[Measure]],
+) -> Iterator[Measure]:
+    """Run a contender on three network namespaces; CannotMeasure without root."""
+    if (reason := why_not()) is not None:
+        raise CannotMeasure(reason)
+    with network("relay", "left", "right") as net:
+        hosts = Hosts(*(net.hosts[name] for name in Hosts._fields))
+        hosts.relay.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        with contender(hosts) as measure:
+            yield measure
 
 
 def blast(source: RawSocket, target: tuple[str, int], sink: RawSocket, packet: bytes) -> int:
@@ -70,47 +113,34 @@ def measure(pid: int, source: RawSocket, target: tuple[str, int], sink: RawSocke
     """Return what measures one blast."""
 
     def once() -> Figures:
-        before = cpu_seconds([pid])
+        before, all_before = cpu_seconds([pid]), cpu_seconds([pid, os.getpid()])
         count = blast(source, target, sink, packet)
-        return {"CPU us/packet": (cpu_seconds([pid]) - before) / count * 1e6}
+        return {
+            "CPU us/packet": (cpu_seconds([pid]) - before) / count * 1e6,
+            "all, CPU us/packet": (cpu_seconds([pid, os.getpid()]) - all_before) / count * 1e6,
+        }
 
     return once
 
 
 @contextlib.contextmanager
-def ours(directory: Path) -> Iterator[Measure]:
+def ours(directory: Path, hosts: Hosts, forwarding: str) -> Iterator[Measure]:
     """The forwarder with both sides bound."""
     port = free_port()
-    argv = [sys.executable, "-m", "tests.bench.forwarder_process", str(port)]
-    with running(argv, directory / "ours.log") as pid:
-        sides = [_bound(("127.0.0.1", port), letter) for letter in (b"a", b"c")]
+    process = ForwarderProcess(hosts.relay, forwarding, directory / "ours.log", port=port)
+    try:
+        if (why := process.say(add="a")["forwarding"]["why_user"]) and forwarding == "kernel":
+            raise CannotMeasure(why)
+        agent = LinkPeer(hosts.left, "a", hosts.relay, port)
+        connector = LinkPeer(hosts.right, "A", hosts.relay, port)
+        for side in (agent, connector):
+            side.bind()
         packet = b"\x40" + bytes(PACKET_BYTES - 1)  # the fixed bit of QUIC: opaque otherwise
-        yield measure(pid, sides[0], ("127.0.0.1", port), sides[1], packet)
-        for side in sides:
-            side.close()
-
-
-def _bound(forwarder: tuple[str, int], letter: bytes) -> RawSocket:
-    """Bind one side: bind, challenge, bind again."""
-    side = RawSocket.open(("127.0.0.1", 0))
-    bind_id, secret, mac = letter * 16, letter * 32, wire.NO_MAC
-    to = encode_address(forwarder)
-
-    def answered() -> bool:
-        nonlocal mac
-        side.send([(wire.encode(wire.Bind(bind_id, mac)), to)])
-        if not select.select([side], [], [], 0.2)[0]:
-            return False
-        for data, _ in side.receive():
-            message = wire.decode(data)
-            if isinstance(message, wire.Challenge):
-                mac = wire.bind_mac(secret, message.nonce)
-            elif isinstance(message, wire.Bound):
-                return True
-        return False
-
-    wait_until("the forwarder binds", answered)
-    return side
+        yield measure(process.pid, agent.raw, (hosts.relay.address, port), connector.raw, packet)
+        agent.close()
+        connector.close()
+    finally:
+        process.kill()
 
 
 _MAGIC = struct.pack("!I", 0x2112A442)
@@ -124,24 +154,36 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("!HH", kind, len(value)) + value + bytes(-len(value) % 4)
 
 
-def _xor_address(port: int) -> bytes:
+def _xor_address(host: str, port: int) -> bytes:
     (magic,) = struct.unpack("!I", _MAGIC)
-    (address,) = struct.unpack("!I", socket.inet_aton("127.0.0.1"))
+    (address,) = struct.unpack("!I", socket.inet_aton(host))
     return struct.pack("!BBHI", 0, 1, port ^ (magic >> 16), address ^ magic)
 
 
 @contextlib.contextmanager
-def coturn(directory: Path) -> Iterator[Measure]:
+def coturn(directory: Path, hosts: Hosts) -> Iterator[Measure]:
     """A TURN server with one allocation and one channel to the sink (RFC 8656)."""
     port = free_port()
     argv = [
-        *(need("turnserver", "coturn"), "-n", "-L", "127.0.0.1", "-p", str(port), "-m", "1", "--no-auth"),
+        *hosts.relay.prefix,
+        *(
+            need("turnserver", "coturn"),
+            "-n",
+            "-L",
+            hosts.relay.address,
+            "-p",
+            str(port),
+            "-m",
+            "1",
+            "--no-auth",
+        ),
         *("--allow-loopback-peers", "--no-cli", "--no-tls", "--no-dtls", "--log-file", "stdout"),
         *("--pidfile", str(directory / "turn.pid"), "--userdb", str(directory / "turn.db")),
     ]
     with running(argv, directory / "coturn.log") as pid:
-        source, sink = RawSocket.open(("127.0.0.1", 0)), RawSocket.open(("127.0.0.1", 0))
-        to, peer = encode_address(("127.0.0.1", port)), _attribute(0x0012, _xor_address(sink.address[1]))
+        source, sink = (udp_socket(host) for host in (hosts.left, hosts.right))
+        target = hosts.relay.address, port
+        to, peer = encode_address(target), _attribute(0x0012, _xor_address(*sink.address))
         channel = _attribute(0x000C, struct.pack("!HH", 0x4000, 0))
         steps = (
             ("Allocate", 0x0003, _attribute(0x0019, struct.pack("!BBH", 17, 0, 0)), 0x0103),
@@ -158,6 +200,6 @@ def coturn(directory: Path) -> Iterator[Measure]:
 
             wait_until(f"TURN {name}", answered)
         packet = struct.pack("!HH", 0x4000, PACKET_BYTES) + bytes(PACKET_BYTES)
-        yield measure(pid, source, ("127.0.0.1", port), sink, packet)
+        yield measure(pid, source, target, sink, packet)
         source.close()
         sink.close()

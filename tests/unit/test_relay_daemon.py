@@ -399,11 +399,11 @@ async def test_draining_says_so_refuses_the_new_and_closes_in_the_end(mesh: Runn
 async def test_out_of_descriptors_one_peer_is_refused_and_the_next_served(
     mesh: RunningRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing_left(peer: str, port: int) -> control.Address:
+    def nothing_left(peer: str) -> str:
         raise OSError(errno.EMFILE, "too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr(relay_daemon, "_reached_from", nothing_left)
+        patched.setattr(relay_daemon, "local_address_towards", nothing_left)
         refused = Dialling(mesh.address, mesh.pki.credentials(mesh.pki.agent("agent-late")), settings())
         with pytest.raises(LinkError, match="limit_reached"):
             await refused.connect()

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from relay.links import CHALLENGES_PER_SECOND, LINK_IDLE_SECONDS, NONCE_SECONDS, LinkTable, address_of
+from relay import links as module
+from relay.links import (
+    BURST_BYTES_MIN,
+    CHALLENGES_PER_SECOND,
+    LINK_IDLE_SECONDS,
+    NONCE_SECONDS,
+    QUOTA_GRANT_BYTES,
+    Limits,
+    LinkTable,
+    Traffic,
+    address_of,
+)
 from ztna.jsontypes import Secret
 from ztna.udp import encode_address
 from ztna.wire import forwarder as wire
@@ -17,10 +28,22 @@ NOW = 10_000.0
 QUIC = b"\x40sealed"
 
 
+def add(table: LinkTable, key: str = "link", peers: str = "ann and con-x", now: float = NOW) -> None:
+    table.add(key, (IDS[A], SECRETS[A]), (IDS[C], SECRETS[C]), peers, now)
+
+
+def both_bound(limits: Limits | None = None) -> LinkTable:
+    table = LinkTable(Secret(b"n" * 32), limits or Limits())
+    add(table)
+    bound(table, A)
+    bound(table, C)
+    return table
+
+
 @pytest.fixture
 def table() -> LinkTable:
     table = LinkTable(Secret(b"n" * 32))
-    table.add("link", (IDS[A], SECRETS[A]), (IDS[C], SECRETS[C]))
+    add(table)
     return table
 
 
@@ -133,7 +156,7 @@ def test_garbage_from_a_bound_source_is_dropped(table: LinkTable, data: bytes) -
 def test_challenges_are_limited_for_each_bind_id(table: LinkTable) -> None:
     flood = [(bind(A), THIEF)] * (CHALLENGES_PER_SECOND + 5)
     assert len(table.handle(flood, NOW)) == CHALLENGES_PER_SECOND
-    assert table.drops == {"rate": 5}
+    assert table.drops == {"challenge_rate": 5}
     assert len(table.handle([(bind(C), THIEF)], NOW)) == 1
     assert len(table.handle(flood, NOW + 1)) == CHALLENGES_PER_SECOND
 
@@ -163,3 +186,112 @@ def test_an_idle_link_is_unbound_and_may_bind_again(table: LinkTable) -> None:
 @pytest.mark.parametrize("address", [Address("192.0.2.1", 53), Address("2001:db8::1", 65535)])
 def test_addresses_are_read_from_kernel_bytes(address: Address) -> None:
     assert address_of(encode_address((address.ip, address.port))) == address
+
+
+def passed(table: LinkTable, source: bytes, count: int, now: float = NOW, size: int = 1000) -> int:
+    return len(table.handle([(b"\x40" * size, source)] * count, now))
+
+
+def test_what_was_passed_on_is_told_by_link() -> None:
+    table = both_bound()
+    passed(table, A, 3)
+    passed(table, C, 2, size=10)
+    table.counted(A, 4, 400)
+    table.counted(THIEF, 1, 1)
+    assert table.traffic("link") == Traffic(7, 3400, 2, 20)
+    assert table.traffic("another") is None
+
+
+def test_a_rate_allows_a_burst_and_then_so_much_a_second() -> None:
+    table = both_bound(Limits(rate_bytes_per_s=100_000))
+    burst = BURST_BYTES_MIN // 1000
+    assert passed(table, A, 1000) == burst
+    assert passed(table, C, 1) == 1, "each way has its own"
+    assert table.drops == {"link_rate": 1000 - burst}
+    assert table.links()["link"].agent.dropped == 1000 - burst
+    assert abs(passed(table, A, 1000, NOW + 0.5) - 50) <= 1
+    assert passed(table, A, 1000, NOW + 3600) == burst, "time does not save up"
+
+
+def test_a_fast_link_may_burst_a_share_of_its_rate() -> None:
+    assert Limits(rate_bytes_per_s=100_000_000).burst_bytes == 25_000_000
+    assert Limits().burst_bytes == BURST_BYTES_MIN
+
+
+def test_a_quota_is_one_for_both_ways_and_all_links_of_a_pair() -> None:
+    table = both_bound(Limits(quota_bytes=500_000, quota_period_s=1000.0))
+    there, back = passed(table, A, 100), passed(table, C, 1000)
+    assert (
+        there == 100 and there * 1000 + back * 1000 + QUOTA_GRANT_BYTES > 500_000 > there * 1000 + back * 1000
+    )
+    assert set(table.drops) == {"link_quota"}
+    rest = passed(table, A, 1000)
+    assert 499 <= there + back + rest <= 500
+    table.remove("link")
+    add(table, "again")
+    bound(table, A)
+    bound(table, C)
+    assert there + back + rest + passed(table, A, 5) == 500, "to the last byte"
+    table.sweep(NOW + 1)
+    assert passed(table, A, 5, NOW + 1) == 0
+    table.sweep(NOW + 1000)
+    bound(table, A, now=NOW + 1000)
+    bound(table, C, now=NOW + 1000)
+    assert passed(table, A, 5, NOW + 1000) == 5
+
+
+def test_what_a_link_left_over_is_the_pairs_again_and_a_gone_pair_is_forgotten() -> None:
+    table = both_bound(Limits(quota_bytes=10_000, quota_period_s=1000.0))
+    assert passed(table, A, 3) == 3
+    table.remove("link")
+    add(table)
+    bound(table, A)
+    bound(table, C)
+    assert passed(table, C, 100) == 7
+    table.remove("link")
+    table.sweep(NOW + 1000)
+    assert not table._allowances
+
+
+def test_rate_and_quota_together() -> None:
+    table = both_bound(Limits(rate_bytes_per_s=100_000, quota_bytes=150_000))
+    assert passed(table, A, 200) == BURST_BYTES_MIN // 1000
+    assert table.drops.keys() == {"link_rate"}
+    assert passed(table, A, 200, NOW + 1) == 150 - BURST_BYTES_MIN // 1000
+    assert table.drops.keys() == {"link_rate", "link_quota"}
+
+
+def test_pairs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ALLOWANCES_MAX", 1)
+    table = both_bound(Limits(quota_bytes=10_000))
+    table.remove("link")
+    add(table, peers="bob and con-x")
+    assert list(table._allowances) == ["bob and con-x"]
+    add(table, peers="bob and con-x")
+    assert len(table._allowances) == 1
+
+
+def test_each_change_of_a_way_is_told_once() -> None:
+    table = both_bound()
+    assert table.has_changed
+    assert table.take_changed() == {A: C, C: A}
+    assert not table.has_changed and table.take_changed() == {}
+    passed(table, A, 1)
+    bound(table, A)
+    assert table.take_changed() == {}, "a repeat from where it is bound changes nothing"
+    bound(table, A, THIEF)
+    assert table.take_changed() == {A: None, THIEF: C, C: THIEF}
+    table.remove("link")
+    assert table.take_changed() == {THIEF: None, C: None}
+
+
+def test_a_link_that_the_kernel_used_up_goes_nowhere_until_the_next_period() -> None:
+    table = both_bound(Limits(quota_bytes=1000, quota_period_s=1000.0))
+    assert table.take_changed() == {A: C, C: A}
+    table.counted(A, 1, 400)
+    assert table.take_changed() == {}
+    table.counted(C, 1, 600)
+    assert table.take_changed() == {A: None, C: None}
+    table.add("other", (b"x" * 16, SECRETS[A]), (b"y" * 16, SECRETS[C]), "ann and con-x", NOW)
+    table.sweep(NOW + 1000)
+    assert table.take_changed() == {A: C, C: A}
