@@ -12,11 +12,11 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from dnsd.election import BEAT_SECONDS, LOOK_SECONDS, Rival, Step
 from dnsd.keeper import plan
-from dnsd.plans import CatalogRead, Change, Plan, PoolUse, Problem, Rules, View, transactions
+from dnsd.plans import CatalogRead, Change, Plan, PoolUse, Problem, Rules, Transaction, View, transactions
 from dnsd.services import Service, describe_all
 from ztna.catalog import (
     MESH_TAG,
@@ -26,7 +26,6 @@ from ztna.catalog import (
     KvPair,
     KvSet,
     KvSnapshot,
-    TxnOp,
 )
 from ztna.consul.client import ConsulClient
 from ztna.consul.watch import CatalogWatch, KvWatch
@@ -40,7 +39,9 @@ from ztna.leases import (
     VIP_PREFIX,
     WISH_PREFIX,
     Table,
+    amended,
     read_table,
+    wish_key,
 )
 from ztna.telemetry import KEEPER, LEASE_CHANGES, logger
 
@@ -84,6 +85,7 @@ class Keeping:
         self.work = asyncio.Event()
         self._services_seen: object = None
         self._leases_before = KvSnapshot()
+        self._wishes_before: Mapping[str, KvPair] = {}
         self.epoch_floor = 0
         self._report = report
         self._name = f"{socket.gethostname()}:{os.getpid()}"
@@ -124,6 +126,12 @@ class Keeping:
         # Growth is our own doing; only what looks like a loss is worth a look (each costs a whole planning).
         before, self._leases_before = self._leases_before, snapshot
         if len(snapshot.pairs) < len(before.pairs) or snapshot.index < before.index:
+            self.work.set()
+
+    def _see_wishes(self, snapshot: KvSnapshot) -> None:
+        # While there is no wish, Consul answers this query at every change of any key, ours too.
+        if snapshot.pairs is not self._wishes_before:
+            self._wishes_before = snapshot.pairs
             self.work.set()
 
     def _see_catalog(self, snapshot: CatalogSnapshot) -> None:
@@ -207,7 +215,7 @@ class Keeping:
         await check_schema(self.client, write=True)
         async with asyncio.TaskGroup() as tasks:
             wishes = KvWatch(self.client, WISH_PREFIX)
-            wishes.subscribe(lambda _: self.work.set())
+            wishes.subscribe(self._see_wishes)
             tasks.create_task(wishes.run(), name="keeper-wishes")
             await self._keep_table(session, wishes)
 
@@ -304,14 +312,19 @@ class _TableKeeper:
         if shown is None or shown is self._wishes_seen:
             return
         self._wishes_seen = shown
-        for key in [key for key in self._pairs if key.startswith(WISH_PREFIX)]:
-            if key not in shown.pairs and self._pairs[key].modify_index <= shown.index:
-                del self._pairs[key]
-        for key, pair in shown.pairs.items():
-            known = self._pairs.get(key)
-            if known is None or known.modify_index < pair.modify_index:
-                self._pairs[key] = pair
-        self._table = read_table(self._pairs, self._table)
+        gone = [
+            key
+            for key in (*map(wish_key, self._table.wishes), *self._table.unreadable)
+            if key.startswith(WISH_PREFIX)
+            and key not in shown.pairs
+            and self._pairs[key].modify_index <= shown.index
+        ]
+        newer = {
+            key: pair
+            for key, pair in shown.pairs.items()
+            if key not in self._pairs or self._pairs[key].modify_index < pair.modify_index
+        }
+        self._note(newer, gone)
 
     def _misses_records(self) -> bool:
         """Whether the watch of the leases shows that KV is not as we left it, so that it must be read again."""
@@ -346,8 +359,8 @@ class _TableKeeper:
 
         async def carry_out_next() -> None:
             # All share the one iterator, so each transaction is sent once.
-            for operations in waiting:
-                await self._carry_out_one(operations)
+            for transaction in waiting:
+                await self._carry_out_one(transaction)
 
         failures: list[Exception] = []
         try:
@@ -356,30 +369,40 @@ class _TableKeeper:
                     tasks.create_task(carry_out_next(), name="keeper-transaction")
         except* (ZtnaError, Deposed, _Conflict) as group:
             failures.extend(group.exceptions)
-        self._table = read_table(self._pairs, self._table)
         if failures:
             # Losing the lock explains all others.
             raise next((error for error in failures if isinstance(error, Deposed)), failures[0])
-        self.has_changed_something |= bool(changes)
-        for change in changes:
-            LEASE_CHANGES.labels(change.kind).inc()
-            fields = {"service": change.service, "address": change.address, "why": change.why}
-            _log.info(f"lease_{change.kind}", **{name: value for name, value in fields.items() if value})
 
-    async def _carry_out_one(self, operations: Sequence[TxnOp]) -> None:
-        outcome = await self._client.txn(operations)
+    async def _carry_out_one(self, transaction: Transaction) -> None:
+        outcome = await self._client.txn(transaction.operations)
         for failure in outcome.failures:
-            operation = operations[failure.operation]
+            operation = transaction.operations[failure.operation]
             if isinstance(operation, KvCheckSession):
                 raise Deposed(failure.what)
             raise _Conflict(f"{operation.key}: {failure.what}")
         indexes = {pair.key: pair.modify_index for pair in outcome.pairs}
-        for operation in operations:
+        written: dict[str, KvPair] = {}
+        deleted: set[str] = set()
+        for operation in transaction.operations:
             if isinstance(operation, KvSet):
                 key, value = operation.key, operation.value
-                self._pairs[key] = KvPair(key=key, value=value, modify_index=indexes[key])
+                written[key] = KvPair(key=key, value=value, modify_index=indexes[key])
             elif isinstance(operation, KvDeleteCas):
-                self._pairs.pop(operation.key, None)
+                deleted.add(operation.key)
+        self._note(written, deleted)
+        self.has_changed_something = True
+        # Told here and not after all of them, of which there can be thousands: others have a turn in between.
+        for change in transaction.changes:
+            LEASE_CHANGES.labels(change.kind).inc()
+            fields = {"service": change.service, "address": change.address, "why": change.why}
+            _log.info(f"lease_{change.kind}", **{name: value for name, value in fields.items() if value})
+
+    def _note(self, written: Mapping[str, KvPair], deleted: Collection[str]) -> None:
+        """Believe that KV has these now."""
+        for key in deleted:
+            self._pairs.pop(key, None)
+        self._pairs |= written
+        self._table = amended(self._table, written, deleted)
 
 
 async def check_schema(client: ConsulClient, *, write: bool = False) -> None:

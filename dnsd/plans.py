@@ -125,16 +125,27 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     pool: PoolUse
 
 
-def transactions(changes: Sequence[Change], session: str) -> tuple[tuple[TxnOp, ...], ...]:
+class Transaction(msgspec.Struct, frozen=True):
+    """Changes that are carried out together, and the operations that do it."""
+
+    changes: tuple[Change, ...]
+    operations: tuple[TxnOp, ...]
+
+
+def transactions(changes: Sequence[Change], session: str) -> tuple[Transaction, ...]:
     """Pack changes into transactions; each fails as a whole once `session` has lost the keeper's lock."""
     guard = KvCheckSession(KEEPER_KEY, session)
-    packed: list[tuple[TxnOp, ...]] = []
-    current: list[TxnOp] = [guard]
+    packed: list[list[Change]] = []
+    room = 0
     for change in changes:
-        if len(current) + len(change.operations) > TXN_OPERATIONS_MAX:
-            packed.append(tuple(current))
-            current = [guard]
-        current += change.operations
-    if len(current) > 1:
-        packed.append(tuple(current))
-    return tuple(packed)
+        room -= len(change.operations)
+        if room < 0:
+            packed.append([])
+            room = TXN_OPERATIONS_MAX - 1 - len(change.operations)
+        packed[-1].append(change)
+    return tuple(
+        Transaction(
+            tuple(batch), (guard, *(operation for change in batch for operation in change.operations))
+        )
+        for batch in packed
+    )

@@ -5,9 +5,9 @@ Pure. Who may have which address is decided in dnsd.keeper; who carries it out i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -132,27 +132,67 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_table(pairs: Mapping[str, KvPair], previous: Table | None = None) -> Table:
     """Read the records under VIP_PREFIX (or a part of it); what did not change since `previous` is kept."""
-    before = previous or Table()
-    leases: dict[ServiceName, Stored[Lease]] = {}
-    holdings: dict[IPv4Address, Stored[Holding]] = {}
-    wishes: dict[ServiceName, Stored[Wish]] = {}
-    unreadable: dict[str, str] = {}
-    subjects: dict[str, ServiceName | IPv4Address] = {}
+    reading = _Reading(previous or Table(), Table())
     for key, pair in pairs.items():
+        reading.put(key, pair)
+    return reading.table()
+
+
+def amended(table: Table, written: Mapping[str, KvPair], deleted: Iterable[str] = ()) -> Table:
+    """Return the table with some records written and others deleted; costs what changed."""
+    reading = _Reading(table, table)
+    for key in (*deleted, *written):
+        reading.drop(key)
+    for key, pair in written.items():
+        reading.put(key, pair)
+    return reading.table()
+
+
+class _Reading:
+    """A table that is being made from records, beginning with those of another."""
+
+    def __init__(self, before: Table, base: Table) -> None:
+        """What `before` has of a record whose index is the same is kept."""
+        self._before = before
+        self._leases = dict(base.leases)
+        self._holdings = dict(base.holdings)
+        self._wishes = dict(base.wishes)
+        self._unreadable = dict(base.unreadable)
+        self._subjects = dict(base.subjects)
+
+    def put(self, key: str, pair: KvPair) -> None:
+        before = self._before
         try:
             subject = before.subjects.get(key) or _subject(key)
             if subject is None:
-                continue
-            subjects[key] = subject
+                return
+            self._subjects[key] = subject
             if isinstance(subject, IPv4Address):
-                holdings[subject] = _stored(pair, before.holdings.get(subject), _HOLDING)
+                self._holdings[subject] = _stored(pair, before.holdings.get(subject), _HOLDING)
             elif key.startswith(SERVICE_PREFIX):
-                leases[subject] = _stored(pair, before.leases.get(subject), _LEASE)
+                self._leases[subject] = _stored(pair, before.leases.get(subject), _LEASE)
             else:
-                wishes[subject] = _stored(pair, before.wishes.get(subject), _WISH)
+                self._wishes[subject] = _stored(pair, before.wishes.get(subject), _WISH)
         except (BadName, AddressValueError, ProtocolError) as error:
-            unreadable[key] = str(error)
-    return Table(leases=leases, holdings=holdings, wishes=wishes, unreadable=unreadable, subjects=subjects)
+            self._unreadable[key] = str(error)
+
+    def drop(self, key: str) -> None:
+        self._unreadable.pop(key, None)
+        subject = self._subjects.pop(key, None)
+        if isinstance(subject, IPv4Address):
+            self._holdings.pop(subject, None)
+        elif subject is not None:
+            records: dict[ServiceName, Any] = self._leases if key.startswith(SERVICE_PREFIX) else self._wishes
+            records.pop(subject, None)
+
+    def table(self) -> Table:
+        return Table(
+            leases=self._leases,
+            holdings=self._holdings,
+            wishes=self._wishes,
+            unreadable=self._unreadable,
+            subjects=self._subjects,
+        )
 
 
 def _subject(key: str) -> ServiceName | IPv4Address | None:

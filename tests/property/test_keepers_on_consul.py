@@ -173,7 +173,9 @@ class KeepersOnConsul(RuleBasedStateMachine):
         decided = self._plan(keeper)
         changes = [decided.changes] if at_once else [(change,) for change in decided.changes]
         assert keeper.session is not None
-        keeper.pending = [operations for each in changes for operations in transactions(each, keeper.session)]
+        keeper.pending = [
+            packed.operations for each in changes for packed in transactions(each, keeper.session)
+        ]
         for _ in range(written):
             self._write_next(keeper)
 
@@ -187,7 +189,9 @@ class KeepersOnConsul(RuleBasedStateMachine):
     def works(self, number: int) -> None:
         keeper = self._one(number, may_plan)
         assert keeper.session is not None
-        keeper.pending = list(transactions(self._plan(keeper).changes, keeper.session))
+        keeper.pending = [
+            each.operations for each in transactions(self._plan(keeper).changes, keeper.session)
+        ]
         while keeper.pending:
             self._write_next(keeper)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address
 
 from dnsd.keeper import CatalogRead, Plan, Pool, Rules, View, plan, transactions
+from dnsd.plans import Transaction
 from dnsd.services import Service
 from ztna.catalog import (
     TXN_OPERATIONS_MAX,
@@ -40,8 +41,9 @@ class FakeKv:
         self.index += 1
         self.pairs[key] = KvPair(key=key, value=value, modify_index=self.index)
 
-    def carry_out(self, operations: Sequence[TxnOp]) -> bool:
+    def carry_out(self, transaction: Transaction) -> bool:
         """Carry out all or none; False when any operation fails."""
+        operations = transaction.operations
         assert len(operations) <= TXN_OPERATIONS_MAX
         if not all(map(self._holds, operations)):
             return False
@@ -104,8 +106,8 @@ class Lab:
         decided = self.plan(services, now, read_at=now)
         self.gone_since = decided.gone_since
         self.epoch_floor = decided.epoch_floor
-        for operations in transactions(decided.changes, "me"):
-            assert self.kv.carry_out(operations), "a plan must fit the table it was made from"
+        for transaction in transactions(decided.changes, "me"):
+            assert self.kv.carry_out(transaction), "a plan must fit the table it was made from"
         return decided
 
     def address(self, service: str) -> str | None:

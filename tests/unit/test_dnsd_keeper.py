@@ -516,7 +516,7 @@ def test_an_unreadable_address_is_not_given_out_nor_touched() -> None:
 def test_transactions_are_guarded_full_and_never_too_large() -> None:
     here = lab()
     decided = here.plan(services(*(f"service-{n}" for n in range(500))), NOW)
-    packed = transactions(decided.changes, "me")
+    packed = [each.operations for each in transactions(decided.changes, "me")]
     assert all(operations[0] == KvCheckSession("ztna/vip/keeper", "me") for operations in packed)
     assert all(len(operations) <= TXN_OPERATIONS_MAX for operations in packed)
     assert len(packed) == 17

@@ -25,7 +25,9 @@ def test_a_pool_is_scarce_from_ninety_percent(leased: int, resting: int, scarce:
 
 
 def test_a_change_is_never_torn_apart_and_each_transaction_is_guarded() -> None:
-    packed = transactions([change(number, 4) for number in range(40)], "me")
+    changes = [change(number, 4) for number in range(40)]
+    packed = [each.operations for each in transactions(changes, "me")]
+    assert [each for transaction in transactions(changes, "me") for each in transaction.changes] == changes
     assert [len(operations) for operations in packed] == [61, 61, 41]
     for operations in packed:
         assert operations[0] == GUARD
@@ -37,4 +39,4 @@ def test_a_change_is_never_torn_apart_and_each_transaction_is_guarded() -> None:
 
 def test_a_change_that_fills_a_transaction_stands_alone() -> None:
     packed = transactions([change(1, TXN_OPERATIONS_MAX - 1), change(2, 1)], "me")
-    assert [len(operations) for operations in packed] == [TXN_OPERATIONS_MAX, 2]
+    assert [len(each.operations) for each in packed] == [TXN_OPERATIONS_MAX, 2]

@@ -7,11 +7,15 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from ztna.catalog import KvPair
 from ztna.jsontypes import to_json
 from ztna.leases import (
+    SERVICE_PREFIX,
+    WISH_PREFIX,
     Holding,
     Lease,
     Port,
     Table,
+    Wish,
     address_key,
+    amended,
     audit,
     beside,
     is_ula,
@@ -107,3 +111,19 @@ def test_addresses_beside_leases_are_in_a_network_of_our_own() -> None:
     assert not is_ula(IPv6Network("fd12:3456:789a::/64"))
     assert not is_ula(IPv6Network("2001:db8::/96"))
     assert beside(IPv6Network("fd12::/96"), IPv4Address("10.100.0.2")) == IPv6Address("fd12::a64:2")
+
+
+def test_an_amended_table_is_the_one_that_would_be_read() -> None:
+    known = pairs(*good(), (WISH_PREFIX + "web", Wish("pin", "1")), (SERVICE_PREFIX + "db", b"nonsense"))
+    before = read_table(known)
+    deleted = [WISH_PREFIX + "web", address_key(IP), "ztna/vip/service/unknown"]
+    written = pairs(
+        (service_key(WEB), Lease(IP, 9)),
+        (SERVICE_PREFIX + "db", Lease(IP, 3)),
+        (SERVICE_PREFIX + "ssh", b"{"),
+        index=9,
+    )
+    after = amended(before, written, deleted)
+    assert after == read_table({key: pair for key, pair in (known | written).items() if key not in deleted})
+    assert list(after.unreadable) == [SERVICE_PREFIX + "ssh"]
+    assert before == read_table(known), "the one before stays as it was"

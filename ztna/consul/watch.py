@@ -156,6 +156,7 @@ class CatalogWatch(Watch[CatalogSnapshot]):
         self._checks_confirmed = 0.0
         self._sweep_wanted = False
         self._sweep_left: list[str] = []
+        self._sweep_is_next = False
         self._sweep_cost_s = 0.0
         self._next_sweep = 0.0
 
@@ -232,16 +233,21 @@ class CatalogWatch(Watch[CatalogSnapshot]):
         self._work.clear()
 
     def _take_work(self) -> tuple[set[str], bool]:
-        """Return the names to read now, and whether some of them are the sweep's."""
+        """Return the names to read now, and whether they are a sweep's.
+
+        What is known to have changed does not wait for a sweep, and the two take turns while there is much of both.
+        """
         if self._sweep_wanted and not self._sweep_left and time.monotonic() >= self._next_sweep:
             self._sweep_wanted, self._sweep_cost_s = False, 0.0
             self._sweep_left = sorted(self._tags_of)
-        swept, self._sweep_left = (
-            self._sweep_left[:SWEEP_SERVICES_AT_ONCE],
-            self._sweep_left[SWEEP_SERVICES_AT_ONCE:],
-        )
-        names, self._dirty = self._dirty | set(swept), set()
-        return names, bool(swept)
+        if self._sweep_left and (self._sweep_is_next or not self._dirty):
+            names = set(self._sweep_left[:SWEEP_SERVICES_AT_ONCE])
+            del self._sweep_left[:SWEEP_SERVICES_AT_ONCE]
+            self._sweep_is_next = False
+            return names, True
+        names, self._dirty = self._dirty, set()
+        self._sweep_is_next = True
+        return names, False
 
     async def _read_services(self, names: set[str]) -> None:
         """Read the named services into the table; those that have gone leave it."""
