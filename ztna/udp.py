@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from ztna.udp_kernel import encode_address as encode_address
 
 SLOT_BYTES = 4096
 BATCHES_PER_WAKEUP = 8
+WAKEUP_SECONDS = 0.010
+"""How long batches are delivered, at most, before the loop gets its turn."""
 ADDRESS_CACHE_ENTRIES = 16_384
 
 
@@ -296,6 +299,7 @@ class UdpSocket:
 
     def _readable(self) -> None:
         host_of = self._to_host
+        until = time.monotonic() + WAKEUP_SECONDS
         for _ in range(BATCHES_PER_WAKEUP):
             batch = self._raw.receive()
             if not batch:
@@ -307,7 +311,7 @@ class UdpSocket:
                     address = self._decode(raw)
                 delivered.append((data, address))
             self._receive(delivered)
-            if self._closed or len(batch) < BATCH_PACKETS:
+            if self._closed or len(batch) < BATCH_PACKETS or time.monotonic() >= until:
                 return
 
     def _encode(self, address: SockAddr) -> RawAddress:
