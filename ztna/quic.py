@@ -262,6 +262,10 @@ class Server(_Endpoint):
                 self._dirty[connection] = None
         self._flush()
 
+    def knows(self, data: bytes) -> bool:
+        """Say whether a packet with a short header is for one of our connections."""
+        return len(data) > CID_BYTES and not data[0] & 0x80 and data[1 : 1 + CID_BYTES] in self._routes
+
     async def close_all(self, code: int = CLOSE_OK, reason: str = SHUTTING_DOWN) -> None:
         """Accept nobody any more and close every connection, a slice at a time so that the loop stays alive."""
         self._accepting = False

@@ -225,6 +225,8 @@ class Connection:
     def restart_path(self) -> None:
         """Go back to the size every path carries, and probe again: the packets take another way now."""
         self._engine.use_udp_payload(self._endpoint.settings.udp_payload)
+        if self.is_open and self._engine.is_confirmed:
+            self._engine.path_changed(self._now())
         self._probes_left = PAYLOAD_PROBES
         self._probe_payload()
         self._endpoint.touch(self)

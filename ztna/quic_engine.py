@@ -191,6 +191,14 @@ class Engine(QuicConnection):
         """Send packets of at most this size from now on."""
         self._max_datagram_size = size
 
+    def path_changed(self, now: float) -> None:
+        """Ask for an answer at once: packets take another way now, and what was sent on the old one may be lost.
+
+        Without it the next packet would wait for a timer that has doubled with each loss, or for a full window.
+        """
+        self._loss._pto_count = 0
+        self._loss.reschedule_data(now=now)
+
     def probe_udp_payload(self, size: int) -> None:
         """Send one packet padded to the size; once it is acknowledged all may be as large (RFC 9000 14.3)."""
         self._payload_probe = size

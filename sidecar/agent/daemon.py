@@ -20,6 +20,7 @@ from sidecar.agent.commands import (
     Measured,
     Received,
     RelayDown,
+    RelayEvent,
     RelayHeard,
     RelaySilent,
     RelayUp,
@@ -125,6 +126,7 @@ class Agent:
         self._links = Links(
             credentials,
             tasks=tasks,
+            relays=self._broker.sessions.relays,
             send=self._send,
             direct=config.direct,
             private_candidates=config.private_candidates,
@@ -230,14 +232,14 @@ class Agent:
     def _connected(self, client: RelayClient) -> None:
         _log.info("relay_connected", relay=self._labels[client])
         self._daemon.readiness.done("relay")
-        self._broker.handle(RelayUp(self._labels[client]))
+        self._relay_event(RelayUp(self._labels[client]))
         for conflict in self._ranges.conflicts():
             client.send(conflict)
 
     def _lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
         log("relay_lost", relay=self._labels[client], detail=reason)
-        self._broker.handle(RelayDown(self._labels[client]))
+        self._relay_event(RelayDown(self._labels[client]))
         if not any(each.connected for each in self._relays.values()):
             self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
 
@@ -246,12 +248,15 @@ class Agent:
         state = self._broker.sessions.relays.state(relay)
         if client.life is Life.SILENT and state is RelayState.UP:
             _log.warning("relay_silent", relay=relay)
-            self._broker.handle(RelaySilent(relay))
+            self._relay_event(RelaySilent(relay))
         elif client.life is Life.UP and state is RelayState.SILENT:
             _log.info("relay_heard", relay=relay)
-            self._broker.handle(RelayHeard(relay))
+            self._relay_event(RelayHeard(relay))
         if client.rtt_s is not None:
+            preferred = self._broker.sessions.relays.preferred
             self._broker.handle(Measured(relay, client.rtt_s))
+            if self._broker.sessions.relays.preferred != preferred:
+                self._links.relays_changed()
 
     def _is_busy(self, client: RelayClient) -> bool:
         return self._broker.sessions.is_used(self._labels[client])
@@ -265,7 +270,7 @@ class Agent:
                 self._links.start_punching(relay, message)
             case Drain():
                 _log.info("relay_drains", relay=relay, deadline_s=message.deadline_s)
-                self._broker.handle(Received(relay, message))
+                self._relay_event(Received(relay, message))
             case _:
                 self._broker.handle(Received(relay, message))
 
@@ -285,7 +290,11 @@ class Agent:
             self._datagrams.leave(ended.session)
         else:
             self._datagrams.session_ended(ended.session)
-        self._links.session_ended(ended.session, ended.reason)
+        self._links.session_ended(ended.session, ended.reason, relay_lost=ended.relay_lost)
+
+    def _relay_event(self, event: RelayEvent | Received) -> None:
+        self._broker.handle(event)
+        self._links.relays_changed()
 
     def _leave(self, session: Session) -> None:
         self._datagrams.leave(session)

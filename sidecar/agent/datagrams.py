@@ -177,7 +177,8 @@ class Datagrams:
 
     def _flush(self, flow: _Flow, link: Link) -> None:
         flow.is_ready = True
-        self._broker.settle(flow.number)
+        if flow.session is not None and link.carries(flow.session):
+            self._broker.settle(flow.number)
         for packet in self._take_waiting(flow):
             link.send(flow.port.at.service, packet)
 

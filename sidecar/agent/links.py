@@ -1,7 +1,7 @@
-"""The packet links of an agent, one for each connector it has sessions with on a relay, and hole punching on them.
+"""The packet links of an agent, one for each connector it has sessions with, and hole punching on them.
 
-Dials a link when a session first needs it, notices when it falls silent, closes it with its last session. What
-travels on a link is sidecar.agent.datagrams'.
+Dials a link when a session first needs it, moves it to another relay's forwarder when its own goes, notices when it
+falls silent, closes it with its last session. What travels on a link is sidecar.agent.datagrams'.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Callable
 from functools import partial
 
 from sidecar.agent.commands import Session, SessionKey
+from sidecar.agent.relays import Relays, RelayState
 from sidecar.link.packet import PacketLink
+from sidecar.link.ways import Way, choose
 from ztna.credentials import Credentials
-from ztna.errors import LinkError, Refused
+from ztna.errors import LinkError, Refused, ZtnaError
 from ztna.identity import Identity, require_connector
 from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
@@ -29,26 +31,43 @@ SILENCE_DIRECT_SECONDS = 5.0
 """The path switch needs 4 s to leave a direct path that died; only then has the link itself failed."""
 PUNCHING_SECONDS = 10.0
 
-LinkKey = tuple[str, ConnectorId, str, bytes]
+LINGER_SECONDS = 30.0
+"""How long a link whose sessions' relay is lost waits for another session; the connector keeps its end as long."""
+
+LinkKey = tuple[ConnectorId, str]
 _log = logger(__name__)
 
 
 class Link:
-    """A packet link that is dialled or stands; `key` is the relay, the connector, its leaf and the binding."""
+    """A packet link that is dialled or stands; `key` is the connector and its leaf.
+
+    Each session on it brings a way (by its relay's forwarder); the link is one and the same over all of them.
+    """
 
     def __init__(self, key: LinkKey) -> None:
         self.key = key
         self.sessions: dict[SessionKey, Session] = {}
         self.packet_link: PacketLink | None = None
-        self.punching_until: float | None = None
+        self.is_ready = False
+        """Whether packets can be sent, as far as is known."""
+        self.relays: dict[bytes, str] = {}
+        """Which relay each way, by its bind id, goes by."""
+        self.heard: set[bytes] = set()
+        """The ways on which the connector was heard when last looked."""
+        self.lingers_until: float | None = None
+        self.punching: tuple[SessionKey, float] | None = None
         self.path = ""
         self.task: asyncio.Task[None] | None = None
         self.is_over = False
 
     @property
-    def is_ready(self) -> bool:
-        """Whether packets can be sent."""
-        return self.packet_link is not None
+    def relay(self) -> str:
+        """The relay of the way that carries."""
+        return self.relays[self.packet_link.carrying.bind_id] if self.packet_link is not None else ""
+
+    def carries(self, session: Session) -> bool:
+        """Whether the connector knows that this session is of this link, so that it needs no other for the service."""
+        return self.packet_link is not None and self.packet_link.is_heard(_bind_id(session))
 
     def send(self, service: ServiceName, packet: bytes) -> None:
         """Send one IP packet; what the link does not take is dropped and counted there."""
@@ -69,13 +88,15 @@ class Links:
         credentials: Credentials,
         *,
         tasks: asyncio.TaskGroup,
+        relays: Relays,
         send: Callable[[str, CandidateOffer | PunchingResult], object],
         direct: bool,
         private_candidates: bool,
     ) -> None:
-        """`send` puts a message on the control connection to a relay; `direct` allows direct paths."""
+        """`relays` are only read; `send` puts a message on a control connection; `direct` allows direct paths."""
         self.credentials = credentials  # may be replaced; links that stand keep theirs
         self._tasks = tasks
+        self._relays = relays
         self._send = send
         self._direct = direct
         self._private = private_candidates
@@ -90,7 +111,7 @@ class Links:
         opened = session.opened
         if opened.forwarder is None:
             return None
-        key = (session.relay, opened.connector_id, opened.fingerprint, bytes(opened.forwarder.bind_id))
+        key = (opened.connector_id, opened.fingerprint)
         link = self._links.get(key)
         if link is None:
             link = self._links[key] = Link(key)
@@ -99,22 +120,35 @@ class Links:
             )
         elif link.packet_link is not None and not _is_fit(session, link.packet_link.peer):
             return None
-        link.sessions[session.key] = session
+        self._join(link, session)
         return link
 
-    def session_ended(self, session: Session, reason: Reason) -> None:
-        """Close the links that no session needs any more."""
+    def session_ended(self, session: Session, reason: Reason, *, relay_lost: bool) -> None:
+        """Close the links that no session needs any more; one that only lost its relays waits for another."""
         for link in tuple(self._links.values()):
-            if link.sessions.pop(session.key, None) is not None and not link.sessions:
+            if link.sessions.pop(session.key, None) is None:
+                continue
+            if link.sessions:
+                self._choose(link)
+            elif relay_lost and link.packet_link is not None:
+                link.lingers_until = self._loop.time() + LINGER_SECONDS
+                self._choose(link)
+            else:
                 self._close(link, reason)
 
     def start_punching(self, relay: str, message: StartPunching) -> None:
         """Probe the connector's candidates after the delay that both sides were told."""
-        link = self._of_key((relay, message.session))
+        key = (relay, message.session)
+        link = self._of_key(key)
         if link is None or not self._direct:
             dropped("agent_punching", "unexpected")
             return
-        self._loop.call_later(message.delay_ms / 1000, self._probe, link, message)
+        self._loop.call_later(message.delay_ms / 1000, self._probe, link, key, message)
+
+    def relays_changed(self) -> None:
+        """Leave the ways whose relay is gone, silent or no longer the nearest."""
+        for link in tuple(self._links.values()):
+            self._choose(link)
 
     async def run(self) -> None:
         """Watch all links for silence and for changes of path, until cancelled."""
@@ -127,9 +161,10 @@ class Links:
         """Return what `/status` shows of links."""
         return [
             {
-                "relay": link.key[0],
-                "connector": link.key[1],
+                "relay": link.relay,
+                "connector": link.key[0],
                 "path": link.packet_link.path if link.packet_link else "dialling",
+                "ways": sorted(link.relays.values()),
                 "sessions": len(link.sessions),
             }
             for link in self._links.values()
@@ -153,27 +188,32 @@ class Links:
                 allow_private=self._private,
             )
         except (LinkError, Refused) as error:
-            _log.warning("link_failed", connector=link.key[1], relay=link.key[0], detail=error)
+            _log.warning("link_failed", connector=link.key[0], relay=session.relay, detail=error)
             self._drop(link)
             return
         link.packet_link = made
         if link.is_over:
             made.close()
             return
-        _log.info("link_opened", connector=link.key[1], relay=link.key[0], path=made.path)
+        _log.info("link_opened", connector=link.key[0], relay=session.relay, path=made.path)
+        link.relays[bytes(forwarder.bind_id)] = session.relay
+        made.path_changed = lambda _: self._choose(link)
         for other in tuple(link.sessions.values()):
             # Those that joined while it was dialled: the certificate was checked for the first one only.
-            if not _is_fit(other, made.peer):
+            if _is_fit(other, made.peer):
+                self._join(link, other)
+            else:
                 del link.sessions[other.key]
                 self.unfit(other)
-        self.ready(link)
-        self._offer(link, session, made)
+        link.path = made.path
+        self._choose(link)
+        self._offer(link)
         reason = await made.closed
-        _log.info("link_ended", connector=link.key[1], relay=link.key[0], reason=reason)
+        _log.info("link_ended", connector=link.key[0], relay=link.relay, reason=reason)
         self._drop(link)
 
     def _drop(self, link: Link) -> None:
-        link.packet_link = None
+        link.packet_link, link.is_ready = None, False
         if self._links.get(link.key) is link:
             del self._links[link.key]
         if not link.is_over:
@@ -189,45 +229,112 @@ class Links:
         elif link.task is not None:
             link.task.cancel()
 
+    # --- ways
+
+    def _join(self, link: Link, session: Session) -> None:
+        """Put a session on a link, and bind at its relay's forwarder if the link is not bound there."""
+        link.sessions[session.key] = session
+        link.lingers_until = None
+        forwarder, made = session.opened.forwarder, link.packet_link
+        if made is None or forwarder is None or bytes(forwarder.bind_id) in made.ways:
+            return
+        try:
+            made.add_way(forwarder, session.opened.probe_key)
+        except (ZtnaError, OSError) as error:
+            _log.warning("way_failed", connector=link.key[0], relay=session.relay, detail=error)
+            return
+        link.relays[bytes(forwarder.bind_id)] = session.relay
+
+    def _choose(self, link: Link) -> None:
+        """Use the best way, give up those that nothing needs, and tell the flows when packets can be sent again."""
+        made = link.packet_link
+        if made is None or link.is_over:
+            return
+        before = made.carrying.bind_id
+        after = choose([self._way(link, made, bind_id) for bind_id in made.ways], before)
+        if after != before:
+            made.use(after)
+            _log.info("link_moved", connector=link.key[0], relay=link.relay, path=made.path)
+            if made.path != "direct":
+                self._offer(link)
+        needed = {_bind_id(session) for session in link.sessions.values()}
+        for bind_id in [each for each in made.ways if each not in needed and each != after]:
+            made.remove_way(bind_id)
+            del link.relays[bind_id]
+        was_ready, carrying = link.is_ready, self._way(link, made, after)
+        link.is_ready = carrying.is_direct or self._relays.state(link.relay) is not RelayState.DOWN
+        heard = {each for each in made.ways if made.is_heard(each)}
+        news, link.heard = not was_ready or after != before or heard != link.heard, heard
+        if link.is_ready and news:
+            self.ready(link)
+
+    def _way(self, link: Link, made: PacketLink, bind_id: bytes) -> Way:
+        relay = link.relays[bind_id]
+        return Way(
+            bind_id=bind_id,
+            is_direct=made.ways[bind_id].paths.is_direct,
+            # One whose session is over is bound no longer.
+            is_usable=made.is_heard(bind_id) and bind_id in map(_bind_id, link.sessions.values()),
+            is_relay_up=self._relays.state(relay) is RelayState.UP,
+            is_preferred=self._relays.preferred == relay,
+        )
+
     # --- watching and hole punching
 
     def _watch(self, link: Link) -> None:
         made = link.packet_link
         if made is None:
             return
+        if link.lingers_until is not None and self._loop.time() >= link.lingers_until:
+            self._close(link, Reason.PEER_GONE)
+            return
         limit = SILENCE_DIRECT_SECONDS if made.path == "direct" else SILENCE_FORWARDED_SECONDS
-        if made.unanswered_s > limit:
-            _log.warning("link_silent", connector=link.key[1], relay=link.key[0], path=made.path)
+        # While its relay is silent too, nothing is known of the connector.
+        is_relay_up = self._relays.state(link.relay) in (RelayState.UP, RelayState.DRAINING)
+        if made.unanswered_s > limit and (is_relay_up or made.path == "direct"):
+            _log.warning("link_silent", connector=link.key[0], relay=link.relay, path=made.path)
             made.close(Reason.PEER_GONE)
             return
         if made.path != link.path:
-            _log.info("link_path", connector=link.key[1], relay=link.key[0], path=made.path)
+            _log.info("link_path", connector=link.key[0], relay=link.relay, path=made.path)
             link.path = made.path
         self._report(link, made)
 
-    def _offer(self, link: Link, session: Session, made: PacketLink) -> None:
-        link.path = made.path
-        if self._direct:
-            candidates = made.local_candidates()
-            self._send(session.relay, CandidateOffer(session.opened.session, candidates))
+    def _offer(self, link: Link) -> None:
+        """Begin to look for a direct path on the way that carries."""
+        made = link.packet_link
+        if made is None or not self._direct:
+            return
+        bind_id = made.carrying.bind_id
+        session = next((each for each in link.sessions.values() if _bind_id(each) == bind_id), None)
+        if session is not None:
+            offer = CandidateOffer(session.opened.session, made.local_candidates(bind_id))
+            self._send(session.relay, offer)
 
-    def _probe(self, link: Link, message: StartPunching) -> None:
-        if link.packet_link is not None:
-            link.packet_link.probe(message.candidates)
-            link.punching_until = self._loop.time() + PUNCHING_SECONDS
+    def _probe(self, link: Link, key: SessionKey, message: StartPunching) -> None:
+        made, session = link.packet_link, link.sessions.get(key)
+        if made is None or session is None or _bind_id(session) not in made.ways:
+            return
+        made.probe(_bind_id(session), message.candidates)
+        link.punching = (key, self._loop.time() + PUNCHING_SECONDS)
 
     def _report(self, link: Link, made: PacketLink) -> None:
         """Say once how punching went: when a direct path carries, or when the time for it is over."""
-        if link.punching_until is None or not link.sessions:
+        if link.punching is None:
             return
+        (relay, session), until = link.punching
         success = made.path == "direct"
-        if success or self._loop.time() >= link.punching_until:
-            link.punching_until = None
-            session = next(iter(link.sessions.values()))
-            self._send(session.relay, PunchingResult(session.opened.session, success))
+        if success or self._loop.time() >= until:
+            link.punching = None
+            self._send(relay, PunchingResult(session, success))
 
     def _of_key(self, key: SessionKey) -> Link | None:
         return next((link for link in self._links.values() if key in link.sessions), None)
+
+
+def _bind_id(session: Session) -> bytes:
+    forwarder = session.opened.forwarder
+    return bytes(forwarder.bind_id) if forwarder is not None else b""
 
 
 def _is_fit(session: Session, identity: Identity) -> bool:

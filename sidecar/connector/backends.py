@@ -166,6 +166,15 @@ class UdpFlows:
         self._flows[sock.fileno()] = flow
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
+    def move_session(self, old: SessionKey, new: SessionKey, reply: Callable[[bytes], object]) -> bool:
+        """Let the flows of a session go on in another one of the same agent; say whether there were any."""
+        moved, ended = self._table.move_session(old, new)
+        for key, flow in moved.items():
+            flow.key, flow.reply = key, reply
+        for flow in ended:
+            self._close(flow)
+        return bool(moved)
+
     def end_session(self, session: SessionKey) -> None:
         """End the flows of a session."""
         for flow in self._table.end_session(session):

@@ -11,9 +11,10 @@ from functools import partial
 
 from sidecar.connector.backends import UdpFlows
 from sidecar.connector.flows import FlowKey
+from sidecar.connector.links import Links
 from sidecar.connector.probes import Prober
 from sidecar.connector.routes import Route, RouteTable
-from sidecar.connector.sessions import BindKey, Session, Sessions
+from sidecar.connector.sessions import Session, Sessions
 from sidecar.link.control import RelayClient
 from sidecar.link.packet import PacketLink
 from ztna.errors import PacketError, Refused
@@ -37,7 +38,6 @@ class Datagrams:
         sessions: Sessions,
         prober: Prober,
         *,
-        link_of: Callable[[Session], PacketLink | None],
         flows_per_agent: int,
         flows_total: int,
     ) -> None:
@@ -45,15 +45,25 @@ class Datagrams:
         self._routes = routes
         self._sessions = sessions
         self._prober = prober
-        self._link_of = link_of
+        self.links: Links
 
-    def from_link(self, bind: BindKey, link: PacketLink, service: ServiceName, data: bytes) -> None:
+    def from_link(self, link: PacketLink, service: ServiceName, data: bytes) -> None:
         """Pass on a packet for a service that came sealed."""
-        session = self._sessions.carried(bind, service)
+        session = self.links.carried(link, service)
         if session is None:
             refused(_WHERE, Reason.NOT_YOUR_SESSION)
             return
         self._pass_on(session, data, partial(self._open_sealed, session, link.peer))
+
+    def end_session(self, session: Session) -> None:
+        """End a session's flows; those whose agent has another session on the same link go on in that one."""
+        for heir in self.links.others(session):
+            if self._sessions.is_live(heir) and heir.lease == session.lease:
+                self._inherit(heir, session)
+        self.flows.end_session(session.key)
+
+    def _inherit(self, heir: Session, session: Session) -> bool:
+        return self.flows.move_session(session.key, heir.key, partial(self._reply_sealed, heir))
 
     def from_relay(self, client: RelayClient, session_id: SessionId, data: bytes) -> None:
         """Pass on a packet of a v1 agent, which its relay could read. Raises Refused when this is no v1 session."""
@@ -81,6 +91,8 @@ class Datagrams:
         )
         if self.flows.send(key, packet.payload, data):
             return
+        if self._is_continued(session) and self.flows.send(key, packet.payload, data):
+            return
         if packet.protocol != PROTOCOL_UDP:
             dropped(_WHERE, "protocol")
             return
@@ -92,6 +104,11 @@ class Datagrams:
             refused(_WHERE, error.reason)
             return
         self.flows.send(key, packet.payload, data)
+
+    def _is_continued(self, session: Session) -> bool:
+        """Say whether flows that began in another session, over another relay, were taken into this one just now."""
+        others = [other for other in self.links.others(session) if other.lease == session.lease]
+        return any(self._inherit(session, other) for other in others)
 
     def _open_sealed(
         self, session: Session, peer: Identity, key: FlowKey, packet: Packet, data: bytes
@@ -128,6 +145,6 @@ class Datagrams:
             client.send_packet(session.key[1], session.service, packet)
 
     def _reply_sealed(self, session: Session, packet: bytes) -> None:
-        link = self._link_of(session)
+        link = self.links.of(session)
         if link is not None:
             link.send(session.service, packet)

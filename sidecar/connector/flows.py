@@ -93,6 +93,21 @@ class FlowTable(Generic[Value]):
         """Take all flows of a session out."""
         return [self._remove(key) for key in list(self._sessions.get(session, ()))]
 
+    def move_session(self, old: SessionKey, new: SessionKey) -> tuple[dict[FlowKey, Value], list[Value]]:
+        """Give the flows of a session to another one of the same agent; return those, and those it had already."""
+        moved: dict[FlowKey, Value] = {}
+        ended: list[Value] = []
+        for key in list(self._sessions.get(old, ())):
+            entry = self._entries[key]
+            value = self._remove(key)
+            heir = key._replace(session=new)
+            if heir in self._entries:
+                ended.append(value)
+                continue
+            self.add(heir, entry.agent, value, idle_s=entry.idle_s, now=entry.used)
+            moved[heir] = value
+        return moved, ended
+
     def expire(self, now: float) -> list[Value]:
         """Take out the flows that were idle for their time."""
         idle = [key for key, entry in self._entries.items() if now - entry.used >= entry.idle_s]

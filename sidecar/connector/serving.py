@@ -9,23 +9,22 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from functools import partial
 
 from sidecar.connector.backends import dial_tcp
 from sidecar.connector.datagrams import Datagrams
 from sidecar.connector.flows import RelayConnection
 from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.links import Links
 from sidecar.connector.probes import Prober
 from sidecar.connector.routes import Route, RouteTable
-from sidecar.connector.sessions import BindKey, Session, Sessions, standing
+from sidecar.connector.sessions import Session, Sessions, standing
 from sidecar.link.budget import Budget
 from sidecar.link.control import RelayClient
 from sidecar.link.flow import abort
 from sidecar.link.listener import StreamListener
-from sidecar.link.packet import PacketLink
 from sidecar.link.stream import FlowRefused
 from ztna.credentials import Credentials
-from ztna.errors import LinkError, Refused, ZtnaError
+from ztna.errors import LinkError, Refused
 from ztna.identity import Identity, require_agent
 from ztna.leases import Lease
 from ztna.names import ServiceName
@@ -44,7 +43,6 @@ from ztna.wire.control import (
 )
 from ztna.wire.stream import OpenFrame, OpenStatus
 
-LINK_RETRY_SECONDS = 1.0
 STATUS_ENTRIES_MAX = 1000
 OFFERS_WAITING_MAX = 1000
 CARRYING_MAX = 1000
@@ -80,18 +78,20 @@ class Serving:
             routes,
             self.sessions,
             prober,
-            link_of=self._link_of,
             flows_per_agent=flows_per_agent,
             flows_total=flows_total,
         )
+        self.links = self.datagrams.links = Links(
+            self.sessions,
+            credentials,
+            receive=self.datagrams.from_link,
+            private_candidates=private_candidates,
+        )
         self.streams = StreamListener(credentials, self._authorise, tasks=tasks, budget=Budget())
         self._routes = routes
-        self._credentials = credentials
         self._leases = leases
         self._is_available = is_available
-        self._private_candidates = private_candidates
         self._tasks = tasks
-        self._links: dict[BindKey, PacketLink] = {}
         self._relays: dict[RelayConnection, RelayClient] = {}
         self._offers_waiting = 0
         self._carrying = 0
@@ -99,7 +99,7 @@ class Serving:
 
     def use_credentials(self, credentials: Credentials) -> None:
         """Prove ourselves with these from now on; what stands keeps what it had."""
-        self._credentials = self.streams.credentials = credentials
+        self.links.credentials = self.streams.credentials = credentials
 
     # What relays say
 
@@ -147,14 +147,13 @@ class Serving:
 
     def candidate_offer(self, client: RelayClient, message: CandidateOffer) -> None:
         """Answer with our own candidates. The agent's are probed when the relay says so."""
-        link = self._link_of(self.sessions.owned(client.connection, message.session))
-        candidates = link.local_candidates() if link is not None else ()
-        client.send(CandidateAnswer(message.session, candidates))
+        session = self.sessions.owned(client.connection, message.session)
+        client.send(CandidateAnswer(message.session, self.links.candidates(session)))
 
     def start_punching(self, client: RelayClient, message: StartPunching) -> None:
         """Probe the agent's candidates after the delay."""
         session = self.sessions.owned(client.connection, message.session)
-        self._loop.call_later(message.delay_ms / 1000, self._probe, session, message)
+        self._loop.call_later(message.delay_ms / 1000, self.links.probe, session, message.candidates)
 
     # What Consul says, and time
 
@@ -162,8 +161,8 @@ class Serving:
         """End the sessions under another lease; established TCP flows may finish."""
         for session in self.sessions.lease_changed(service, lease):
             self._tell_closed(session, Reason.STALE_EPOCH)
-            self.datagrams.flows.end_session(session.key)
-            self._drop_unused_link(session)
+            self.datagrams.end_session(session)
+            self.links.ended(session)
 
     def tick(self) -> None:
         """End what has had its time: to be called about once a second."""
@@ -172,6 +171,7 @@ class Serving:
         for session in expired:
             self._end_datagrams(session, Reason.PEER_GONE)
         self._reset_orphans(expired, Reason.PEER_GONE)
+        self.links.tidy()
         self.streams.close_unowned(self.sessions.has_agent, self._loop.time())
 
     async def drained(self) -> None:
@@ -184,8 +184,7 @@ class Serving:
         for session in self.sessions.end_all():
             self._tell_closed(session, Reason.DRAINING)
         self.streams.close(Reason.DRAINING)
-        for link in list(self._links.values()):
-            link.close(Reason.DRAINING)
+        self.links.close(Reason.DRAINING)
         self.datagrams.flows.close()
 
     def status(self) -> dict[str, object]:
@@ -207,10 +206,7 @@ class Serving:
             ],
             "udp_flows": len(self.datagrams.flows),
             "tcp_flows": sum(1 for _ in self.streams.flows()),
-            "links": [
-                {"relay": bind[0][0], "agent": _peer_name(link), "path": link.path}
-                for bind, link in list(self._links.items())[:STATUS_ENTRIES_MAX]
-            ],
+            "links": self.links.status()[:STATUS_ENTRIES_MAX],
         }
 
     # Sessions
@@ -235,7 +231,7 @@ class Serving:
             self._refuse(client, offer, reason)
             return
         _log.info("session_accepted", session=offer.session, service=offer.service, agent=offer.agent.name)
-        self._serve_link(session)
+        self.links.serve(session)
         client.send(Accepted(offer.session))
 
     def _why_not(self, offer: Offered) -> Reason | None:
@@ -271,8 +267,8 @@ class Serving:
 
     def _end_datagrams(self, session: Session, reason: Reason) -> None:
         _log.info("session_ended", session=session.key[1], service=session.service, reason=reason)
-        self.datagrams.flows.end_session(session.key)
-        self._drop_unused_link(session)
+        self.datagrams.end_session(session)
+        self.links.ended(session)
 
     def _reset_orphans(self, ended: list[Session], reason: Reason) -> None:
         """Reset TCP flows whose agent has no session for their service any more.
@@ -291,55 +287,6 @@ class Serving:
         client = self._relays.get(session.key[0])
         if client is not None:
             client.send(Closed(session.key[1], reason))
-
-    # Links
-
-    def _serve_link(self, session: Session) -> None:
-        if session.bind is not None and session.bind not in self._links:
-            self._tasks.create_task(self._keep_link(session.bind, session), name="packet link")
-
-    async def _keep_link(self, bind: BindKey, session: Session) -> None:
-        """Serve one link again and again while a session needs it; it closes itself when no agent comes."""
-        assert session.forwarder is not None
-        while self.sessions.bind_in_use(bind) and bind not in self._links:
-            try:
-                link = PacketLink.serve(
-                    session.forwarder,
-                    session.probe_key,
-                    self._credentials,
-                    admit=partial(self._admit, session),
-                    receive=partial(self.datagrams.from_link, bind),
-                    allow_private=self._private_candidates,
-                )
-            except (ZtnaError, OSError) as error:
-                _log.error("link_failed", agent=session.agent.name, error=error)
-                await asyncio.sleep(LINK_RETRY_SECONDS)
-                continue
-            self._links[bind] = link
-            try:
-                await link.closed
-            finally:
-                del self._links[bind]
-                link.close()
-
-    def _admit(self, session: Session, identity: Identity) -> None:
-        if identity.name != session.agent.name:
-            raise Refused(Reason.NOT_YOUR_SESSION, f"{identity.name} on the link of {session.agent.name}")
-        require_agent(identity, session.service, session.agent.fingerprint)
-
-    def _drop_unused_link(self, session: Session) -> None:
-        if session.bind is not None and not self.sessions.bind_in_use(session.bind):
-            link = self._links.get(session.bind)
-            if link is not None:
-                link.close()
-
-    def _link_of(self, session: Session) -> PacketLink | None:
-        return self._links.get(session.bind) if session.bind is not None else None
-
-    def _probe(self, session: Session, message: StartPunching) -> None:
-        link = self._link_of(session)
-        if link is not None:
-            link.probe(message.candidates)
 
     # TCP flows
 
@@ -395,10 +342,3 @@ class Serving:
         if route is None:
             raise FlowRefused(OpenStatus.REFUSED, f"{frame.service} has no port tcp {frame.destination.port}")
         return route
-
-
-def _peer_name(link: PacketLink) -> str | None:
-    try:
-        return link.peer.name
-    except LinkError:
-        return None

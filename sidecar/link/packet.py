@@ -1,14 +1,17 @@
 """The packet carrier of a link: one QUIC connection between an agent and a connector (protocol.md, Link).
 
-Carries IP packets with the name of their service, both ways. Whether a packet's flow may be is decided by the owner,
-and the way there by the path switch (sidecar.link.switch) under it.
+Carries IP packets with the name of their service, both ways. Whether a packet's flow may be is decided by the owner.
+Under it is a path switch (sidecar.link.switch) for each relay over which the two ends have a session; QUIC sees none
+of that, so that a link outlives its relays. Which of them carries, the agent's end is told and the connector's end
+follows.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from sidecar.link.switch import PathSwitch
 from ztna.credentials import Credentials
@@ -18,6 +21,7 @@ from ztna.names import ServiceName
 from ztna.quic import CLOSE_OK, Client, Connection, Server, Settings
 from ztna.reasons import Reason
 from ztna.telemetry import dropped
+from ztna.udp import SockAddr
 from ztna.wire.control import Address, ForwarderBind, Secret
 from ztna.wire.datagram import SERVICE_BYTES_MAX, service_packet, split_service_packet
 
@@ -29,6 +33,7 @@ DIAL_SECONDS = 5.0
 # A link that waits for its agent, or for it to come back, and for nothing else.
 WAIT_SECONDS = 30.0
 HALF_OPEN_MAX = 4
+INTRODUCE_SECONDS = 0.2
 IP_PACKET_BYTES_MAX = 65_535
 MESSAGE_BYTES_MAX = 2 + SERVICE_BYTES_MAX + IP_PACKET_BYTES_MAX
 LARGE_PACKETS_WAITING_MAX = 64
@@ -38,6 +43,7 @@ _WHERE = "packet_carrier"
 _SERVER_NAME = "connector.ztna"
 
 Receive = Callable[["PacketLink", ServiceName, bytes], None]
+Stray = Callable[[bytes], "PacketLink | None"]
 
 
 class PacketLink:
@@ -47,6 +53,8 @@ class PacketLink:
         self, bind: ForwarderBind, probe_key: Secret, receive: Receive, *, allow_private: bool
     ) -> None:
         loop = asyncio.get_running_loop()
+        self.path_changed: Callable[[PacketLink], None] = lambda link: None
+        """Called when another path of any way carries from now on."""
         self.closed: asyncio.Future[Reason] = loop.create_future()
         self.established: asyncio.Future[None] = loop.create_future()
         self._receive = receive
@@ -55,9 +63,15 @@ class PacketLink:
         self._unanswered_since: float | None = None
         self._endpoint: Client | Server | None = None
         self._wait_timer: asyncio.TimerHandle | None = None
-        self._switch = PathSwitch(
-            bind, probe_key, self._packets_received, self._path_changed, allow_private=allow_private
-        )
+        self._allow_private = allow_private
+        self._stray: Stray | None = None
+        # What QUIC believes in, whatever way the packets take.
+        self._address: SockAddr = (bind.address.ip, bind.address.port)
+        self._ways: dict[bytes, PathSwitch] = {}
+        # Ways on which nothing came yet from the other end: they get copies of what is sent, so that it learns of them.
+        self._unheard: set[bytes] = set()
+        self._introduce_timer: asyncio.TimerHandle | None = None
+        self._carrying = self._add_way(bind, probe_key)
 
     @classmethod
     async def dial(
@@ -80,8 +94,8 @@ class PacketLink:
         except (ZtnaError, OSError) as error:
             raise LinkError(f"no socket for a packet link through {bind.address}: {error}") from None
         client = link._endpoint = Client(
-            link._switch,
-            link._switch.forwarder,
+            _Carrying(link),
+            link._address,
             _SERVER_NAME,
             credentials,
             _settings(),
@@ -91,7 +105,7 @@ class PacketLink:
         try:
             async with asyncio.timeout(timeout_s):
                 # Before the bind the forwarder drops everything, and QUIC would wait out its first timer.
-                await asyncio.shield(link._switch.bound)
+                await asyncio.shield(link._carrying.bound)
                 await client.connect(timeout_s)
         except TimeoutError:
             link.close(Reason.PEER_GONE)
@@ -111,15 +125,18 @@ class PacketLink:
         admit: Callable[[Identity], None],
         receive: Receive,
         allow_private: bool = False,
+        stray: Stray | None = None,
     ) -> PacketLink:
         """Bind at the forwarder and wait for the agent (the connector's end); await `established`.
 
         `admit` raises Refused for an agent that is not the one meant. When the agent connects again the newer
-        connection carries; without any for WAIT_SECONDS the link closes itself.
+        connection carries; without any for WAIT_SECONDS the link closes itself. `stray` is asked about packets of a
+        connection that is not ours: the link whose it is, having adopted this one, or None.
         """
         link = cls(bind, probe_key, receive, allow_private=allow_private)
+        link._stray = stray
         link._endpoint = Server(
-            link._switch,
+            _Carrying(link),
             credentials,
             _settings(),
             admit=lambda identity, _alpn: admit(identity),
@@ -138,7 +155,60 @@ class PacketLink:
     @property
     def path(self) -> str:
         """`forwarded` or `direct`: where packets go now."""
-        return "direct" if self._switch.paths.is_direct else "forwarded"
+        return "direct" if self._carrying.paths.is_direct else "forwarded"
+
+    @property
+    def ways(self) -> Mapping[bytes, PathSwitch]:
+        """Its ways by bind id, oldest first."""
+        return self._ways
+
+    @property
+    def carrying(self) -> PathSwitch:
+        """The way that carries."""
+        return self._carrying
+
+    def add_way(self, bind: ForwarderBind, probe_key: Secret) -> None:
+        """Bind at another relay's forwarder too (the agent's end); it may carry once it was heard.
+
+        Raises ZtnaError, OSError.
+        """
+        if bytes(bind.bind_id) not in self._ways:
+            self._unheard.add(self._add_way(bind, probe_key).bind_id)
+            if self._introduce_timer is None:
+                self._introduce()
+
+    def is_heard(self, bind_id: bytes) -> bool:
+        """Say whether the other end was heard on a way."""
+        return bind_id in self._ways and bind_id not in self._unheard
+
+    def remove_way(self, bind_id: bytes) -> None:
+        """Give a way up, unless it carries."""
+        way = self._ways.get(bind_id)
+        if way is not None and way is not self._carrying:
+            del self._ways[bind_id]
+            self._unheard.discard(bind_id)
+            way.close()
+
+    def use(self, bind_id: bytes) -> None:
+        """Send on this way from now on; what was under way on the old one may be lost."""
+        way = self._ways[bind_id]
+        if way is not self._carrying:
+            self._carrying = way
+            self._unanswered_since = None
+            self._path_changed(bind_id)
+
+    def knows(self, data: bytes) -> bool:
+        """Say whether a packet is of a connection of this link."""
+        return isinstance(self._endpoint, Server) and self._endpoint.knows(data)
+
+    def adopt(self, other: PacketLink) -> None:
+        """Take over the ways of a link that waits for its agent, who comes with a connection of ours; close it."""
+        ways, other._ways = other._ways, {}
+        other.close()
+        for bind_id, way in ways.items():
+            self._ways[bind_id] = way
+            way.hand_over(partial(self._packets_received, bind_id), partial(self._path_changed, bind_id))
+            self.use(bind_id)  # and let it be heard there; the next packet decides where to stay
 
     @property
     def unanswered_s(self) -> float:
@@ -165,13 +235,13 @@ class PacketLink:
             return False
         return connection.send_stream(connection.open_stream(unidirectional=True), message, end=True)
 
-    def probe(self, candidates: Iterable[Address]) -> int:
-        """Start probing the peer's candidates; return how many may not be probed."""
-        return self._switch.probe((each.ip, each.port) for each in candidates)
+    def probe(self, bind_id: bytes, candidates: Iterable[Address]) -> int:
+        """Start probing the peer's candidates, which belong to one way; return how many may not be probed."""
+        return self._ways[bind_id].probe((each.ip, each.port) for each in candidates)
 
-    def local_candidates(self) -> tuple[Address, ...]:
-        """Return at most CANDIDATES_MAX addresses that the peer may try."""
-        return self._switch.local_candidates()
+    def local_candidates(self, bind_id: bytes) -> tuple[Address, ...]:
+        """Return at most CANDIDATES_MAX addresses that the peer may try over one way."""
+        return self._ways[bind_id].local_candidates()
 
     def close(self, reason: Reason = Reason.CLOSED_BY_PEER) -> None:
         """Tell the other end and close; again is harmless."""
@@ -184,7 +254,10 @@ class PacketLink:
             connection.close(CLOSE_OK, reason.value)
         if self._endpoint is not None:
             self._endpoint.close()
-        self._switch.close()
+        if self._introduce_timer is not None:
+            self._introduce_timer.cancel()
+        for way in self._ways.values():
+            way.close()
         self.established.cancel()
 
     def _handler(self, connection: Connection) -> _LinkHandler:
@@ -196,14 +269,57 @@ class PacketLink:
             self.established.set_result(None)
         return _LinkHandler(self, connection)
 
-    def _packets_received(self, packets: Iterable[tuple[bytes, tuple[str, int]]]) -> None:
-        if self._endpoint is not None:
-            self._endpoint.packets_received(list(packets))
+    def _add_way(self, bind: ForwarderBind, probe_key: Secret) -> PathSwitch:
+        bind_id = bytes(bind.bind_id)
+        way = self._ways[bind_id] = PathSwitch(
+            bind,
+            probe_key,
+            partial(self._packets_received, bind_id),
+            partial(self._path_changed, bind_id),
+            allow_private=self._allow_private,
+        )
+        return way
 
-    def _path_changed(self) -> None:
+    def _send_packets(self, packets: Sequence[tuple[bytes, SockAddr]]) -> None:
+        self._carrying.send(packets)
+        for bind_id in self._unheard:
+            self._ways[bind_id].send(packets)
+
+    def _introduce(self) -> None:
+        """Have something to send while there are ways that were not heard."""
+        self._introduce_timer = None
+        if self._unheard and self._connection is not None:
+            self._connection.ping()
+            loop = asyncio.get_running_loop()
+            self._introduce_timer = loop.call_later(INTRODUCE_SECONDS, self._introduce)
+
+    def _packets_received(self, bind_id: bytes, packets: Sequence[tuple[bytes, SockAddr]]) -> None:
+        endpoint, connection = self._endpoint, self._connection
+        if endpoint is None:
+            return
+        if connection is None and self._stray is not None:
+            heir = next(filter(None, map(self._stray, (data for data, _ in packets))), None)
+            if heir is not None:
+                heir._packets_received(bind_id, packets)
+                return
+        heard_at = connection.heard_at if connection is not None else 0.0
+        if connection is None and isinstance(endpoint, Server):
+            self.use(bind_id)  # a handshake is answered where it came from
+        endpoint.packets_received([(data, self._address) for data, _ in packets])
+        if connection is None or connection is not self._connection or connection.heard_at <= heard_at:
+            return
+        # What decrypts is the other end's own.
+        if isinstance(endpoint, Server):
+            self.use(bind_id)  # this is where the agent sends, and so where it can be reached
+        elif bind_id in self._unheard:
+            self._unheard.discard(bind_id)
+            self.path_changed(self)
+
+    def _path_changed(self, bind_id: bytes) -> None:
         # The new way may carry less than the old one: what fits is found out again.
-        if self._connection is not None:
+        if self._connection is not None and self._carrying.bind_id == bind_id:
             self._connection.restart_path()
+        self.path_changed(self)
 
     def _message_received(self, message: bytes) -> None:
         try:
@@ -239,6 +355,16 @@ class PacketLink:
         if self._wait_timer is not None:
             self._wait_timer.cancel()
             self._wait_timer = None
+
+
+class _Carrying:
+    """The packet path of a link's QUIC: whichever way carries."""
+
+    def __init__(self, link: PacketLink) -> None:
+        self._link = link
+
+    def send(self, packets: Sequence[tuple[bytes, SockAddr]]) -> None:
+        self._link._send_packets(packets)
 
 
 class _LinkHandler:

@@ -85,6 +85,19 @@ class PathSwitch:
         self._socket = UdpSocket.open((any_address, 0), self._arrived)
         self._tick()
 
+    @property
+    def bind_id(self) -> bytes:
+        """Which binding this is."""
+        return bytes(self._bind.bind_id)
+
+    def hand_over(
+        self,
+        received: Callable[[Sequence[tuple[bytes, SockAddr]]], None],
+        path_changed: Callable[[], None],
+    ) -> None:
+        """Deliver to somebody else from now on."""
+        self._received, self._path_changed = received, path_changed
+
     def send(self, packets: Sequence[tuple[bytes, SockAddr]]) -> None:
         """Send QUIC packets on the path that carries now, whatever address QUIC believes in."""
         current = self.paths.current

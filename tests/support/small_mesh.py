@@ -90,7 +90,7 @@ class SmallConnector:
         self.is_dead = True
         self._listener.close(Reason.PEER_GONE)
         for link in self.links:
-            link._switch.close()
+            link.carrying.close()
 
     def close(self) -> None:
         self._listener.close()

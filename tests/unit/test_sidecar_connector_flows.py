@@ -78,3 +78,16 @@ def test_ends_by_session_by_key_and_all() -> None:
     assert flows.discard(key(TWO, 1)) == "3"
     assert flows.discard(key(TWO, 1)) is None
     assert flows.end_all() == ["4"]
+
+
+def test_the_flows_of_a_session_go_on_in_another() -> None:
+    flows = table(per_agent=3)
+    for port, value in ((1, "one"), (2, "two")):
+        flows.add(key(ONE, port), "laptop", value, idle_s=10, now=5)
+    flows.add(key(TWO, 2), "laptop", "other", idle_s=10, now=5)
+    moved, ended = flows.move_session(ONE, TWO)
+    assert (moved, ended) == ({key(TWO, 1): "one"}, ["two"])
+    assert flows.use(key(ONE, 1), 6) is None
+    assert flows.use(key(TWO, 2), 6) == "other"
+    assert flows.expire(15) == ["one"], "it is as idle as it was"
+    assert flows.move_session(ONE, TWO) == ({}, [])

@@ -245,7 +245,7 @@ async def test_a_cut_binding_closes_nothing_of_others_and_garbage_is_dropped(gro
     before = DROPS.labels("packet_carrier", "malformed")._value.get()
     forged = DROPS.labels("packet_carrier", "forged_probe")._value.get()
     stranger = udp.UdpSocket.open(("127.0.0.1", 0), lambda _: None)
-    target = ("127.0.0.1", far._switch._socket.address[1])
+    target = ("127.0.0.1", far.carrying._socket.address[1])
     stranger.send(
         [
             (b"", target),
@@ -257,7 +257,7 @@ async def test_a_cut_binding_closes_nothing_of_others_and_garbage_is_dropped(gro
     )
     near.send(ECHO, b"\x00")
     await ground.far.wait(1)
-    assert far._switch.reflexive != Address("192.0.2.1", 1)
+    assert far.carrying.reflexive != Address("192.0.2.1", 1)
     assert DROPS.labels("packet_carrier", "malformed")._value.get() >= before + 1
     assert DROPS.labels("packet_carrier", "forged_probe")._value.get() == forged + 1
     stranger.close()
@@ -267,7 +267,7 @@ async def test_strangers_take_no_part_of_the_handshakes(ground: Ground) -> None:
     """Only a few may be half open: who is neither the forwarder nor proved the probe key gets none of them."""
     far = ground.serve()
     stranger = udp.UdpSocket.open(("127.0.0.1", 0), lambda _: None)
-    target = ("127.0.0.1", far._switch._socket.address[1])
+    target = ("127.0.0.1", far.carrying._socket.address[1])
     before = DROPS.labels("packet_carrier", "unknown_source")._value.get()
     for _ in range(2 * HALF_OPEN_MAX):
         client = client_connection("ztna-link", None)
@@ -310,8 +310,8 @@ async def test_a_validated_candidate_carries_and_the_forwarder_rests(tmp_path: P
     try:
         far = ground.serve(allow_private=True)
         near = await ground.dial(allow_private=True)
-        assert near.local_candidates()
-        near.probe(far.local_candidates())
+        assert near.local_candidates(near.carrying.bind_id)
+        near.probe(near.carrying.bind_id, far.local_candidates(far.carrying.bind_id))
         async with asyncio.timeout(DEADLINE_SECONDS):
             while near.path != "direct" or far.path != "direct":  # the far end learns from our probe
                 await asyncio.sleep(0.05)
@@ -335,7 +335,7 @@ async def test_packets_that_nothing_answers_are_noticed(ground: Ground) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while near.unanswered_s < 0.1:
             near.send(ECHO, b"y")
-            stranger.send([(b"\x40" + bytes(40), ("127.0.0.1", near._switch._socket.address[1]))])
+            stranger.send([(b"\x40" + bytes(40), ("127.0.0.1", near.carrying._socket.address[1]))])
             await asyncio.sleep(0.01)  # the time that passes is what is seen
     stranger.close()
 
@@ -343,5 +343,5 @@ async def test_packets_that_nothing_answers_are_noticed(ground: Ground) -> None:
 async def test_loopback_is_never_a_candidate(ground: Ground) -> None:
     ground.serve()
     near = await ground.dial()
-    assert all(not each.ip.startswith("127.") for each in near.local_candidates())
-    assert near.probe([Address("127.0.0.1", 4435), Address("169.254.0.1", 4435)]) == 2
+    assert all(not each.ip.startswith("127.") for each in near.local_candidates(near.carrying.bind_id))
+    assert near.probe(near.carrying.bind_id, [Address("127.0.0.1", 4435), Address("169.254.0.1", 4435)]) == 2
