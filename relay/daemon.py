@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from ipaddress import ip_address
-from pathlib import Path
 from typing import assert_never
 
-from relay import splicer, v1_peers
+from relay import looking_in, v1_peers
 from relay.admission import Doorkeeper
 from relay.commands import (
     AddLink,
@@ -32,19 +29,26 @@ from relay.commands import (
 )
 from relay.forwarder import Forwarder
 from relay.kernel import local_address_towards
-from relay.links import Limits
 from relay.notified import Notified
 from relay.peers import WHERE, ControlPeer
 from relay.policy import SrvTable
 from relay.sessions import Sessions
 from relay.splicer import Splicer
 from relay.srv import SrvPuller
+from relay.startup import (
+    advertised,
+    check_name,
+    check_resolvers,
+    forwarder_sockets,
+    link_limits,
+    load_credentials,
+    reset_key,
+)
 from ztna import quic, udp
-from ztna.ca import write_private
-from ztna.config import Endpoint, RelayConfig
+from ztna.config import RelayConfig
 from ztna.credentials import Credentials
 from ztna.dns_keys import load_key
-from ztna.errors import ConfigError, ZtnaError
+from ztna.errors import ZtnaError
 from ztna.identity import Identity
 from ztna.names import SessionId, Zone
 from ztna.reasons import Reason
@@ -54,7 +58,6 @@ from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import logger, refused
 from ztna.tsig import Key
 from ztna.udp import SockAddr
-from ztna.udp_bulk import BulkSocket
 from ztna.wire import control
 from ztna.wire.control import Address
 
@@ -68,8 +71,6 @@ RESOLVER_SECONDS = 3.0
 TICK_SECONDS = 1.0
 GONE_SECONDS = 5.0
 """A connector pings each 3 s: so much silence ends its sessions as `peer_gone`, long before the idle timeout."""
-PORT_ATTEMPTS = 20
-STATUS_SESSIONS_MAX = 1_000
 
 Peer = ControlPeer | v1_peers.AgentPeer
 
@@ -81,11 +82,11 @@ async def run(daemon: Daemon) -> None:
     config = daemon.config.relay
     assert config is not None, "the command line checks that the section is there"
     daemon.readiness.awaiting("dns", "the first confirmed answer of a DNS server")
-    check_resolvers(config, daemon)
+    check_resolvers(config, daemon.readiness)
     credentials = load_credentials(config)
     relay = Relay(config, daemon.config.domain, credentials)
     try:
-        daemon.status_sources.update(relay.status_sources())
+        daemon.status_sources.update(looking_in.sources(relay))
         renewal = Renewal(
             config.tls,
             credentials,
@@ -114,66 +115,12 @@ async def _watch_readiness(daemon: Daemon, relay: Relay) -> None:
             daemon.readiness.warn("forwarding", f"in user space: {relay.forwarder.problem}")
 
 
-def check_resolvers(config: RelayConfig, daemon: Daemon) -> None:
-    """Refuse resolvers that somebody in between could answer for: DNS decides permission (design.md 2.2)."""
-    for resolver in config.resolvers:
-        try:
-            local = ip_address(resolver.host).is_loopback
-        except ValueError:
-            raise ConfigError(
-                f"relay.resolvers: {resolver}: expected a numeric IP address and a port"
-            ) from None
-        if local or config.dns_key is not None:
-            continue
-        if not config.dns_insecure:
-            raise ConfigError(
-                f"relay.resolvers: {resolver} is not on loopback, and whoever answers DNS decides permission; "
-                "run a dnsd or a secondary here, sign with relay.dns_key, or set relay.dns_insecure: true"
-            )
-        daemon.readiness.warn("dns_insecure", f"unauthenticated DNS from {resolver} decides permission")
-
-
-def load_credentials(config: RelayConfig) -> Credentials:
-    """Return the relay's credentials. Raises ConfigError unless they carry its configured name."""
-    credentials = Credentials.load(config.tls)
-    check_name(config, credentials)
-    return credentials
-
-
-def check_name(config: RelayConfig, credentials: Credentials) -> None:
-    """Raise ConfigError unless the certificate is of the relay that is configured."""
-    if credentials.identity.relay != config.name:
-        raise ConfigError(
-            f"tls.certificate: {config.tls.certificate} carries no relay.{config.name}.ztna (relay.name)"
-        )
-
-
-def reset_key(path: str | None, credentials: Credentials) -> bytes:
-    """Return the key of stateless resets, made and kept in the file when it is not there yet.
-
-    Without a file it comes from the relay's private key: it must outlive a crash, or the peers of a relay that
-    was restarted would notice only by its silence.
-    """
-    if path is None:
-        return credentials.derived_key("stateless reset")
-    file = Path(path)
-    try:
-        if not file.exists():
-            write_private(file, os.urandom(quic.RESET_KEY_BYTES))
-        key = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"relay.reset_key_file: {path}: {error.strerror}") from None
-    if len(key) != quic.RESET_KEY_BYTES:
-        raise ConfigError(f"relay.reset_key_file: {path}: expected {quic.RESET_KEY_BYTES} bytes")
-    return key
-
-
 class Relay:
     """The parts of one running relay; sockets are bound when it exists."""
 
     def __init__(self, config: RelayConfig, zone: Zone, credentials: Credentials) -> None:
         """Bind everything. Raises ZtnaError naming what cannot be had."""
-        self._config = config
+        self.config = config
         self._advertised = advertised(config)
         self._doorkeeper = Doorkeeper()
         self._sessions = Sessions(config.sessions_per_identity, config.sessions_total, os.urandom)
@@ -198,10 +145,10 @@ class Relay:
         resolver = Resolver(config.resolvers, RESOLVER_SECONDS, key)
         self.puller = SrvPuller(resolver, zone, config.srv_hold_s, self._table_changed)
         self._socket = udp.UdpSocket.open((config.listen.host, config.listen.port), self._packets_received)
-        self._notified: Notified | None = None
+        self.notified: Notified | None = None
         try:
-            self._notified = self._hear_changes(zone, key)
-            listener, raw = _forwarder_sockets(config.forwarder)
+            self.notified = self._hear_changes(zone, key)
+            listener, raw = forwarder_sockets(config.forwarder)
         except ZtnaError:
             self._close_sockets()
             raise
@@ -218,16 +165,16 @@ class Relay:
         )
 
     def _hear_changes(self, zone: Zone, key: Key | None) -> Notified | None:
-        listen = self._config.notify_listen
+        listen = self.config.notify_listen
         if listen is None:
             return None
-        sources = [resolver.host for resolver in self._config.resolvers]
+        sources = [resolver.host for resolver in self.config.resolvers]
         return Notified(listen, zone, sources, key, self.puller.ask_all_soon)
 
     def _close_sockets(self) -> None:
         self._socket.close()
-        if self._notified is not None:
-            self._notified.close()
+        if self.notified is not None:
+            self.notified.close()
 
     @property
     def address(self) -> SockAddr:
@@ -238,6 +185,16 @@ class Relay:
     def sessions(self) -> Sessions:
         """The sessions, to be read only."""
         return self._sessions
+
+    @property
+    def peers(self) -> Mapping[ConnectionKey, Peer]:
+        """The live connections, to be read only."""
+        return self._peers
+
+    @property
+    def draining(self) -> bool:
+        """Whether it lets nobody new in."""
+        return self._doorkeeper.draining
 
     async def run(self) -> None:
         """Pull SRV records and mind the time until cancelled."""
@@ -407,93 +364,6 @@ class Relay:
         peer = self._peers.get(to)
         if peer is not None:
             peer.send(message)
-
-    # Looking in.
-
-    def status_sources(self) -> dict[str, Callable[[], object]]:
-        """Return what /status shows, by key."""
-        return {
-            "relay": lambda: {
-                "name": self._config.name,
-                "address": "{}:{}".format(*self.address),
-                "draining": self._doorkeeper.draining,
-                "half_open": self.server.half_open,
-            },
-            "connections": self._connections,
-            "sessions": self._sessions_shown,
-            "srv": lambda: self.puller.status() | self._notified_status(),
-            "conflicts": self._conflicts,
-            "forwarder": lambda: {"udp": self.forwarder.status(), "tcp": self.splicer.status()},
-        }
-
-    def _notified_status(self) -> dict[str, object]:
-        return {} if self._notified is None else {"notified": self._notified.heard}
-
-    def _connections(self) -> list[dict[str, object]]:
-        return [
-            {
-                "peer": peer.identity.name,
-                "address": "{}:{}".format(*self._peers[key].connection.peer_address),
-                "connector_id": peer.connector_id,
-                "services": sorted(peer.services),
-                "sessions": len(peer.sessions),
-                "silent": peer.silent_since is not None,
-                "conflicts": [each.cidr for each in peer.conflicts.values()],
-            }
-            for key, peer in self._sessions.peers.items()
-            if key in self._peers
-        ]
-
-    def _conflicts(self) -> list[dict[str, object]]:
-        """Return what agents said of their pools, for `ztna leases conflicts`."""
-        return [
-            {"agent": peer.identity.name, "cidr": each.cidr, "with": each.with_, "detail": each.detail}
-            for peer in self._sessions.peers.values()
-            for each in peer.conflicts.values()
-        ]
-
-    def _sessions_shown(self) -> list[dict[str, object]]:
-        shown = list(self._sessions.sessions.values())[:STATUS_SESSIONS_MAX]
-        return [
-            {
-                "session": each.id,
-                "service": each.service,
-                "agent": each.agent_name,
-                "connector_id": each.connector_id,
-                "open": each.open,
-            }
-            for each in shown
-        ]
-
-
-def link_limits(config: RelayConfig) -> Limits:
-    """Return what one link may carry."""
-    return Limits(config.link_rate_bytes_per_s, config.link_quota_bytes, config.link_quota_period_s)
-
-
-def advertised(config: RelayConfig) -> Address | None:
-    """Return the forwarder's address to tell peers, None when it depends on how they reach this host."""
-    endpoint = config.forwarder_advertise
-    if endpoint is None:
-        return None
-    try:
-        return Address(str(ip_address(endpoint.host)), endpoint.port)
-    except ValueError:
-        raise ConfigError(f"relay.forwarder_advertise: {endpoint}: expected a numeric IP address") from None
-
-
-def _forwarder_sockets(endpoint: Endpoint) -> tuple[socket.socket, BulkSocket]:
-    """Return the TCP and UDP socket of one port. Raises ZtnaError."""
-    for attempt in range(PORT_ATTEMPTS):
-        listener = splicer.listen((endpoint.host, endpoint.port))
-        try:
-            return listener, BulkSocket.open((endpoint.host, listener.getsockname()[1]))
-        except ZtnaError:
-            listener.close()
-            # With port 0 the port that TCP got may be somebody's on UDP: another one then.
-            if endpoint.port or attempt == PORT_ATTEMPTS - 1:
-                raise
-    raise AssertionError("the loop returns or raises")
 
 
 def _log_refusal(refusal: Refusal) -> None:

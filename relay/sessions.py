@@ -7,26 +7,24 @@ Does not know how a connection or a forwarder works. Source: protocol.md, Contro
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from relay import policy
 from relay.admission import registration_refusal
+from relay.book import SessionBook
 from relay.commands import (
-    AddLink,
     AdmitAgent,
     AdmitConnector,
     BindTicket,
     Command,
     ConnectionKey,
-    EndSession,
     Event,
-    LinkKey,
     Refusal,
-    RemoveLink,
     Send,
 )
-from relay.state import Attempt, Link, Peer, Session
+from relay.ownership import AboutSession, owns
+from relay.registrations import Registrations
+from relay.state import Attempt, Peer, Session
 from ztna.errors import ProtocolError, Refused
 from ztna.identity import Identity
 from ztna.jsontypes import Binary, Secret
@@ -34,7 +32,7 @@ from ztna.names import SESSION_ID_BYTES, ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason
 from ztna.wire import control
 from ztna.wire.control import Address, AnyMessage, ForwarderBind
-from ztna.wire.forwarder import BIND_ID_BYTES, TOKEN_BYTES
+from ztna.wire.forwarder import TOKEN_BYTES
 
 ACCEPT_SECONDS = 1.0
 """How long one connector may think about an offer."""
@@ -43,19 +41,7 @@ PARK_SECONDS = 1.0
 PARKED_MAX = 1_000
 WITHDRAWN_SECONDS = 10.0
 """How long a session outlives its connector's SRV record: a check that flaps must not cut what works."""
-ENDED_KEPT_SECONDS = 30.0
-ENDED_KEPT_MAX = 20_000
 CONFLICTS_PER_CONNECTION_MAX = 16
-SECRET_BYTES = 32
-
-AboutSession = (
-    control.Accepted
-    | control.Dial
-    | control.Closed
-    | control.CandidateOffer
-    | control.CandidateAnswer
-    | control.PunchingResult
-)
 
 
 class Sessions:
@@ -68,15 +54,11 @@ class Sessions:
         self._known_fresh = False
         self._draining = False
         self._peers: dict[ConnectionKey, Peer] = {}
-        self._serving: defaultdict[ServiceName, dict[ConnectorId, list[ConnectionKey]]] = defaultdict(dict)
-        self._sessions: dict[SessionId, Session] = {}
-        self._routed: defaultdict[tuple[ServiceName, ConnectorId], set[SessionId]] = defaultdict(set)
-        self._of_name: Counter[str] = Counter()
-        self._links: dict[LinkKey, Link] = {}
+        self._serving = Registrations()
+        self._book = SessionBook(random)
         self._offers: dict[SessionId, float] = {}
         self._parked: list[tuple[ConnectionKey, Attempt]] = []
         self._withdrawn: dict[tuple[ServiceName, ConnectorId], float] = {}
-        self._ended: OrderedDict[SessionId, tuple[float, LinkKey]] = OrderedDict()
         self._unvouched: frozenset[ConnectionKey] = frozenset()
 
     # What others read.
@@ -84,7 +66,7 @@ class Sessions:
     @property
     def services(self) -> frozenset[ServiceName]:
         """The services that a granted connector has registered: the only names to look up (design.md 2.2)."""
-        return frozenset(self._serving)
+        return self._serving.services
 
     @property
     def peers(self) -> dict[ConnectionKey, Peer]:
@@ -94,7 +76,7 @@ class Sessions:
     @property
     def sessions(self) -> dict[SessionId, Session]:
         """The sessions, to be read only."""
-        return self._sessions
+        return self._book.live
 
     def next_timer(self) -> float | None:
         """Return when `tick` has something to do, besides its once a second."""
@@ -114,9 +96,10 @@ class Sessions:
         out: list[Command] = []
         self._parked = [each for each in self._parked if each[0] != key]
         for service in peer.services:
-            self._withdraw(peer, service)
+            assert peer.connector_id is not None
+            self._serving.remove(key, peer.connector_id, service)
         for session_id in sorted(peer.sessions):
-            session = self._sessions[session_id]
+            session = self._book.live[session_id]
             if session.connector == key and not session.open:
                 session.attempt.refusal = session.attempt.refusal or Reason.NO_HEALTHY_CONNECTOR
                 self._end(session, now, out)
@@ -141,7 +124,7 @@ class Sessions:
         if gone and peer.services and peer.silent_since is None:
             peer.silent_since = now
             for session_id in sorted(peer.sessions):
-                session = self._sessions[session_id]
+                session = self._book.live[session_id]
                 if session.connector == key and session.open:
                     self._cut(session, Reason.PEER_GONE, now, out)
         return out
@@ -175,7 +158,7 @@ class Sessions:
 
     def agent_waiting(self, session_id: SessionId, waiter: int) -> list[Command]:
         """An agent's TCP connection waits at the forwarder: have its connector dial in."""
-        session = self._sessions.get(session_id)
+        session = self._book.live.get(session_id)
         if session is None or not session.open:
             return []
         carry = control.Carry(session_id, Secret(self._random(TOKEN_BYTES)))
@@ -185,15 +168,14 @@ class Sessions:
         """Do what time asks for; call it at `next_timer` and once a second."""
         out: list[Command] = []
         for session_id in [each for each, deadline in self._offers.items() if deadline <= now]:
-            self._silence(self._sessions[session_id], now, out)
+            self._silence(self._book.live[session_id], now, out)
         parked, self._parked = self._parked, []
         for key, attempt in parked:
             self._begin(key, attempt, now, out)
         self._tell_health(self._freshness_changed(now), now, out)
-        for service, connector_id in list(self._routed):
+        for service, connector_id in list(self._book.routed):
             self._hold(service, connector_id, now, out)
-        while self._ended and next(iter(self._ended.values()))[0] <= now:
-            self._ended.popitem(last=False)
+        self._book.forget_ended(now)
         return out
 
     def message(self, key: ConnectionKey, message: AnyMessage, now: float) -> list[Command]:
@@ -246,30 +228,10 @@ class Sessions:
         if accepted:
             peer.connector_id, peer.link_address = message.connector_id, message.link_address
             for service in sorted(accepted):
-                self._serve(peer, message.connector_id, service, out)
+                if self._serving.add(peer.key, message.connector_id, service):
+                    fields = {"connector_id": message.connector_id, "service": service}
+                    out.append(Event("connector_id_twice", fields | {"newer": peer.identity.name}))
             self._tell_health(accepted, now, out)
-
-    def _serve(self, peer: Peer, connector_id: ConnectorId, service: ServiceName, out: list[Command]) -> None:
-        keys = self._serving[service].setdefault(connector_id, [])
-        if peer.key in keys:
-            return
-        if keys:
-            fields = {"connector_id": connector_id, "service": service, "newer": peer.identity.name}
-            out.append(Event("connector_id_twice", fields))
-        # The newest connection is the last one, and gets the new sessions.
-        keys.append(peer.key)
-
-    def _withdraw(self, peer: Peer, service: ServiceName) -> None:
-        assert peer.connector_id is not None
-        connectors = self._serving[service]
-        connectors[peer.connector_id].remove(peer.key)
-        if not connectors[peer.connector_id]:
-            del connectors[peer.connector_id]
-        if not connectors:
-            del self._serving[service]
-
-    def _live(self, service: ServiceName) -> dict[ConnectorId, ConnectionKey]:
-        return {each: keys[-1] for each, keys in self._serving.get(service, {}).items()}
 
     def _conflict(self, peer: Peer, message: control.Conflict, out: list[Command]) -> None:
         if not message.with_:
@@ -312,7 +274,7 @@ class Sessions:
     def _choose(self, agent: Peer, attempt: Attempt, now: float) -> ConnectionKey:
         """Return the connector connection to offer to next. Raises Refused when there is none left."""
         request = attempt.request
-        live = self._live(request.service)
+        live = self._serving.live(request.service)
         ordered = policy.candidates(
             agent.identity, request.service, request.connector_id, live, self._table, now, self._draw
         )
@@ -320,8 +282,8 @@ class Sessions:
             raise Refused(Reason.DRAINING, "this relay is stopping")
         if agent.key in self._unvouched:
             raise Refused(Reason.POLICY_UNKNOWN, f"{agent.identity.name}: no CRL of today")
-        limited = self._of_name[agent.identity.name] >= self._per_identity
-        if limited or len(self._sessions) >= self._total:
+        limited = self._book.of_name[agent.identity.name] >= self._per_identity
+        if limited or len(self._book.live) >= self._total:
             raise Refused(Reason.LIMIT_REACHED, f"{agent.identity.name}: sessions")
         for key in ordered:
             if key in self._unvouched:
@@ -345,10 +307,8 @@ class Sessions:
             agent.identity.name,
             attempt,
         )
-        link = None if agent.v1 else self._join_link(session, out)
-        self._sessions[session_id] = session
-        self._routed[request.service, connector.connector_id].add(session_id)
-        self._of_name[agent.identity.name] += 1
+        out += self._book.add(session, forwarded=not agent.v1)
+        link = self._book.links.get(session.link)
         agent.sessions.add(session_id)
         connector.sessions.add(session_id)
         self._offers[session_id] = now + ACCEPT_SECONDS
@@ -387,8 +347,8 @@ class Sessions:
         now: float,
         out: list[Command],
     ) -> None:
-        session = self._sessions.get(message.session)
-        if session is None or not self._owns(peer, session, message):
+        session = self._book.live.get(message.session)
+        if session is None or not owns(peer.key, session, message):
             self._not_yours(peer, message, session, out)
             return
         match message:
@@ -408,29 +368,14 @@ class Sessions:
                 other = session.connector if peer.key == session.agent else session.agent
                 self._send(other, message, out)
 
-    def _owns(self, peer: Peer, session: Session, message: AnyMessage) -> bool:
-        """Say whether the message is this connection's to send (protocol.md, Ownership).
-
-        The agent learns of a session when it is open; before that only the connector can name it.
-        """
-        match message:
-            case control.Accepted():
-                return peer.key == session.connector
-            case control.CandidateAnswer():
-                return peer.key == session.connector and session.open
-            case control.Dial() | control.CandidateOffer():
-                return peer.key == session.agent and session.open
-        return peer.key == session.connector or (peer.key == session.agent and session.open)
-
     def _not_yours(
         self, peer: Peer, message: AboutSession, session: Session | None, out: list[Command]
     ) -> None:
         session_id = message.session
         owners: tuple[str, ...] = ()
-        ended = self._ended.get(session_id)
         if session is not None:
             owners = tuple(self._peers[each].identity.name for each in session.link)
-        elif ended is not None and peer.key in ended[1]:
+        elif self._book.ended_lately(session_id, peer.key):
             # It crossed the session's end on its way: no offence, and nothing to do.
             return
         out.append(
@@ -443,7 +388,7 @@ class Sessions:
         session.open = True
         del self._offers[session.id]
         agent, connector = self._peers[session.agent], self._peers[session.connector]
-        link = self._links.get(session.link)
+        link = self._book.links.get(session.link)
         opened = control.Opened(
             request=session.attempt.request.request,
             session=session.id,
@@ -487,8 +432,8 @@ class Sessions:
         if routes is not None and now - self._withdrawn.setdefault(key, now) < WITHDRAWN_SECONDS:
             return
         reason = Reason.POLICY_UNKNOWN if routes is None else Reason.NO_HEALTHY_CONNECTOR
-        for session_id in sorted(self._routed[key]):
-            self._cut(self._sessions[session_id], reason, now, out)
+        for session_id in sorted(self._book.routed[key]):
+            self._cut(self._book.live[session_id], reason, now, out)
 
     def _cut(self, session: Session, reason: Reason, now: float, out: list[Command]) -> None:
         self._end(session, now, out)
@@ -501,31 +446,15 @@ class Sessions:
         out.append(Event("session_cut", {"session": session.id, "reason": reason}))
 
     def _end(self, session: Session, now: float, out: list[Command]) -> None:
-        del self._sessions[session.id]
-        self._offers.pop(session.id, None)
-        route = (session.service, session.connector_id)
-        self._routed[route].discard(session.id)
-        if not self._routed[route]:
-            del self._routed[route]
-            self._withdrawn.pop(route, None)
-        self._of_name[session.agent_name] -= 1
-        if not self._of_name[session.agent_name]:
-            del self._of_name[session.agent_name]
+        out += self._book.remove(session, now)
         for end in session.link:
             peer = self._peers.get(end)
             if peer is not None:
                 peer.sessions.discard(session.id)
-        self._ended[session.id] = (now + ENDED_KEPT_SECONDS, session.link)
-        if len(self._ended) > ENDED_KEPT_MAX:
-            self._ended.popitem(last=False)
-        out.append(EndSession(session.id))
-        link = self._links.get(session.link)
-        if link is None:
-            return
-        link.sessions.discard(session.id)
-        if not link.sessions:
-            del self._links[session.link]
-            out.append(RemoveLink(session.link))
+        self._offers.pop(session.id, None)
+        route = (session.service, session.connector_id)
+        if route not in self._book.routed:
+            self._withdrawn.pop(route, None)
 
     # Small things.
 
@@ -537,30 +466,17 @@ class Sessions:
         self._known_fresh = fresh
         return self._known_services()
 
-    def _join_link(self, session: Session, out: list[Command]) -> Link:
-        link = self._links.get(session.link)
-        if link is None:
-            link = Link(self._ticket(), self._ticket(), Secret(self._random(SECRET_BYTES)))
-            self._links[session.link] = link
-            peers = session.agent_name, session.connector_id
-            out.append(AddLink(session.link, link.agent, link.connector, peers))
-        link.sessions.add(session.id)
-        return link
-
-    def _ticket(self) -> BindTicket:
-        return BindTicket(self._random(BIND_ID_BYTES), Secret(self._random(SECRET_BYTES)))
-
     def _draw(self, bound: int) -> int:
         return int.from_bytes(self._random(8)) % bound
 
     def _known_services(self) -> set[ServiceName]:
-        return {*self._serving, *self._table.entries}
+        return {*self._serving.services, *self._table.entries}
 
     def _tell_health(
         self, services: Iterable[ServiceName], now: float, out: list[Command], only: Peer | None = None
     ) -> None:
         for service in sorted(services):
-            state = policy.health(service, self._live(service), self._table, now)
+            state = policy.health(service, self._serving.live(service), self._table, now)
             for peer in self._listeners(service, only):
                 if peer.told_health.get(service) != state:
                     peer.told_health[service] = state

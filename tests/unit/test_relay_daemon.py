@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from relay import daemon as relay_daemon
+from relay import looking_in, startup
 from tests.support.certificates import Pki
 from tests.support.quic import Dialling, settings
 from tests.support.relay import SERVICE, Peer, RunningRelay, forged_session, refusals, running_relay
@@ -375,7 +376,7 @@ async def test_conflicts_are_kept_while_the_connection_lives(mesh: RunningRelay)
     agent = await mesh.agent()
     agent.say(control.Conflict("10.100.0.0/16", "docker0"))
     await agent.nothing_of(control.Closed)
-    assert mesh.relay._connections()[0]["conflicts"] == ["10.100.0.0/16"]
+    assert looking_in.connections(mesh.relay)[0]["conflicts"] == ["10.100.0.0/16"]
 
 
 async def test_draining_says_so_refuses_the_new_and_closes_in_the_end(mesh: RunningRelay) -> None:
@@ -614,38 +615,38 @@ def test_resolvers_are_on_loopback_unless_told(tmp_path: Path) -> None:
     daemon = FakeDaemon()
     remote = (Endpoint("192.0.2.53", 53),)
     with pytest.raises(ConfigError, match="dns_insecure"):
-        relay_daemon.check_resolvers(config_of(tmp_path, resolvers=remote), daemon)  # type: ignore[arg-type]
+        startup.check_resolvers(config_of(tmp_path, resolvers=remote), daemon.readiness)
     insecure = config_of(tmp_path / "2", resolvers=remote, dns_insecure=True)
-    relay_daemon.check_resolvers(insecure, daemon)  # type: ignore[arg-type]
+    startup.check_resolvers(insecure, daemon.readiness)
     assert "192.0.2.53" in daemon.readiness.report()["warnings"]["dns_insecure"]
     key = TsigKeyConfig(name="relay.ztna", secret_file="/nowhere")
     signing = config_of(tmp_path / "4", resolvers=remote, dns_key=key)
-    relay_daemon.check_resolvers(signing, daemon)  # type: ignore[arg-type]
+    startup.check_resolvers(signing, daemon.readiness)
     named = config_of(tmp_path / "3", resolvers=(Endpoint("localhost", 53),))
     with pytest.raises(ConfigError, match="numeric"):
-        relay_daemon.check_resolvers(named, daemon)  # type: ignore[arg-type]
+        startup.check_resolvers(named, daemon.readiness)
 
 
 def test_the_certificate_must_carry_the_relays_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"relay\.other\.ztna"):
-        relay_daemon.load_credentials(config_of(tmp_path, name="other"))
+        startup.load_credentials(config_of(tmp_path, name="other"))
 
 
 def test_the_reset_key_outlives_a_restart_with_a_file_and_without(tmp_path: Path) -> None:
     path = str(tmp_path / "reset.key")
     pki = Pki(tmp_path)
     own, other = (pki.credentials(pki.relay(name)) for name in ("relay-1", "relay-2"))
-    kept = relay_daemon.reset_key(path, own)
-    assert relay_daemon.reset_key(path, own) == kept
-    assert relay_daemon.reset_key(None, own) == relay_daemon.reset_key(None, own)
-    assert len({kept, relay_daemon.reset_key(None, own), relay_daemon.reset_key(None, other)}) == 3
+    kept = startup.reset_key(path, own)
+    assert startup.reset_key(path, own) == kept
+    assert startup.reset_key(None, own) == startup.reset_key(None, own)
+    assert len({kept, startup.reset_key(None, own), startup.reset_key(None, other)}) == 3
     (tmp_path / "short").write_bytes(b"x")
     with pytest.raises(ConfigError, match="32 bytes"):
-        relay_daemon.reset_key(str(tmp_path / "short"), own)
+        startup.reset_key(str(tmp_path / "short"), own)
 
 
 async def test_a_port_that_is_taken_is_named(mesh: RunningRelay, tmp_path: Path) -> None:
     host, port = mesh.relay.splicer.address
     config = config_of(tmp_path / "other", listen=Endpoint("127.0.0.1", 0), forwarder=Endpoint(host, port))
     with pytest.raises(Exception, match=f"{host}:{port}"):
-        relay_daemon.Relay(config, relay_daemon.Zone("ztna.local"), relay_daemon.load_credentials(config))
+        relay_daemon.Relay(config, relay_daemon.Zone("ztna.local"), startup.load_credentials(config))

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import pytest
 
+from relay import book
 from relay import sessions as module
 from relay.commands import (
     AddLink,
@@ -496,7 +497,7 @@ def test_late_words_of_an_owner_are_no_offence_those_of_others_are(world: World)
     assert world.refusals() == []
     world.say(Y, control.PunchingResult(session, False))
     assert world.refusals() == [Reason.NOT_YOUR_SESSION]
-    world.tick(module.ENDED_KEPT_SECONDS)
+    world.tick(book.ENDED_KEPT_SECONDS)
     world.say(X, control.PunchingResult(session, False))
     assert world.refusals() == [Reason.NOT_YOUR_SESSION]
 
@@ -504,10 +505,10 @@ def test_late_words_of_an_owner_are_no_offence_those_of_others_are(world: World)
 def test_what_is_remembered_of_ended_sessions_is_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ENDED_KEPT_MAX", 2)
+    monkeypatch.setattr(book, "ENDED_KEPT_MAX", 2)
     for _ in range(4):
         world.say(ALICE, control.Closed(world.opened(), Reason.CLOSED_BY_PEER))
-    assert len(world.sessions._ended) == 2
+    assert len(world.sessions._book._ended) == 2
 
 
 # What owners say.
