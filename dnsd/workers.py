@@ -115,14 +115,18 @@ class Workers:
                 telling = tasks.create_task(self._tell(worker, channel), name=f"worker {worker.number} feed")
                 why = await self._hear(worker, channel)
                 telling.cancel()
+            if why:
+                # It would not end by itself, and has a share of what is asked.
+                with suppress(ProcessLookupError):
+                    process.kill()
         except OSError as error:
             why = str(error)
         finally:
-            worker.end()
             channel.close()
             if process is not None:
                 await _ended(process)
-        return f"{why}; exit status {process.returncode if process else None}"
+            worker.end()
+        return f"{why or 'it ended'}; exit status {process.returncode if process else None}"
 
     async def _tell(self, worker: _Worker, channel: Channel) -> None:
         """Keep a worker up to date; while it reads, newer states wait, of which only the last is told."""
@@ -139,13 +143,13 @@ class Workers:
                 await worker.woken.wait()
 
     async def _hear(self, worker: _Worker, channel: Channel) -> str:
-        """Hear a worker until it says no more; return why."""
+        """Hear a worker until it ends; return what is wrong when it did not."""
         try:
             while True:
                 async with asyncio.timeout(SILENT_SECONDS):
                     received = await channel.receive()
                 if received is None:
-                    return "it ended"
+                    return ""
                 data, sockets = received
                 match feed.decode_from_worker(data):
                     case Connection(host, pending) if len(sockets) == 1:

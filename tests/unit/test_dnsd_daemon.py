@@ -81,7 +81,8 @@ async def running(consul: ConsulConfig, **keys: object) -> AsyncIterator[Running
         task = tasks.create_task(run(daemon))
         await asyncio.sleep(0)
         if "snapshot" not in keys:
-            assert set(daemon.readiness.report()["awaiting"]) == {"catalog", "leases"}
+            workers = {"workers"} if "workers" in keys else set()
+            assert set(daemon.readiness.report()["awaiting"]) == {"catalog", "leases"} | workers
         yield Running(daemon, port)
         daemon.stopping.set()
         async with asyncio.timeout(5):
