@@ -66,6 +66,7 @@ async def run(daemon: Daemon) -> None:
     if config.workers > 1:
         setup = Setup(config, daemon.config.log, keys, options)
         workers = Workers(config.listen, config.workers, setup, server.adopt, daemon.readiness)
+        secondaries.served = workers.follow
     host, port = workers.address if workers else server.listen(config.listen)
     _log.info("listening", address=f"{host}:{port}", zone=daemon.config.domain, pool=_rules(config).pool)
     async with ConsulClient(daemon.config.consul) as client:

@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from dnsd.transfer import FRESH_SECONDS, PUBLISH_SECONDS, Publication
@@ -45,7 +45,10 @@ class Secondaries:
     """Publishes the zone and tells of it."""
 
     def __init__(self, config: TransferConfig, keys: Mapping[str, Key]) -> None:
-        """Raises ConfigError for a key that is not among `keys` or an address that is none."""
+        """Take what is configured; nobody is told of a state before `served` returns.
+
+        Raises ConfigError for a key that is not among `keys` or an address that is none.
+        """
         self.publication = Publication()
         self.wanted = are_wanted(config, keys)
         self._targets = [_target(config, place, keys) for place in range(len(config.notify))]
@@ -53,6 +56,8 @@ class Secondaries:
         self._pending: ZoneData | None = None
         """What is served already, under the serial of before, and is to be published soon."""
         self._waiting = asyncio.Event()
+        self.served: Callable[[], Awaitable[None]] | None = None
+        """Waits until what was published last is what is answered: who is told of it asks at once."""
 
     def numbered(self, zone: ZoneData, confirmed_at: float) -> ZoneData:
         """Return the zone as it may be served now: under the serial that was published last, or a new one.
@@ -122,6 +127,8 @@ class Secondaries:
         while True:
             await target.woken.wait()
             target.woken.clear()
+            if self.served is not None:
+                await self.served()
             serials, target.serials = target.serials, {}
             for apex, serial in serials.items():
                 if apex in target.serials:

@@ -106,12 +106,16 @@ class Worker:
         if self._is_published:
             # For IXFR over UDP, which says no more than the serial.
             self._publication.zone = self._server.answers.zone
+        self._is_due.set()
 
     async def _hand_over(self, sock: socket.socket, host: str, received: bytes) -> None:
         await self._channel.send(feed.encode(Connection(host, received)), [sock])
 
     async def _report(self) -> None:
-        """Tell each second what was counted; names grow old here, too, should dnsd say nothing for long."""
+        """Tell each second what was counted, and at once of another zone.
+
+        Names grow old here, too, should dnsd say nothing for long.
+        """
         spent = 0.0
         while True:
             if self._state is not None:
@@ -121,9 +125,15 @@ class Worker:
             WORKER_CPU.inc(now - spent)
             spent = now
             WORKER_MEMORY.set(_resident_bytes())
-            status = {**self._server.status, "pid": os.getpid(), "listening": int(self._is_listening)}
-            await self._channel.send(feed.encode(Report(counted(), status)))
             self._is_due.clear()
+            zone = self._server.answers.zone
+            status = {
+                **self._server.status,
+                "pid": os.getpid(),
+                "listening": int(self._is_listening),
+                "serial": zone.serial if zone else 0,
+            }
+            await self._channel.send(feed.encode(Report(counted(), status)))
             with suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_SECONDS):
                     await self._is_due.wait()

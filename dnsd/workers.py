@@ -35,13 +35,15 @@ SETTLED_SECONDS = 60.0
 """A worker that lived for so long did not end soon."""
 SILENT_SECONDS = 30.0
 """A worker that says nothing for so long has come to a standstill, and is killed."""
+FOLLOW_SECONDS = 1.0
+"""How long a worker may take to answer from a new state before others are told of it; it takes milliseconds."""
 END_SECONDS = 2.0
 """How long a worker may take to end once its channel is closed."""
 
 Adopt = Callable[[socket.socket, str, bytes], None]
 """Goes on with a connection: its host, and what was read of it but not answered."""
 
-_OWN = frozenset({"pid", "listening"})
+_OWN = frozenset({"pid", "listening", "serial"})
 _log = logger(__name__)
 
 
@@ -58,6 +60,7 @@ class Workers:
         self._adopt = adopt
         self._readiness = readiness
         self._state: tuple[ZoneData, Age] | None = None
+        self._moved = asyncio.Event()
         self._workers = [_Worker(number, sockets) for number, sockets in enumerate(bound, 1)]
         self._table = os.memfd_create("ztna-dnsd-limits")
         os.ftruncate(self._table, TABLE_BYTES)
@@ -68,6 +71,13 @@ class Workers:
         self._state = zone, age
         for worker in self._workers:
             worker.woken.set()
+
+    async def follow(self) -> None:
+        """Wait until every worker answers with the serial shown last, for a worker that does not only so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FOLLOW_SECONDS):
+                while not self._all_follow():
+                    await self._moved.wait()
 
     async def run(self) -> None:
         """Keep all workers alive until cancelled; then they end."""
@@ -84,6 +94,15 @@ class Workers:
         for worker in self._workers:
             summed.update({key: value for key, value in worker.status.items() if key not in _OWN})
         return {**summed, "workers": [dict(worker.status) for worker in self._workers]}
+
+    def _all_follow(self) -> bool:
+        serial = self._state[0].serial if self._state else 0
+        return all(each.status["serial"] == serial for each in self._workers if each.was_given_sockets)
+
+    def _move(self) -> None:
+        """Let who waits for workers look again."""
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     async def _keep(self, worker: _Worker) -> None:
         pause = RESTART_SECONDS_MIN
@@ -126,6 +145,7 @@ class Workers:
             if process is not None:
                 await _ended(process)
             worker.end()
+            self._move()
         return f"{why or 'it ended'}; exit status {process.returncode if process else None}"
 
     async def _tell(self, worker: _Worker, channel: Channel) -> None:
@@ -165,6 +185,7 @@ class Workers:
         worker.tally.add(report.counts)
         was_listening = worker.is_listening
         worker.status = report.status
+        self._move()
         if worker.is_listening != was_listening:
             worker.problem = ""
             _log.info("worker_listening", worker=worker.number, pid=report.status.get("pid"))

@@ -32,8 +32,8 @@ from tests.support.dns_serving import LOOPBACK, serving
 from tests.unit.test_dnsd_daemon import consul as consul
 from tests.unit.test_dnsd_daemon import has, register, running, settings, until
 from ztna import config as configuration
-from ztna.config import ConsulConfig, Endpoint, TransferConfig, TsigKeyConfig
-from ztna.dns import Code, Type
+from ztna.config import ConsulConfig, Endpoint, NotifyConfig, TransferConfig, TsigKeyConfig
+from ztna.dns import Code, SoaData, Type, decode
 from ztna.names import Zone
 from ztna.runtime import Daemon
 from ztna.telemetry import REGISTRY
@@ -185,9 +185,9 @@ async def test_transfers_and_signed_queries(consul: ConsulUnderTest, tmp_path: P
         sign = ("-y", f"hmac-sha256:k:{key.read_text()}")
 
         async def whole() -> bool:
-            return "web.ztna.local." in await dig("ztna.local", "AXFR", *sign)
+            return "127.100." in await dig("ztna.local", "AXFR", *sign)
 
-        await until("transferred", whole)
+        await until("its lease is transferred, after which nothing changes", whole)
         before = metric("ztna_dns_transfers_total", kind="axfr")
         for _ in range(8):
             said = await dig("ztna.local", "AXFR", *sign)
@@ -204,6 +204,53 @@ async def test_transfers_and_signed_queries(consul: ConsulUnderTest, tmp_path: P
         soa, axfr = query("ztna.local", "SOA"), query("ztna.local", "AXFR")
         answers = await ask_tcp(here.port, soa, axfr, soa)
         assert [answer[3] & 15 for answer in answers] == [Code.REFUSED, Code.NOERROR, Code.REFUSED]
+
+
+async def test_nobody_is_told_of_a_change_that_a_worker_would_deny(
+    consul: ConsulUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secondary that is told asks for the serial at once, and whichever worker it asks must know it."""
+    monkeypatch.setattr(dnsd.workers, "FOLLOW_SECONDS", 60.0)
+    loop = asyncio.get_running_loop()
+    heard = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as secondary:
+        secondary.bind(("127.0.0.1", 0))
+
+        def hear() -> None:
+            data, source = secondary.recvfrom(4096)
+            heard.append(data)
+            secondary.sendto(data[:2] + bytes((data[2] | 0x80,)) + data[3:], source)
+
+        loop.add_reader(secondary, hear)
+        notify = (NotifyConfig(address=Endpoint(*secondary.getsockname())),)
+        async with running(consul.config(), workers=WORKERS, transfer=TransferConfig(notify=notify)) as here:
+
+            def serials() -> list[int]:
+                """Of the zone, and of what each worker answers."""
+                status: Any = here.daemon.status_sources["dns"]()
+                return [status["serial"], *(worker["serial"] for worker in status["workers"])]
+
+            await until("ready", lambda: here.daemon.readiness.ready)
+            await until("told of both zones", lambda: len(set(heard_zones(heard))) == 2)
+            await until("a second is over", lambda: time.time() > serials()[0] + 1)
+            stopped = pids(here.daemon)[0]
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                before, count = serials()[0], len(heard)
+                await register(consul, "web")
+                await until("the other knows", lambda: before < serials()[0] == serials()[2])
+                assert len(heard) == count
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+            await until("told", lambda: len(heard) > count)
+            for _ in range(16):
+                soa = decode(await ask(here.port, query("ztna.local", "SOA"))).answers[0].data
+                assert isinstance(soa, SoaData) and soa.serial > before
+        loop.remove_reader(secondary)
+
+
+def heard_zones(messages: list[bytes]) -> list[str]:
+    return [decode(each).questions[0].name for each in messages]
 
 
 async def test_cookies_of_one_worker_are_good_at_the_other_and_the_limit_is_shared(tmp_path: Path) -> None:
