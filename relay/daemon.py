@@ -128,6 +128,7 @@ class Relay:
         self._legs = v1_peers.Legs(self._sessions, self._peers)
         self._next_key = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._is_closing = False
         self._idle = asyncio.Event()
         """Set once it drains and no session is left."""
         self._loop = asyncio.get_running_loop()
@@ -207,13 +208,17 @@ class Relay:
                 self._tick()
 
     async def drain(self, deadline_s: float) -> None:
-        """Let nobody new in, tell all, wait for the sessions to end at most `deadline_s`, then close."""
+        """Let nobody new in, tell all, wait for the sessions to end at most `deadline_s`, then close.
+
+        Of sessions that are left then nobody is told: their flows are detached, and go on over another relay.
+        """
         self._doorkeeper.draining = True
-        self.carry_out(self._sessions.drain(deadline_s))
+        self.carry_out(self._sessions.drain(deadline_s, self.config.others))
         _log.info("draining", sessions=len(self._sessions.sessions), deadline_s=deadline_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
+        self._is_closing = True
         await self.server.close_all(quic.CLOSE_OK, quic.SHUTTING_DOWN)
 
     def close(self) -> None:
@@ -288,6 +293,8 @@ class Relay:
     def connection_closed(self, peer: Peer, reason: Reason) -> None:
         """Hear that a connection is over."""
         del self._peers[peer.key]
+        if self._is_closing:
+            return
         self._doorkeeper.left(peer.connection.identity)
         served = bool(self._sessions.peers[peer.key].services)
         self.carry_out(self._sessions.disconnected(peer.key, reason, time.monotonic()))

@@ -133,12 +133,12 @@ class Sessions:
         """Open no session for or with these connections, and with all others: CRLs do not tell if they stand."""
         self._unvouched = frozenset(keys)
 
-    def drain(self, deadline_s: float) -> list[Command]:
-        """Open nothing any more, and tell everybody."""
+    def drain(self, deadline_s: float, others: tuple[str, ...]) -> list[Command]:
+        """Open nothing any more, and tell everybody, with the names of other relays."""
         self._draining = True
         out: list[Command] = []
         for key in self._peers:
-            self._send(key, control.Drain(deadline_s), out)
+            self._send(key, control.Drain(deadline_s, others), out)
         return out
 
     def policy_changed(self, table: policy.SrvTable, now: float) -> list[Command]:

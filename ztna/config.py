@@ -281,6 +281,9 @@ class RelayConfig(Section, frozen=True, kw_only=True):
         Seconds, about("How long sessions outlive the last confirmed catalog read, in seconds.")
     ] = 600.0
     drain_s: Annotated[Seconds, about("How long sessions may go on after SIGTERM, in seconds.")] = 25.0
+    others: Annotated[
+        tuple[str, ...], about("The names of other relays, which peers are told when this one drains.")
+    ] = ()
 
 
 class RelayTarget(Section, frozen=True, kw_only=True):
@@ -391,7 +394,13 @@ class ConnectorConfig(Section, frozen=True, kw_only=True):
         about("Its id: <name> or <name>--<instance>; its certificate carries id.<name>.ztna.", "rack-7"),
     ]
     tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
-    relays: Annotated[tuple[RelayTarget, ...], about("The relays it keeps a connection to.")]
+    relays: Annotated[tuple[RelayTarget, ...], about("The relays it keeps a connection to.")] = ()
+    resolvers: Annotated[
+        tuple[Endpoint, ...],
+        about(
+            "DNS servers asked for more relays: SRV records of _ztna-relay._udp.<domain>, followed by TTL."
+        ),
+    ] = ()
     routes: Annotated[tuple[RouteConfig, ...], about("The services it fronts.")]
     link: Annotated[Endpoint, about("Where agents connect directly, UDP and TCP.")] = Endpoint(
         "0.0.0.0", 4435
@@ -429,7 +438,15 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     """ztna-sidecar agent."""
 
     tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
-    relays: Annotated[tuple[RelayTarget, ...], about("The relays it may connect to.")]
+    relays: Annotated[
+        tuple[RelayTarget, ...], about("The relays it keeps a connection to; the nearest is preferred.")
+    ] = ()
+    resolvers: Annotated[
+        tuple[Endpoint, ...],
+        about(
+            "DNS servers asked for more relays: SRV records of _ztna-relay._udp.<domain>, followed by TTL."
+        ),
+    ] = ()
     mode: Annotated[
         Literal["listen", "anyip"],
         about("listen: a pool inside 127.0.0.0/8, no privileges; anyip: any pool, by a local route."),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from sidecar.agent.commands import (
     Received,
     RelayDown,
     RelayEvent,
+    RelayForgotten,
     RelayHeard,
     RelaySilent,
     RelayUp,
@@ -36,6 +37,7 @@ from sidecar.agent.sessions import Sessions
 from sidecar.agent.streams import Streams
 from sidecar.link.control import RelayClient
 from sidecar.link.pulse import Life
+from sidecar.link.relays import LEAVE_SECONDS, RelayClients
 from ztna.config import AgentConfig, RelayTarget
 from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
@@ -62,8 +64,8 @@ async def body(daemon: Daemon) -> None:
     if config.ula is not None:
         check_ula(config.mode, config.ula)
     check_overrides(config.overrides)
-    if not config.relays:
-        raise ConfigError("agent.relays: expected at least one relay")
+    if not config.relays and not config.resolvers:
+        raise ConfigError("agent.relays: expected at least one relay, or agent.resolvers to find them")
     credentials = Credentials.load(config.tls)
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(ConsulClient(daemon.config.consul))
@@ -103,22 +105,18 @@ class Agent:
         self._daemon = daemon
         self._ranges = ranges
         self._config = config
+        self._credentials = credentials
         self._tasks = tasks
-        self._relays = {
-            label: RelayClient(
-                target,
-                credentials,
-                on_message=self._message,
-                on_connected=self._connected,
-                on_lost=self._lost,
-                on_pulse=self._pulse,
-                is_busy=self._is_busy,
-            )
-            for label, target in _labelled(config.relays).items()
-        }
-        self._labels = {client: label for label, client in self._relays.items()}
+        self._relays = RelayClients(
+            self._relay_client,
+            tasks=tasks,
+            left=self._relay_left,
+            back=self._relay_back,
+            gone=lambda label: self._relay_event(RelayForgotten(label)),
+        )
+        self._relays.add(config.relays)
         self._broker = Broker(
-            Sessions(tuple(self._relays), config.flows_total),
+            Sessions(map(self._relays.label, self._relays), config.flows_total),
             Outside(send=self._send, read_lease=self._read_lease, ended=self._ended, leave=self._leave),
         )
         self._carriers = Carriers(credentials, send=self._send, direct=config.direct)
@@ -163,8 +161,7 @@ class Agent:
         self._daemon.status_sources["agent"] = self.status
         self._daemon.on_reload.append(self._renewal.reload)
         self._daemon.status_sources["certificate"] = self._renewal.status
-        for label, client in self._relays.items():
-            self._tasks.create_task(client.run(), name=f"relay {label}")
+        self._relays.start(self._config.resolvers, self._daemon.config.domain)
         for what in (
             self._renewal,
             self._follower,
@@ -193,7 +190,8 @@ class Agent:
                     "rtt_ms": _milliseconds(client.rtt_s),
                     "problem": client.problem,
                 }
-                for label, client in self._relays.items()
+                for client in self._relays
+                for label in (self._relays.label(client),)
             ],
             "services": [
                 {
@@ -229,22 +227,41 @@ class Agent:
 
     # --- relays
 
+    def _relay_client(self, target: RelayTarget) -> RelayClient:
+        return RelayClient(
+            target,
+            self._credentials,
+            on_message=self._message,
+            on_connected=self._connected,
+            on_lost=self._lost,
+            on_pulse=self._pulse,
+            is_busy=self._is_busy,
+        )
+
+    def _relay_left(self, client: RelayClient) -> None:
+        """Leave a relay that DNS names no longer, as if it drained."""
+        self._relay_event(Received(self._relays.label(client), Drain(LEAVE_SECONDS)))
+
+    def _relay_back(self, client: RelayClient) -> None:
+        if client.connected:
+            self._relay_event(RelayUp(self._relays.label(client)))
+
     def _connected(self, client: RelayClient) -> None:
-        _log.info("relay_connected", relay=self._labels[client])
+        _log.info("relay_connected", relay=self._relays.label(client))
         self._daemon.readiness.done("relay")
-        self._relay_event(RelayUp(self._labels[client]))
+        self._relay_event(RelayUp(self._relays.label(client)))
         for conflict in self._ranges.conflicts():
             client.send(conflict)
 
     def _lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
-        log("relay_lost", relay=self._labels[client], detail=reason)
-        self._relay_event(RelayDown(self._labels[client]))
-        if not any(each.connected for each in self._relays.values()):
+        log("relay_lost", relay=self._relays.label(client), detail=reason)
+        self._relay_event(RelayDown(self._relays.label(client)))
+        if not self._relays.connected:
             self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
 
     def _pulse(self, client: RelayClient) -> None:
-        relay = self._labels[client]
+        relay = self._relays.label(client)
         state = self._broker.sessions.relays.state(relay)
         if client.life is Life.SILENT and state is RelayState.UP:
             _log.warning("relay_silent", relay=relay)
@@ -259,17 +276,19 @@ class Agent:
                 self._links.relays_changed()
 
     def _is_busy(self, client: RelayClient) -> bool:
-        return self._broker.sessions.is_used(self._labels[client])
+        return self._broker.sessions.is_used(self._relays.label(client))
 
     def _message(self, client: RelayClient, message: AnyMessage) -> None:
-        relay = self._labels[client]
+        relay = self._relays.label(client)
         match message:
             case DialToken():
                 self._carriers.dial_token(relay, message)
             case StartPunching():
                 self._links.start_punching(relay, message)
             case Drain():
-                _log.info("relay_drains", relay=relay, deadline_s=message.deadline_s)
+                _log.info(
+                    "relay_drains", relay=relay, deadline_s=message.deadline_s, others=list(message.relays)
+                )
                 self._relay_event(Received(relay, message))
             case _:
                 self._broker.handle(Received(relay, message))
@@ -279,8 +298,8 @@ class Agent:
         self._relays[relay].send(message)
 
     def _tell_relays(self, conflict: Conflict) -> None:
-        for relay in self._relays:
-            self._send(relay, conflict)
+        for client in self._relays:
+            client.send(conflict)
 
     # --- sessions and leases
 
@@ -333,26 +352,13 @@ class Agent:
 
     def _use_credentials(self, credentials: Credentials) -> None:
         """Prove ourselves with these from now on."""
-        self._carriers.credentials = self._links.credentials = credentials
-        for client in self._relays.values():
-            client.credentials = credentials
+        self._credentials = self._carriers.credentials = self._links.credentials = credentials
+        self._relays.use_credentials(credentials)
         self._follower.use_grants(credentials.identity.agent)
 
 
 class _Stopped(Exception):
     """The agent has drained: what still runs is cancelled before what lies under it is given back."""
-
-
-def _labelled(relays: Sequence[RelayTarget]) -> dict[str, RelayTarget]:
-    """Name each relay by its name, and by its address too where several share a name."""
-    names = [relay.name for relay in relays]
-    found = {
-        relay.name if names.count(relay.name) == 1 else f"{relay.name}@{relay.address}": relay
-        for relay in relays
-    }
-    if len(found) < len(relays):
-        raise ConfigError("agent.relays: the same relay is listed twice")
-    return found
 
 
 def _warner(readiness: Readiness) -> Callable[[str, str | None], None]:

@@ -17,7 +17,8 @@ from sidecar.connector.registration import Registrar
 from sidecar.connector.routes import RouteTable, ServiceRoutes
 from sidecar.connector.serving import Serving
 from sidecar.link.control import RelayClient
-from ztna.config import ConnectorConfig, RelayTarget
+from sidecar.link.relays import RelayClients
+from ztna.config import ConnectorConfig, Endpoint, RelayTarget
 from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError, Refused
@@ -48,8 +49,10 @@ async def body(daemon: Daemon) -> None:
     routes = RouteTable(config.routes)
     credentials = Credentials.load(config.tls)
     routes.require_granted(credentials.identity, config.id)
-    if not config.relays:
-        raise ConfigError("connector.relays: expected at least one relay")
+    if not config.relays and not config.resolvers:
+        raise ConfigError(
+            "connector.relays: expected at least one relay, or connector.resolvers to find them"
+        )
     daemon.readiness.awaiting("relay", "not yet connected")
     daemon.readiness.awaiting("consul", "services are not yet registered")
     async with AsyncExitStack() as stack:
@@ -101,18 +104,10 @@ class _Connector:
             private_candidates=config.private_candidates,
             tasks=tasks,
         )
-        self._relays = [
-            RelayClient(
-                target,
-                credentials,
-                on_message=self._message,
-                on_connected=self._relay_connected,
-                on_lost=self._relay_lost,
-                on_packet=self._packet,
-            )
-            for target in config.relays
-        ]
-        self._refusals: dict[str, dict[str, str]] = {target.name: {} for target in config.relays}
+        self._credentials = credentials
+        self._relays = RelayClients(self._relay_client, tasks=tasks, gone=self._relay_gone)
+        self._relays.add(config.relays)
+        self._refusals: dict[str, dict[str, str]] = {}
         self._renewal = Renewal(
             config.tls,
             credentials,
@@ -148,8 +143,7 @@ class _Connector:
         for service in self._routes.services.values():
             for key, check in _checks(service).items():
                 tasks.create_task(self._check(service.service, key, check), name=f"check {service.service}")
-        for relay in self._relays:
-            tasks.create_task(relay.run(), name=f"relay {relay.target.name}")
+        self._relays.start(self._config.resolvers, self._daemon.config.domain)
         await self._daemon.stopping.wait()
         registering.cancel()
         await asyncio.wait((registering,))  # or a registration on its way would come after we have left
@@ -164,7 +158,8 @@ class _Connector:
             raise bind_error(config.link, error) from None
         if config.link_advertise is not None:
             return config.link_advertise
-        host = bound[0] if bound[0] not in _WILDCARDS else await _local_address(config.relays[0])
+        outside = config.relays[0].address if config.relays else config.resolvers[0]
+        host = bound[0] if bound[0] not in _WILDCARDS else await _local_address(outside)
         return Address(host, bound[1])
 
     async def _drain(self, registrar: Registrar) -> None:
@@ -227,9 +222,22 @@ class _Connector:
 
     # Relays
 
+    def _relay_client(self, target: RelayTarget) -> RelayClient:
+        return RelayClient(
+            target,
+            self._credentials,
+            on_message=self._message,
+            on_connected=self._relay_connected,
+            on_lost=self._relay_lost,
+            on_packet=self._packet,
+        )
+
+    def _relay_gone(self, label: str) -> None:
+        self._refusals.pop(label, None)
+
     def _relay_connected(self, client: RelayClient) -> None:
         _log.info("relay_connected", relay=client.target.name)
-        self._refusals[client.target.name] = {}
+        self._refusals[self._relays.label(client)] = {}
         self._serving.relay_connected(client)
         offerings = [Offering(each.service, each.ports) for each in self._routes.services.values()]
         for start in range(0, len(offerings), SERVICES_PER_REGISTER):
@@ -276,7 +284,7 @@ class _Connector:
             case control.StartPunching():
                 serving.start_punching(client, message)
             case control.Refused():
-                self._refusals[client.target.name][message.name] = message.reason
+                self._refusals[self._relays.label(client)][message.name] = message.reason
                 _log.error(
                     "service_refused", relay=client.target.name, service=message.name, reason=message.reason
                 )
@@ -294,8 +302,8 @@ class _Connector:
 
     def _use_credentials(self, credentials: Credentials) -> None:
         self._serving.use_credentials(credentials)
-        for relay in self._relays:
-            relay.credentials = credentials
+        self._credentials = credentials
+        self._relays.use_credentials(credentials)
 
     def _status(self) -> dict[str, object]:
         return {
@@ -309,7 +317,7 @@ class _Connector:
                     "address": str(relay.target.address),
                     "connected": relay.connected,
                     "problem": relay.problem,
-                    "refused": self._refusals[relay.target.name],
+                    "refused": self._refusals.get(self._relays.label(relay), {}),
                 }
                 for relay in self._relays
             ],
@@ -351,10 +359,10 @@ def _service_health(service: ServiceRoutes, now: float) -> ServiceHealth:
     return ServiceHealth(checks, now, service.slow_start_s)
 
 
-async def _local_address(relay: RelayTarget) -> str:
-    """Return our address on the way to the relay. Raises ConfigError when there is no way to find one."""
+async def _local_address(outside: Endpoint) -> str:
+    """Return our address on the way to others. Raises ConfigError when there is no way to find one."""
     try:
-        address = await resolve(relay.address)
+        address = await resolve(outside)
         with socket.socket(
             socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM
         ) as sock:
@@ -364,5 +372,5 @@ async def _local_address(relay: RelayTarget) -> str:
     except OSError as error:
         raise ConfigError(
             f"connector.link_advertise: expected the address that agents may try, as none can be told from the "
-            f"way to relay {relay.name} ({error.strerror or error})"
+            f"way to {outside} ({error.strerror or error})"
         ) from None

@@ -301,7 +301,7 @@ def test_limits_come_last() -> None:
 
 
 def test_a_draining_relay_opens_nothing(world: World) -> None:
-    world.do(world.sessions.drain(25.0))
+    world.do(world.sessions.drain(25.0, ("west",)))
     assert {key for key in (ALICE, BOB, X, Y) if world.take(key, control.Drain).deadline_s == 25.0} == {
         ALICE,
         BOB,
