@@ -31,6 +31,9 @@ ROWS = {
     "tcp": "tests.bench.rows_tcp",
     "tcp-relay": "tests.bench.rows_tcp_relay",
     "latency": "tests.bench.rows_latency",
+    "link-datagrams": "tests.bench.rows_link",
+    "handshakes": "tests.bench.rows_relay:handshakes_row",
+    "mass-close": "tests.bench.rows_relay:mass_close_row",
 }
 
 
