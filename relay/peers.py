@@ -111,5 +111,5 @@ def ending(connection: quic.Connection, code: int, reason: str) -> Reason:
     """Return how a connection ended: its certificate does not stand any more, or it went with a word or without."""
     if connection.refusal is not None:
         return connection.refusal.reason
-    said_so = code == quic.CLOSE_OK and reason != quic.STATELESS_RESET
+    said_so = code == quic.CLOSE_OK and reason not in (quic.STATELESS_RESET, quic.RENEWED)
     return Reason.CLOSED_BY_PEER if said_so else Reason.PEER_GONE

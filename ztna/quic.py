@@ -60,6 +60,7 @@ __all__ = [
     "CLOSE_PROTOCOL_ERROR",
     "DATAGRAM_QUEUE_MAX",
     "HANDSHAKE_SECONDS",
+    "RENEWED",
     "SHUTTING_DOWN",
     "STATELESS_RESET",
     "STREAM_UNSENT_BYTES_MAX",
@@ -82,6 +83,8 @@ RESETS_PER_SECOND = 200
 RESET_KEY_BYTES = 32
 
 SHUTTING_DOWN = "server shutting down"
+RENEWED = "certificate renewed"
+"""Said by a client that is here on a newer connection: what hung on this one goes on as if it had gone."""
 
 _RESET_PACKET_BYTES_MIN = 5 + RESET_TOKEN_BYTES
 _RESET_PACKET_BYTES_MAX = 42

@@ -51,10 +51,17 @@ class Carriers:
     """All stream carriers of an agent."""
 
     def __init__(
-        self, credentials: Credentials, *, send: Callable[[str, Dial], object], direct: bool
+        self,
+        credentials: Callable[[str], Credentials],
+        *,
+        send: Callable[[str, Dial], object],
+        direct: bool,
     ) -> None:
-        """`send` puts a message on the control connection to a relay; `direct` allows direct carriers."""
-        self.credentials = credentials  # may be replaced; carriers that stand keep theirs
+        """`send` puts a message on the control connection to a relay; `direct` allows direct carriers.
+
+        `credentials` are those that a relay's sessions were opened with: the connector expects that very leaf.
+        """
+        self._credentials = credentials
         self._send = send
         self._direct = direct
         self._budget = Budget()
@@ -140,7 +147,7 @@ class Carriers:
             try:
                 carrier = await Carrier.dial_direct(
                     (address.ip, address.port),
-                    self.credentials,
+                    self._credentials(session.relay),
                     partial(_check, session),
                     budget=self._budget,
                 )
@@ -162,7 +169,7 @@ class Carriers:
         carrier = await Carrier.dial_forwarder(
             (forwarder.address.ip, forwarder.address.port),
             token,
-            self.credentials,
+            self._credentials(session.relay),
             partial(_check, session),
             budget=self._budget,
             timeout_s=FORWARDER_SECONDS,

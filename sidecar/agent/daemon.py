@@ -119,10 +119,10 @@ class Agent:
             Sessions(map(self._relays.label, self._relays), config.flows_total),
             Outside(send=self._send, read_lease=self._read_lease, ended=self._ended, leave=self._leave),
         )
-        self._carriers = Carriers(credentials, send=self._send, direct=config.direct)
+        self._carriers = Carriers(self._proven, send=self._send, direct=config.direct)
         self._streams = Streams(self._broker, self._carriers, tasks=tasks)
         self._links = Links(
-            credentials,
+            self._proven,
             tasks=tasks,
             relays=self._broker.sessions.relays,
             send=self._send,
@@ -260,6 +260,9 @@ class Agent:
         if not self._relays.connected:
             self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
 
+    def _proven(self, relay: str) -> Credentials:
+        return self._relays.proven(relay) or self._credentials
+
     def _pulse(self, client: RelayClient) -> None:
         relay = self._relays.label(client)
         state = self._broker.sessions.relays.state(relay)
@@ -352,7 +355,7 @@ class Agent:
 
     def _use_credentials(self, credentials: Credentials) -> None:
         """Prove ourselves with these from now on."""
-        self._credentials = self._carriers.credentials = self._links.credentials = credentials
+        self._credentials = credentials
         self._relays.use_credentials(credentials)
         self._follower.use_grants(credentials.identity.agent)
 

@@ -34,7 +34,8 @@ PUNCHING_SECONDS = 10.0
 LINGER_SECONDS = 30.0
 """How long a link whose sessions' relay is lost waits for another session; the connector keeps its end as long."""
 
-LinkKey = tuple[ConnectorId, str]
+LinkKey = tuple[ConnectorId, str, str]
+"""A connector, its leaf and our own: under a renewed one there is another link."""
 _log = logger(__name__)
 
 
@@ -85,7 +86,7 @@ class Links:
 
     def __init__(
         self,
-        credentials: Credentials,
+        credentials: Callable[[str], Credentials],
         *,
         tasks: asyncio.TaskGroup,
         relays: Relays,
@@ -93,8 +94,11 @@ class Links:
         direct: bool,
         private_candidates: bool,
     ) -> None:
-        """`relays` are only read; `send` puts a message on a control connection; `direct` allows direct paths."""
-        self.credentials = credentials  # may be replaced; links that stand keep theirs
+        """`relays` are only read; `send` puts a message on a control connection; `direct` allows direct paths.
+
+        `credentials` are those that a relay's sessions were opened with: the connector expects that very leaf.
+        """
+        self._credentials = credentials
         self._tasks = tasks
         self._relays = relays
         self._send = send
@@ -111,7 +115,7 @@ class Links:
         opened = session.opened
         if opened.forwarder is None:
             return None
-        key = (opened.connector_id, opened.fingerprint)
+        key = (opened.connector_id, opened.fingerprint, self._credentials(session.relay).identity.fingerprint)
         link = self._links.get(key)
         if link is None:
             link = self._links[key] = Link(key)
@@ -181,7 +185,7 @@ class Links:
             made = await PacketLink.dial(
                 forwarder,
                 session.opened.probe_key,
-                self.credentials,
+                self._credentials(session.relay),
                 check=partial(_check, session),
                 receive=lambda _, service, packet: self.received(link, service, packet),
                 timeout_s=DIAL_SECONDS,

@@ -239,6 +239,7 @@ class _Connector:
         _log.info("relay_connected", relay=client.target.name)
         self._refusals[self._relays.label(client)] = {}
         self._serving.relay_connected(client)
+        self._show_newest()
         offerings = [Offering(each.service, each.ports) for each in self._routes.services.values()]
         for start in range(0, len(offerings), SERVICES_PER_REGISTER):
             services = tuple(offerings[start : start + SERVICES_PER_REGISTER])
@@ -301,9 +302,14 @@ class _Connector:
         self._routes.require_granted(credentials.identity, self._config.id)
 
     def _use_credentials(self, credentials: Credentials) -> None:
-        self._serving.use_credentials(credentials)
         self._credentials = credentials
         self._relays.use_credentials(credentials)
+        self._show_newest()
+
+    def _show_newest(self) -> None:
+        """Show agents the newest certificate once no relay names another one to them any more."""
+        if all(relay.proven is self._credentials for relay in self._relays if relay.connected):
+            self._serving.use_credentials(self._credentials)
 
     def _status(self) -> dict[str, object]:
         return {

@@ -23,6 +23,7 @@ from ztna.names import ServiceName, SessionId
 from ztna.packet import PROTOCOL_UDP, Packet, Unreachable, icmp_error, parse
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, refused
+from ztna.verdicts import Verdicts
 
 _WHERE = "connector"
 
@@ -38,6 +39,7 @@ class Datagrams:
         sessions: Sessions,
         prober: Prober,
         *,
+        verdicts: Verdicts,
         flows_per_agent: int,
         flows_total: int,
     ) -> None:
@@ -46,6 +48,7 @@ class Datagrams:
         self._sessions = sessions
         self._prober = prober
         self.links: Links
+        self._verdicts = verdicts
 
     def from_link(self, link: PacketLink, service: ServiceName, data: bytes) -> None:
         """Pass on a packet for a service that came sealed."""
@@ -114,6 +117,7 @@ class Datagrams:
         self, session: Session, peer: Identity, key: FlowKey, packet: Packet, data: bytes
     ) -> None:
         require_agent(peer, session.service, session.agent.fingerprint)
+        self._verdicts.require(peer)
         if session.lease is None or packet.destination != str(session.lease.ip):
             raise Refused(Reason.STALE_EPOCH, f"{packet.destination} is not the lease of {session.service}")
         route = self._routes.pick(session.service, "udp", packet.destination_port)

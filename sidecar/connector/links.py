@@ -32,9 +32,15 @@ class Links:
     """All packet links, by each of their bindings."""
 
     def __init__(
-        self, sessions: Sessions, credentials: Credentials, *, receive: Receive, private_candidates: bool
+        self,
+        sessions: Sessions,
+        credentials: Callable[[Session], Credentials],
+        *,
+        receive: Receive,
+        private_candidates: bool,
     ) -> None:
-        self.credentials = credentials  # may be replaced; links that stand keep theirs
+        """`credentials` are those that the agent of a session was told to expect."""
+        self._credentials = credentials
         self._sessions = sessions
         self._receive = receive
         self._private = private_candidates
@@ -53,7 +59,7 @@ class Links:
             link = PacketLink.serve(
                 session.forwarder,
                 session.probe_key,
-                self.credentials,
+                self._credentials(session),
                 admit=partial(_admit, session),
                 receive=self._receive,
                 allow_private=self._private,

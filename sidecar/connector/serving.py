@@ -78,16 +78,18 @@ class Serving:
             routes,
             self.sessions,
             prober,
+            verdicts=credentials.verdicts,
             flows_per_agent=flows_per_agent,
             flows_total=flows_total,
         )
         self.links = self.datagrams.links = Links(
             self.sessions,
-            credentials,
+            self._proven,
             receive=self.datagrams.from_link,
             private_candidates=private_candidates,
         )
         self.streams = StreamListener(credentials, self._authorise, tasks=tasks, budget=Budget())
+        self._verdicts = credentials.verdicts
         self._routes = routes
         self._leases = leases
         self._is_available = is_available
@@ -99,7 +101,7 @@ class Serving:
 
     def use_credentials(self, credentials: Credentials) -> None:
         """Prove ourselves with these from now on; what stands keeps what it had."""
-        self.links.credentials = self.streams.credentials = credentials
+        self.streams.credentials = credentials
 
     # What relays say
 
@@ -221,7 +223,7 @@ class Serving:
             self._settle(client, offer)
 
     def _settle(self, client: RelayClient, offer: Offered) -> None:
-        reason = self._why_not(offer)
+        reason = self._why_not(client, offer)
         if reason is None:
             try:
                 session = self.sessions.admit(client.connection, offer)
@@ -234,9 +236,11 @@ class Serving:
         self.links.serve(session)
         client.send(Accepted(offer.session))
 
-    def _why_not(self, offer: Offered) -> Reason | None:
+    def _why_not(self, client: RelayClient, offer: Offered) -> Reason | None:
         if self.is_draining:
             return Reason.DRAINING
+        if client.peer is not None and self._verdicts.unknown(client.peer):
+            return Reason.POLICY_UNKNOWN
         if offer.service not in self._routes.services:
             return Reason.NO_SUCH_SERVICE
         if offer.v1 and not self._routes.services[offer.service].allow_v1:
@@ -288,6 +292,11 @@ class Serving:
         if client is not None:
             client.send(Closed(session.key[1], reason))
 
+    def _proven(self, session: Session) -> Credentials:
+        """Return what we proved ourselves with to the session's relay, whose leaf the agent was told to expect."""
+        client = self._relays.get(session.key[0])
+        return self.streams.credentials if client is None else client.proven
+
     # TCP flows
 
     async def _carry(self, session: Session, address: SockAddr, token: bytes) -> None:
@@ -319,6 +328,7 @@ class Serving:
                 frame.session, frame.service, identity.name, identity.fingerprint
             )
             require_agent(identity, frame.service, session.agent.fingerprint)
+            self._verdicts.require(identity)
         except Refused as error:
             refused(_WHERE, error.reason)
             _log.warning("flow_refused", agent=identity.name, service=frame.service, reason=error.reason)

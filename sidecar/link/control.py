@@ -13,6 +13,9 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import msgspec
 
@@ -22,10 +25,11 @@ from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.names import ServiceName, SessionId
-from ztna.quic import CLOSE_OK, CLOSE_PROTOCOL_ERROR, Client, Connection, Settings
+from ztna.quic import CLOSE_OK, CLOSE_PROTOCOL_ERROR, RENEWED, Client, Connection, Settings
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
 from ztna.udp import SockAddr, UdpSocket
+from ztna.verdicts import wall_clock
 from ztna.wire import datagram
 from ztna.wire.control import (
     FEATURES,
@@ -58,6 +62,14 @@ _log = logger(__name__)
 RelayConnection = tuple[str, int]
 """A relay's name and which connection of this process it is: the same pair never comes again."""
 
+RENEW_PART = 0.2
+RENEW_LEFT_MAX = timedelta(hours=1)
+"""A relay whose certificate has less left is connected to again: it may show a newer one."""
+RENEW_RETRY_SECONDS_MIN = 1.0
+RENEW_RETRY_SECONDS_MAX = 60.0
+RENEW_TRIES = 20
+"""Over what is left, so that thousands of agents do not come back each second for an hour."""
+
 _numbers = itertools.count(1)
 
 
@@ -67,7 +79,8 @@ class RelayClient:
     `on_connected(client)` is called after the hellos, `on_message(client, message)` for every message after
     them, `on_packet(client, session, packet)` for every packet of a v1 session (connectors),
     `on_lost(client, reason)` once for each on_connected, `on_pulse(client)` between them whenever there may be news
-    of `life` and `rtt_s`. `credentials` may be replaced at any time; the connection that stands keeps its own.
+    of `life` and `rtt_s`. When the own certificate was renewed, or the relay's is about to expire, another connection
+    is made before the one that stands is given up (on_lost, then on_connected).
     `is_busy` says whether flows depend on the relay, so that its silence must be noticed soon.
     """
 
@@ -84,9 +97,11 @@ class RelayClient:
         is_busy: Callable[[RelayClient], bool] = lambda client: False,
     ) -> None:
         self.target = target
-        self.credentials = credentials
+        self.proven = credentials
+        """What we proved ourselves with on the connection that stands: sessions opened on it know no other."""
         self.observed: SockAddr | None = None
         self.problem: str | None = "not yet connected"
+        self._credentials = credentials
         self._on_message = on_message
         self._on_connected = on_connected
         self._on_lost = on_lost
@@ -109,6 +124,11 @@ class RelayClient:
         """The connection that stands or, while there is none, the last one."""
         return (self.target.name, self._number)
 
+    @property
+    def peer(self) -> Identity | None:
+        """The relay, while connected."""
+        return None if self._control is None else self._control.peer
+
     def send(self, message: AnyMessage) -> bool:
         """Send a message; False when not connected or the relay's features lack its type.
 
@@ -121,22 +141,33 @@ class RelayClient:
         """Send an IP packet of a v1 session; False when it was lost here: not connected, too large, queue full."""
         return self._control is not None and self._control.send_packet(session, service, packet)
 
+    def use_credentials(self, credentials: Credentials) -> None:
+        """Prove ourselves with these from now on, on another connection if the certificate is another."""
+        self._credentials = credentials
+        if self._control is None or _same_leaf(credentials, self.proven):
+            self.proven = credentials
+
     async def run(self) -> None:
         """Connect, stay, and connect again, until cancelled; then close."""
         failures = 0
         while True:
             try:
-                await self._connect_once()
+                standing: _Dialled | None = await self._dial(None)
+                while standing is not None:
+                    standing = await self._stay(standing)
                 failures = 0
             except (LinkError, Refused) as error:
                 failures += 1
                 self._failed(str(error))
             await asyncio.sleep(_backoff(failures))
 
-    async def _connect_once(self) -> None:
-        """Run one connection from dialling to its end; returns only after it had been of use."""
-        address, self._hosts = await _resolve(self.target.address)
-        self._number = next(_numbers)
+    async def _dial(self, before: Identity | None) -> _Dialled:
+        """Connect and exchange hellos, upon which it takes the place of the connection before, of that relay's leaf.
+
+        Raises LinkError or Refused.
+        """
+        address, hosts = await _resolve(self.target.address)
+        credentials = self._credentials
         controls: list[_Control] = []
         client: Client | None = None
 
@@ -145,7 +176,7 @@ class RelayClient:
                 client.packets_received(packets)
 
         def make(connection: Connection) -> _Control:
-            controls.append(_Control(self, connection))
+            controls.append(_Control(self, connection, next(_numbers), credentials, hosts))
             return controls[0]
 
         path = UdpSocket.open(("::" if ":" in address[0] else "0.0.0.0", 0), received)
@@ -154,54 +185,104 @@ class RelayClient:
                 path,
                 address,
                 f"relay.{self.target.name}.ztna",
-                self.credentials,
-                _settings(self.credentials.identity),
+                credentials,
+                _settings(credentials.identity),
                 check=self._check,
                 factory=make,
             )
             connection = await client.connect(CONNECT_SECONDS)
-            await self._converse(connection, controls[0])
-        finally:
+            is_same = before is not None and before.fingerprint == connection.identity.fingerprint
+            if is_same and _same_leaf(credentials, self.proven):
+                raise LinkError(f"relay {self.target.name} was not renewed yet")
+            await self._greet(connection, controls[0])
+        except BaseException:
             if client is not None:
                 client.close()
             path.close()
+            raise
+        return _Dialled(client, path, connection, controls[0])
 
-    async def _converse(self, connection: Connection, control: _Control) -> None:
+    async def _greet(self, connection: Connection, control: _Control) -> None:
         control.greet()
         with suppress(TimeoutError):
             async with asyncio.timeout(HELLO_SECONDS):
                 await asyncio.wait((control.greeted, connection.closed), return_when=asyncio.FIRST_COMPLETED)
         if not control.greeted.done():
             raise LinkError(_ending(connection) or f"relay {self.target.name} said no hello")
-        try:
-            await self._until_over(connection)
-        finally:
-            self._lose(_ending(connection) or "closed by us")
 
-    async def _until_over(self, connection: Connection) -> None:
-        """Return when the connection has ended; one whose relay is gone without a word is closed."""
+    async def _stay(self, standing: _Dialled) -> _Dialled | None:
+        """Keep a connection until it ends (None) or another one has taken its place."""
+        connection = standing.connection
+        renewing: asyncio.Task[_Dialled] | None = None
         pulse = Pulse(time.monotonic())
-        while not connection.closed.done():
-            busy = self._is_busy(self)
-            if pulse.step(connection.heard_at, time.monotonic(), busy=busy):
-                connection.ping()
-            if pulse.life is Life.GONE:
-                connection.close(CLOSE_OK, "peer_gone")
-                raise LinkError(f"silent for {GONE_SECONDS:g} s")
-            self.life, self.rtt_s = pulse.life, connection.rtt_s
-            self._on_pulse(self)
-            left = pulse.next_timer(busy=busy) - time.monotonic()
-            await asyncio.wait((connection.closed,), timeout=min(LOOK_SECONDS, max(0.0, left)))
+        renew_at = 0.0
+        try:
+            while not connection.closed.done():
+                now = time.monotonic()
+                left = self._beat(connection, pulse, now)
+                if renewing is None and now >= renew_at and self._must_renew(standing):
+                    renewing = asyncio.ensure_future(self._dial(connection.identity))
+                waited: set[asyncio.Future[Any]] = {connection.closed}
+                if renewing is not None:
+                    waited.add(renewing)
+                await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if renewing is not None and renewing.done():
+                    newer, renewing = self._renewed(renewing), None
+                    if newer is not None:
+                        return newer
+                    renew_at = time.monotonic() + _renew_pause(connection.identity)
+            return None if renewing is None else await renewing
+        finally:
+            if self._control is standing.control:
+                self._lose(_ending(connection) or "closed by us")
+                standing.close("")
+            else:
+                standing.close(RENEWED)
+            if renewing is not None and not renewing.done():
+                renewing.cancel()
+                await asyncio.wait((renewing,))
+
+    def _beat(self, connection: Connection, pulse: Pulse, now: float) -> float:
+        """Look whether the relay lives, and return when to look again, in seconds. Raises LinkError when it is gone."""
+        busy = self._is_busy(self)
+        if pulse.step(connection.heard_at, now, busy=busy):
+            connection.ping()
+        if pulse.life is Life.GONE:
+            connection.close(CLOSE_OK, "peer_gone")
+            raise LinkError(f"silent for {GONE_SECONDS:g} s")
+        self.life, self.rtt_s = pulse.life, connection.rtt_s
+        self._on_pulse(self)
+        return min(LOOK_SECONDS, max(0.0, pulse.next_timer(busy=busy) - time.monotonic()))
+
+    def _must_renew(self, standing: _Dialled) -> bool:
+        """Say whether the connection proves one end with a certificate that is not, or not much longer, the one."""
+        if not _same_leaf(self._credentials, standing.control.credentials):
+            return True
+        relay = standing.connection.identity
+        left, lifetime = relay.not_after - wall_clock(), relay.not_after - relay.not_before
+        return left < min(lifetime * RENEW_PART, RENEW_LEFT_MAX)
+
+    def _renewed(self, renewing: asyncio.Task[_Dialled]) -> _Dialled | None:
+        try:
+            return renewing.result()
+        except (LinkError, Refused) as error:
+            _log.warning("relay_not_renewed", relay=self.target.name, error=error)
+            return None
 
     def greeted(self, control: _Control) -> None:
-        """Take the control stream into use (called by the connection's handler)."""
+        """Take the control stream into use, in place of the one before (called by the connection's handler)."""
+        if self._control is not None:
+            self._lose(RENEWED)
         self._control = control
+        self._number, self._hosts, self.proven = control.number, control.hosts, control.credentials
         self.problem = None
         self.life, self.rtt_s = Life.UP, None
         self._on_connected(self)
 
-    def received(self, message: AnyMessage) -> None:
+    def received(self, control: _Control, message: AnyMessage) -> None:
         """Pass a message on (called by the connection's handler)."""
+        if control is not self._control:
+            return  # of sessions that were given up with its connection
         self._on_message(self, self._confined(message) if isinstance(message, Offered | Opened) else message)
 
     def _confined(self, message: Offered | Opened) -> Offered | Opened:
@@ -220,9 +301,9 @@ class RelayClient:
         _log.warning("forwarder_refused", relay=self.target.name, forwarder=forwarder.address)
         return msgspec.structs.replace(message, forwarder=None)
 
-    def packet_received(self, session: SessionId, packet: bytes) -> None:
+    def packet_received(self, control: _Control, session: SessionId, packet: bytes) -> None:
         """Pass an IP packet of a v1 session on (called by the connection's handler)."""
-        if self._on_packet is None:
+        if self._on_packet is None or control is not self._control:
             dropped(_WHERE, "unexpected_datagram")
         else:
             self._on_packet(self, session, packet)
@@ -243,10 +324,35 @@ class RelayClient:
         self.problem = problem
 
 
+@dataclass(frozen=True, slots=True)
+class _Dialled:
+    """A connection with all that hangs on it."""
+
+    client: Client
+    path: UdpSocket
+    connection: Connection
+    control: _Control
+
+    def close(self, reason: str) -> None:
+        self.client.close(CLOSE_OK, reason)
+        self.path.close()
+
+
 class _Control:
     """The handler of one connection: frames of stream 0, and the QAD datagrams."""
 
-    def __init__(self, client: RelayClient, connection: Connection) -> None:
+    def __init__(
+        self,
+        client: RelayClient,
+        connection: Connection,
+        number: int,
+        credentials: Credentials,
+        hosts: frozenset[str],
+    ) -> None:
+        self.peer = connection.identity
+        self.number = number
+        self.credentials = credentials
+        self.hosts = hosts
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._client = client
         self._connection = connection
@@ -283,7 +389,7 @@ class _Control:
         if isinstance(message, datagram.Qad):
             self._client.observed = (message.ip, message.port)
         elif isinstance(message, datagram.SessionPacket) and self.greeted.done():
-            self._client.packet_received(message.session, message.packet)
+            self._client.packet_received(self, message.session, message.packet)
         else:
             dropped(_WHERE, "unexpected_datagram")
 
@@ -307,7 +413,7 @@ class _Control:
         elif self.greeted.done():
             if isinstance(message, Hello):
                 raise ProtocolError("a second hello")
-            self._client.received(message)
+            self._client.received(self, message)
         else:
             self._hello(message)
 
@@ -330,6 +436,15 @@ def _settings(identity: Identity) -> Settings:
         ping_interval_s=PING_SECONDS,
         where=_WHERE,
     )
+
+
+def _renew_pause(relay: Identity) -> float:
+    left_s = (relay.not_after - wall_clock()).total_seconds()
+    return min(RENEW_RETRY_SECONDS_MAX, max(RENEW_RETRY_SECONDS_MIN, left_s / RENEW_TRIES))
+
+
+def _same_leaf(one: Credentials, other: Credentials) -> bool:
+    return one.identity.fingerprint == other.identity.fingerprint
 
 
 def _ending(connection: Connection) -> str | None:

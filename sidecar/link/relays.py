@@ -82,9 +82,14 @@ class RelayClients:
             self._tasks.create_task(follow_relays(resolver, domain, self.found), name="relay discovery")
 
     def use_credentials(self, credentials: Credentials) -> None:
-        """Have the next connections use these."""
+        """Have all prove themselves with these from now on."""
         for client in self:
-            client.credentials = credentials
+            client.use_credentials(credentials)
+
+    def proven(self, label: str) -> Credentials | None:
+        """Return what was shown to a relay, None when it is forgotten."""
+        client = self._clients.get(label)
+        return None if client is None else client.proven
 
     def found(self, targets: Sequence[RelayTarget]) -> None:
         """Keep exactly these beside those of the configuration."""
