@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, TypeVar
 
 from cryptography import x509
@@ -88,6 +88,12 @@ class Identity:
     def carries(self, connector_id: ConnectorId) -> bool:
         """Say whether the leaf carries the name of this connector id."""
         return self.id_name is not None and connector_id.name == self.id_name
+
+    @property
+    def lifetime(self) -> timedelta:
+        """How long the leaf was made for; CAs above may end it earlier."""
+        since = self.path[0].not_valid_before_utc if self.path else self.not_before
+        return self.not_after - since
 
     def valid_at(self, now: datetime) -> bool:
         """Say whether the leaf and all that vouch for it are inside their dates at `now`."""

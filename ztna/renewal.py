@@ -168,8 +168,7 @@ class Renewal:
             self._tell_crl(revocations, now)
 
     def _tell_expiring(self, identity: Identity, now: datetime) -> None:
-        lifetime = identity.not_after - identity.path[0].not_valid_before_utc
-        is_expiring = identity.not_after - now < lifetime * EXPIRING_PART
+        is_expiring = identity.not_after - now < identity.lifetime * EXPIRING_PART
         CERTIFICATE_EXPIRING.set(is_expiring)
         if is_expiring and not self._is_expiring:
             _log.warning("certificate_expiring", name=identity.name, not_after=identity.not_after.isoformat())

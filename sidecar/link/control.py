@@ -259,8 +259,7 @@ class RelayClient:
         if not _same_leaf(self._credentials, standing.control.credentials):
             return True
         relay = standing.connection.identity
-        left, lifetime = relay.not_after - wall_clock(), relay.not_after - relay.not_before
-        return left < min(lifetime * RENEW_PART, RENEW_LEFT_MAX)
+        return relay.not_after - wall_clock() < min(relay.lifetime * RENEW_PART, RENEW_LEFT_MAX)
 
     def _renewed(self, renewing: asyncio.Task[_Dialled]) -> _Dialled | None:
         try:

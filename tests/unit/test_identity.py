@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -302,10 +303,11 @@ def test_the_dates_are_those_of_the_whole_path() -> None:
     root, root_key = forge(None, ca=True, cn="root", eku=())
     soon = (now() + timedelta(hours=1)).replace(microsecond=0)
     brief, brief_key = forge((root, root_key), ca=True, cn="brief", eku=(), not_after=soon)
-    leaf, key = forge((brief, brief_key), dns=["agent.db.ztna"])
+    leaf, key = forge((brief, brief_key), dns=["agent.db.ztna"], not_before=now() - 3 * DAY)
     trust = Trust([root])
     identity = judge(trust, Presented((leaf, brief), key))
-    assert identity.not_after == soon
+    assert identity.not_after == soon and identity.lifetime > identity.not_after - identity.not_before
+    assert replace(identity, path=()).lifetime == identity.not_after - identity.not_before
     over = trust.judge(identity, soon + timedelta(seconds=1))
     assert over is not None and over.reason is Reason.EXPIRED
 

@@ -6,16 +6,20 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from sidecar.link import control
 from sidecar.link.control import RelayClient, _settings
 from tests.support.certificates import Pki
 from tests.support.fake_relay import FakeRelay, fake_relay
 from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
+from ztna.errors import Refused
+from ztna.identity import Identity
 from ztna.jsontypes import Binary, Secret
 from ztna.names import ServiceName, SessionId
 from ztna.reasons import Reason
@@ -224,3 +228,109 @@ async def test_waits_for_a_relay_that_starts_later(pki: Pki) -> None:
             assert (await owner.next())[0] == "connected"
         finally:
             later.close()
+
+
+async def test_a_renewed_certificate_is_shown_on_another_connection_before_the_one_is_given_up(
+    pki: Pki,
+) -> None:
+    first, second = (pki.credentials(pki.connector()) for _ in range(2))
+    async with fake_relay(pki) as relay, running(pki, relay.target, first) as owner:
+        old = await relay.peer()
+        name, connection = await owner.next()
+        assert name == "connected" and owner.client.proven is first
+        owner.client.use_credentials(second)
+        new = await relay.peer()
+        assert await owner.next() == ("lost", "certificate renewed")
+        assert await owner.next() == ("connected", owner.client.connection)
+        assert owner.client.connection != connection and owner.client.proven is second
+        assert new.connection.identity.fingerprint == second.identity.fingerprint
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert await old.connection.closed == (0, "certificate renewed")
+        new.say(Closed(SESSION, Reason.PEER_GONE))
+        assert await owner.next() == ("message", Closed(SESSION, Reason.PEER_GONE))
+        assert owner.client.send(Accepted(SESSION))
+        assert await new.heard(Accepted) == Accepted(SESSION)
+
+
+async def test_the_same_certificate_with_another_ca_file_needs_no_other_connection(pki: Pki) -> None:
+    config = pki.connector()
+    first, again = pki.credentials(config), pki.credentials(config)
+    async with fake_relay(pki) as relay, running(pki, relay.target, first) as owner:
+        await relay.peer()
+        await owner.next()
+        owner.client.use_credentials(again)
+        assert owner.client.proven is again
+        await asyncio.sleep(0)
+        assert relay.peers.empty() and owner.events.empty()
+
+
+async def test_a_connection_stays_until_the_relay_takes_the_new_certificate(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "RENEW_RETRY_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(control, "RENEW_RETRY_SECONDS_MIN", 0.1)
+    first, second = (pki.credentials(pki.connector()) for _ in range(2))
+    refused = set[str]()
+
+    def admit(identity: Identity, alpn: str) -> None:
+        if identity.fingerprint == second.identity.fingerprint and len(refused) < 1:
+            refused.add(identity.fingerprint)
+            raise Refused(Reason.LIMIT_REACHED, "not now")
+
+    async with fake_relay(pki) as relay, running(pki, relay.target, first) as owner:
+        relay.server._admit = admit
+        old = await relay.peer()
+        await owner.next()
+        owner.client.use_credentials(second)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not refused:
+                await asyncio.sleep(0.01)
+        assert owner.client.connected and owner.client.send(Accepted(SESSION))
+        assert await old.heard(Accepted) == Accepted(SESSION)
+        await relay.peer()
+        assert await owner.next() == ("lost", "certificate renewed")
+
+
+async def test_a_relay_whose_certificate_ends_soon_is_connected_to_again_once_it_shows_another(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "RENEW_RETRY_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(control, "RENEW_RETRY_SECONDS_MIN", 0.1)
+    now = datetime.now(UTC)
+    brief = pki.signed(
+        dns=["relay.relay-1.ztna"],
+        not_before=now - timedelta(hours=20),
+        not_after=now + timedelta(minutes=30),
+    )
+    async with fake_relay(pki) as relay:
+        relay.server.use_credentials(pki.credentials(pki.write(brief.chain_pem, brief.key_pem)))
+        seen: list[object] = []
+        relay.server._admit = lambda identity, alpn: seen.append(identity)
+        async with running(pki, relay.target) as owner:
+            await relay.peer()
+            await owner.next()
+            async with asyncio.timeout(WAIT_SECONDS):
+                while len(seen) < 3:  # it tries, and goes away when it is shown the same
+                    await asyncio.sleep(0.01)
+            assert owner.events.empty() and owner.client.connected
+            relay.server.use_credentials(pki.credentials(pki.relay("relay-1")))
+            assert await owner.next() == ("lost", "certificate renewed")
+            assert (await owner.next())[0] == "connected"
+            tried = len(seen)
+            owner.client.send(Accepted(SESSION))
+            assert len(seen) == tried
+
+
+async def test_what_comes_late_on_the_connection_before_is_nobodys(pki: Pki) -> None:
+    first, second = (pki.credentials(pki.connector()) for _ in range(2))
+    async with fake_relay(pki) as relay, running(pki, relay.target, first) as owner:
+        await relay.peer()
+        await owner.next()
+        before = owner.client._control
+        assert before is not None
+        owner.client.use_credentials(second)
+        await relay.peer()
+        assert [(await owner.next())[0] for _ in range(2)] == ["lost", "connected"]
+        owner.client.received(before, Closed(SESSION, Reason.PEER_GONE))
+        owner.client.packet_received(before, SESSION, b"E")
+        assert owner.events.empty()
