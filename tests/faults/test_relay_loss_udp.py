@@ -6,15 +6,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network
 
 import pytest
 
 from tests.support.consul import note_version
-from tests.support.lab import Daemon, Lab, lab, udp_route, until
+from tests.support.lab import udp_route, until
 from tests.support.namespaces import Host
+from tests.support.relayed import Mesh, killed, relayed_mesh, swallowed
 from ztna.config import Endpoint
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
@@ -24,7 +24,6 @@ INTERVAL_SECONDS = 0.02
 MOVED_SECONDS = 2.0
 ANSWER_SECONDS = 1.0
 """What was asked so long ago and has no answer is lost; nothing here takes longer."""
-SWALLOWED = ('iifname "eth0"', 'oifname "eth0"')
 
 
 class Backend:
@@ -105,61 +104,30 @@ class Asker:
                 self.answered[answer] = time.monotonic()
 
 
-@dataclass
-class Mesh:
-    lab: Lab
-    relays: dict[str, Daemon]
-    connector: Daemon
-    agent: Daemon
-    backend: Backend
-    asker: Asker
-
-    def carrier(self) -> str:
-        """Return the relay that the one link goes by now."""
-        (link,) = self.agent.status()["agent"]["links"]
-        return str(link["relay"])
-
-
 @pytest.fixture
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     note_version(request, "newest")
-    with lab("core", "east", "west", "laptop") as made:
-        made.start_consul("newest")
-        core = made.host("core")
-        backend = Backend(core)
-        made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),)).wait_ready()
-        resolvers = {"resolvers": (Endpoint(core.address, 5533),), "dns_insecure": True, "drain_s": 20.0}
-        relays = {name: made.relay(name, host=name, **resolvers) for name in ("east", "west")}
-        both = {"relays": tuple(made.target(name, host=name) for name in relays)}
-        route = udp_route("echo-service", Endpoint("127.0.0.1", BACKEND_PORT))
-        connector = made.connector("alpha", [route], **both)
-        agent = made.agent("laptop", ["echo-service"], host="laptop", direct=False, **both)
-        for daemon in (*relays.values(), connector, agent):
-            daemon.wait_ready()
-        until("both relays have the connector", lambda: all(_knows(relay) for relay in relays.values()), 30)
-        address = made.address("echo-service", "laptop", server=core.address)
-        yield Mesh(made, relays, connector, agent, backend, Asker(made.host("laptop"), address))
-        backend.close()
+    with relayed_mesh("newest", [udp_route("echo-service", Endpoint("127.0.0.1", BACKEND_PORT))]) as made:
+        yield made
 
 
-def _knows(relay: Daemon) -> bool:
-    return bool(relay.status()["srv"]["services"].get("echo-service", {}).get("connectors"))
+@pytest.fixture
+def backend(mesh: Mesh) -> Iterator[Backend]:
+    made = Backend(mesh.core)
+    yield made
+    made.close()
 
 
-def killed(mesh: Mesh, name: str) -> AbstractContextManager[None]:
-    mesh.relays[name].kill()
-    return nullcontext()
-
-
-def swallowed(mesh: Mesh, name: str) -> AbstractContextManager[None]:
-    return mesh.lab.host(name).dropping(*SWALLOWED)
+@pytest.fixture
+def asker(mesh: Mesh, backend: Backend) -> Asker:
+    return Asker(mesh.laptop, mesh.address("echo-service"))
 
 
 @pytest.mark.parametrize("lose", [killed, swallowed])
 def test_only_what_was_under_way_for_two_seconds_is_lost(
-    mesh: Mesh, lose: Callable[[Mesh, str], AbstractContextManager[None]]
+    mesh: Mesh, backend: Backend, asker: Asker, lose: Callable[[Mesh, str], AbstractContextManager[None]]
 ) -> None:
-    with mesh.asker.asking() as asker:
+    with asker.asking():
         until("it is answered", lambda: len(asker.answered) > 50)
         doomed = mesh.carrier()
         lost_at = time.monotonic()
@@ -172,13 +140,13 @@ def test_only_what_was_under_way_for_two_seconds_is_lost(
     print(f"lost {len(lost)} of {len(asker.asked)}, the last {max(lost) - begun:.2f} s after the relay")
     assert max(lost) - begun < MOVED_SECONDS
     assert not [at for at in asker.lost() if at <= lost_at - ANSWER_SECONDS]
-    assert len(mesh.backend.askers) == 1, "the flow's socket at the backend lived on"
+    assert len(backend.askers) == 1, "the flow's socket at the backend lived on"
     assert len(mesh.agent.events("link_opened")) == 1, "and the link's connection too"
     assert mesh.agent.events("link_moved")
 
 
-def test_a_drained_relay_loses_nothing(mesh: Mesh) -> None:
-    with mesh.asker.asking() as asker:
+def test_a_drained_relay_loses_nothing(mesh: Mesh, backend: Backend, asker: Asker) -> None:
+    with asker.asking():
         until("it is answered", lambda: len(asker.answered) > 50)
         doomed = mesh.carrier()
         begun = time.monotonic()
@@ -187,6 +155,6 @@ def test_a_drained_relay_loses_nothing(mesh: Mesh) -> None:
         until("it is answered", lambda: asker.answers_after(time.monotonic() - 0.2) > 5)
         assert mesh.carrier() != doomed
     assert asker.lost() == []
-    assert len(mesh.backend.askers) == 1
+    assert len(backend.askers) == 1
     assert ended_s < 10, "it ends when it is empty, not at the deadline"
     print(f"the relay had drained in {ended_s:.2f} s")

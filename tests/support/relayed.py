@@ -1,0 +1,97 @@
+"""A lab whose relays stand on hosts of their own, so that each can be killed, drained or swallowed by the network.
+
+Nothing goes directly: what an agent carries, a relay forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from typing import Any
+
+from tests.support.lab import Daemon, Lab, lab, until
+from tests.support.namespaces import Host
+from ztna.config import Endpoint, RouteConfig
+
+SWALLOWED = ('iifname "eth0"', 'oifname "eth0"')
+DRAIN_SECONDS = 20.0
+
+
+@dataclass
+class Mesh:
+    """One connector and one agent, each with a connection to all relays."""
+
+    lab: Lab
+    relays: dict[str, Daemon]
+    connector: Daemon
+    agent: Daemon
+
+    @property
+    def core(self) -> Host:
+        """Where Consul, dnsd and the connector are."""
+        return self.lab.host("core")
+
+    @property
+    def laptop(self) -> Host:
+        """Where the agent is."""
+        return self.lab.host("laptop")
+
+    def address(self, service: str) -> str:
+        """Return a service's virtual address, once it has one."""
+        return self.lab.address(service, "laptop", server=self.core.address)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the agent says of itself."""
+        said: dict[str, Any] = self.agent.status()["agent"]
+        return said
+
+    def carrier(self) -> str:
+        """Return the relay that the one packet link goes by now."""
+        (link,) = self.status()["links"]
+        return str(link["relay"])
+
+    def has_all(self, services: Sequence[str]) -> bool:
+        """Whether every relay may send sessions of all these services to the connector."""
+        found = [relay.status()["srv"]["services"] for relay in self.relays.values()]
+        return all(each.get(service, {}).get("connectors") for each in found for service in services)
+
+
+@contextmanager
+def relayed_mesh(
+    kind: str, routes: Sequence[RouteConfig], relays: Sequence[str] = ("east", "west"), **agent: Any
+) -> Iterator[Mesh]:
+    """A mesh with these relays, each on the host of its name; ready when all can serve."""
+    with lab("core", "laptop", *relays) as made:
+        made.start_consul(kind)
+        core = made.host("core")
+        made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),)).wait_ready()
+        keys: dict[str, Any] = {
+            "resolvers": (Endpoint(core.address, 5533),),
+            "dns_insecure": True,
+            "drain_s": DRAIN_SECONDS,
+        }
+        services = [str(route.service) for route in routes]
+        targets = tuple(made.target(name, host=name) for name in relays)
+        mesh = Mesh(
+            made,
+            {name: made.relay(name, host=name, **keys) for name in relays},
+            made.connector("alpha", routes, relays=targets),
+            made.agent("laptop", services, host="laptop", **({"direct": False, "relays": targets} | agent)),
+        )
+        for daemon in (*mesh.relays.values(), mesh.connector, mesh.agent):
+            daemon.wait_ready()
+        until("every relay knows the connector", lambda: mesh.has_all(services), 30)
+        yield mesh
+
+
+def killed(mesh: Mesh, relay: str) -> AbstractContextManager[None]:
+    """End a relay with -9."""
+    mesh.relays[relay].kill()
+    return nullcontext()
+
+
+def swallowed(mesh: Mesh, relay: str) -> AbstractContextManager[None]:
+    """Let nothing reach a relay or leave it, without a word to anybody, while inside."""
+    return mesh.lab.host(relay).dropping(*SWALLOWED)
