@@ -315,7 +315,7 @@ class Engine(QuicConnection):
     ) -> bool:
         # The peer may have moved to a longer CID since this was queued. Left alone it would block the queue
         # for ever; unwritten, the caller takes it off the queue.
-        if len(data) > self.datagram_limit:
+        if len(data) > self._max_datagram_size - DATAGRAM_OVERHEAD_BYTES - len(self._peer_cid.cid):
             self.oversized += 1
             return False
         return super()._write_datagram_frame(builder, data, frame_type)

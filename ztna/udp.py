@@ -25,6 +25,8 @@ from ztna.udp_kernel import encode_address as encode_address
 
 SLOT_BYTES = 4096
 BATCHES_PER_WAKEUP = 8
+MESSAGES_AT_ONCE = 16
+"""For who works hard on each packet: a message may be a coalesced one, dozens of packets."""
 WAKEUP_SECONDS = 0.010
 """How long batches are delivered, at most, before the loop gets its turn."""
 ADDRESS_CACHE_ENTRIES = 16_384
@@ -300,8 +302,8 @@ class UdpSocket:
     def _readable(self) -> None:
         host_of = self._to_host
         until = time.monotonic() + WAKEUP_SECONDS
-        for _ in range(BATCHES_PER_WAKEUP):
-            batch = self._raw.receive()
+        while True:
+            batch = self._raw.receive(MESSAGES_AT_ONCE)
             if not batch:
                 return
             delivered = []
@@ -311,7 +313,7 @@ class UdpSocket:
                     address = self._decode(raw)
                 delivered.append((data, address))
             self._receive(delivered)
-            if self._closed or len(batch) < BATCH_PACKETS or time.monotonic() >= until:
+            if self._closed or len(batch) < MESSAGES_AT_ONCE or time.monotonic() >= until:
                 return
 
     def _encode(self, address: SockAddr) -> RawAddress:

@@ -125,17 +125,17 @@ class BulkSocket:
         """Return the descriptor, -1 once closed."""
         return self.socket.fileno()
 
-    def receive(self) -> list[tuple[bytes, RawAddress]]:
-        """Return what one recvmmsg(2) has: BATCH_PACKETS packets at most, or more where some were coalesced.
+    def receive(self, messages: int = BATCH_PACKETS) -> list[tuple[bytes, RawAddress]]:
+        """Return what one recvmmsg(2) has: so many packets at most, or dozens for each that was coalesced.
 
-        Fewer than BATCH_PACKETS mean that there are no more for now. Never waits.
+        Fewer than `messages` (at most BATCH_PACKETS) mean that there are no more for now. Never waits.
         """
         batch = self._in
         longs = batch.header_longs
         # The kernel writes into it how much control data there was: it has to be said again each time.
-        for i in range(kernel.CONTROL_LENGTH_LONG, BATCH_PACKETS * kernel.HEADER_LONGS, kernel.HEADER_LONGS):
+        for i in range(kernel.CONTROL_LENGTH_LONG, messages * kernel.HEADER_LONGS, kernel.HEADER_LONGS):
             longs[i] = _CONTROL_BYTES
-        count = kernel.recvmmsg(self._fd, batch.address, BATCH_PACKETS, socket.MSG_DONTWAIT, None)
+        count = kernel.recvmmsg(self._fd, batch.address, messages, socket.MSG_DONTWAIT, None)
         if count <= 0:
             return []
         names: Any = batch.names

@@ -75,13 +75,12 @@ async def test_the_peers_of_a_relay_that_was_killed_are_back_in_seconds(
     tasks = [asyncio.ensure_future(client.run()) for client in clients]
     try:
         await until("all connected", lambda: all(client.connected for client in clients))
-        config = mesh.relay._config
         # Killed: nobody is told.
         mesh.relay._socket.close()
         mesh.relay.forwarder.close()
         mesh.relay.splicer.close()
         before = [client.connection for client in clients]
-        restarted = _again(mesh, config, listen)
+        restarted = _again(mesh, listen)
         try:
             running = asyncio.ensure_future(restarted.run())
             await until(
@@ -103,8 +102,8 @@ async def test_the_peers_of_a_relay_that_was_killed_are_back_in_seconds(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _again(mesh: RunningRelay, config: RelayConfig, listen: Endpoint) -> Relay:
-    fields = {name: getattr(config, name) for name in RelayConfig.__struct_fields__}
+def _again(mesh: RunningRelay, listen: Endpoint) -> Relay:
+    fields = {name: getattr(mesh.config, name) for name in RelayConfig.__struct_fields__}
     again = RelayConfig(**(fields | {"listen": listen, "forwarder": FREE}))
     return Relay(again, Zone("ztna.local"), mesh.pki.credentials(again.tls))
 
@@ -130,7 +129,7 @@ async def test_connectors_that_come_and_go_leave_nothing_behind(mesh: RunningRel
     relay = mesh.relay
     assert len(relay.sessions.peers) == 2 == len(relay.server.connections)
     assert relay.sessions.services == {SERVICE}
-    assert len(relay.sessions._serving[SERVICE]) == 1
+    assert len(relay.sessions._serving.live(SERVICE)) == 1
     assert sum(relay._doorkeeper._names.values()) == 2
     assert len(relay.sessions.sessions) <= CHURN + 1
     relay.server.clock = lambda: time.monotonic() + 60
@@ -158,7 +157,7 @@ async def test_registering_again_and_again_adds_nothing(mesh: RunningRelay) -> N
     assert refusals(Reason.NO_GRANT) == before + 500
     peer = mesh.relay.sessions.peers[1]
     assert peer.services == {SERVICE}
-    assert [len(keys) for keys in mesh.relay.sessions._serving[SERVICE].values()] == [1]
+    assert [len(keys) for keys in mesh.relay.sessions._serving._serving[SERVICE].values()] == [1]
 
 
 # Peers that do not read

@@ -146,8 +146,8 @@ class RunningRelay:
 
     renewal: Renewal
 
-    def __init__(self, pki: Pki, dns: DnsServer, relay: Relay) -> None:
-        self.pki, self.dns, self.relay = pki, dns, relay
+    def __init__(self, pki: Pki, dns: DnsServer, relay: Relay, config: RelayConfig) -> None:
+        self.pki, self.dns, self.relay, self.config = pki, dns, relay, config
         self.readiness = Readiness()
         self._peers: list[Peer] = []
 
@@ -194,7 +194,7 @@ async def running_relay(directory: Path, *, crl: bool = False, **config: Any) ->
     }
     settings_ = RelayConfig(**(fields | config))
     relay = Relay(settings_, Zone("ztna.local"), pki.credentials(settings_.tls))
-    running = RunningRelay(pki, dns, relay)
+    running = RunningRelay(pki, dns, relay, settings_)
     renewal = running.renewal = Renewal(
         settings_.tls,
         relay.server.credentials,
