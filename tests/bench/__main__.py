@@ -23,6 +23,7 @@ from tests.bench.harness import Result, Row, run_row
 ROWS = {
     "dns": "tests.bench.rows_dns",
     "dns-size": "tests.bench.rows_dns_size",
+    "dns-workers": "tests.bench.rows_dns_workers",
     "dns-tail": "tests.bench.rows_dns_tail",
     "leases": "tests.bench.rows_leases",
     "change": "tests.bench.rows_leases:change_row",

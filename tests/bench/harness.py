@@ -90,6 +90,16 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return total / _TICKS
 
 
+def with_children(pid: int) -> list[int]:
+    """Return a process and those it has started that live."""
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+def run_delay_seconds(pids: Sequence[int]) -> float:
+    """Return how long these processes' first threads were ready and had no processor (sched-stats.rst)."""
+    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) for pid in pids) / 1e9
+
+
 def memory_bytes(pid: int) -> int:
     """Return a process's resident size."""
     match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())

@@ -68,7 +68,8 @@ def dnsd_from_file(folder: Path, size: int, **settings: object) -> Iterator[tupl
         snapshot=str(kept),
         **settings,  # type: ignore[arg-type]
     )
-    consul = ConsulConfig(address=f"http://127.0.0.1:{free_port()}")
+    # Where nobody listens, now or later: a Consul started meanwhile would have other names.
+    consul = ConsulConfig(address="http://127.0.0.1:1")
     file = folder / f"dnsd-{size}.yaml"
     file.write_text(configuration.dump(Config(consul=consul, dnsd=section)))
     argv = [console_script("ztna-dnsd"), "--config", str(file)]
