@@ -6,9 +6,11 @@ Pure, and decides nothing: it keeps the indexes alike, so that a session is in a
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 from relay.commands import AddLink, BindTicket, Command, ConnectionKey, EndSession, LinkKey, RemoveLink
+from relay.rules import Rules
 from relay.state import Link, Session
 from ztna.jsontypes import Secret
 from ztna.names import ConnectorId, ServiceName, SessionId
@@ -19,6 +21,7 @@ ENDED_KEPT_MAX = 20_000
 SECRET_BYTES = 32
 
 Route = tuple[ServiceName, ConnectorId]
+T = TypeVar("T", bound=Hashable)
 
 
 class SessionBook:
@@ -31,6 +34,7 @@ class SessionBook:
         self.links: dict[LinkKey, Link] = {}
         self.routed: defaultdict[Route, set[SessionId]] = defaultdict(set)
         self.of_name: Counter[str] = Counter()
+        self.of_service: Counter[ServiceName] = Counter()
         self._ended: OrderedDict[SessionId, tuple[float, LinkKey]] = OrderedDict()
 
     def add(self, session: Session, forwarded: bool) -> list[Command]:
@@ -38,6 +42,7 @@ class SessionBook:
         self.live[session.id] = session
         self.routed[session.service, session.connector_id].add(session.id)
         self.of_name[session.agent_name] += 1
+        self.of_service[session.service] += 1
         return self._join_link(session) if forwarded else []
 
     def remove(self, session: Session, now: float) -> list[Command]:
@@ -47,13 +52,20 @@ class SessionBook:
         self.routed[route].discard(session.id)
         if not self.routed[route]:
             del self.routed[route]
-        self.of_name[session.agent_name] -= 1
-        if not self.of_name[session.agent_name]:
-            del self.of_name[session.agent_name]
+        _take_one(self.of_name, session.agent_name)
+        _take_one(self.of_service, session.service)
         self._ended[session.id] = (now + ENDED_KEPT_SECONDS, session.link)
         if len(self._ended) > ENDED_KEPT_MAX:
             self._ended.popitem(last=False)
         return [EndSession(session.id), *self._leave_link(session)]
+
+    def full(self, agent_name: str, service: ServiceName, rules: Rules) -> str:
+        """Return which limit another session would go beyond, empty when none."""
+        if self.of_name[agent_name] >= rules.per_identity:
+            return f"{rules.per_identity} sessions of {agent_name}"
+        if self.of_service[service] >= rules.per_service:
+            return f"{rules.per_service} sessions of {service}"
+        return f"{rules.total} sessions" if len(self.live) >= rules.total else ""
 
     def ended_lately(self, session_id: SessionId, key: ConnectionKey) -> bool:
         """Say whether a session of this connection ended so lately that a message may have crossed its end."""
@@ -87,3 +99,9 @@ class SessionBook:
 
     def _ticket(self) -> BindTicket:
         return BindTicket(self._random(BIND_ID_BYTES), Secret(self._random(SECRET_BYTES)))
+
+
+def _take_one(counts: Counter[T], key: T) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

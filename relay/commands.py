@@ -5,6 +5,8 @@ Pure; does nothing itself.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from ztna.jsontypes import Secret
@@ -88,6 +90,20 @@ class Refusal(msgspec.Struct, frozen=True):
     owners: tuple[str, ...] = ()
 
 
+class Told(msgspec.Struct, frozen=True):
+    """Log and audit what became of a session; `fields` say what relay.sessions knows of it.
+
+    It comes before the session's EndSession, so that what the forwarder counted can still be told.
+    """
+
+    event: Literal["session_opened", "session_closed"]
+    session: SessionId
+    link: LinkKey
+    path: str | None
+    v1_bytes: int
+    fields: dict[str, str | float]
+
+
 class Event(msgspec.Struct, frozen=True):
     """Log something that happened."""
 
@@ -96,5 +112,14 @@ class Event(msgspec.Struct, frozen=True):
 
 
 Command = (
-    Send | Disconnect | AddLink | RemoveLink | AdmitAgent | AdmitConnector | EndSession | Refusal | Event
+    Send
+    | Disconnect
+    | AddLink
+    | RemoveLink
+    | AdmitAgent
+    | AdmitConnector
+    | EndSession
+    | Refusal
+    | Told
+    | Event
 )

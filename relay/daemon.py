@@ -10,10 +10,12 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import assert_never
 
 from relay import looking_in, v1_peers
 from relay.admission import Doorkeeper
+from relay.audit import AuditLog
 from relay.commands import (
     AddLink,
     AdmitAgent,
@@ -26,12 +28,14 @@ from relay.commands import (
     Refusal,
     RemoveLink,
     Send,
+    Told,
 )
 from relay.forwarder import Forwarder
 from relay.kernel import local_address_towards
 from relay.notified import Notified
 from relay.peers import WHERE, ControlPeer
 from relay.policy import SrvTable
+from relay.reporting import Reports
 from relay.sessions import Sessions
 from relay.splicer import Splicer
 from relay.srv import SrvPuller
@@ -43,6 +47,7 @@ from relay.startup import (
     link_limits,
     load_credentials,
     reset_key,
+    rules,
 )
 from ztna import quic, udp
 from ztna.config import RelayConfig
@@ -95,6 +100,8 @@ async def run(daemon: Daemon) -> None:
             accept=relay.server.use_credentials,
         )
         daemon.on_reload.append(renewal.reload)
+        if relay.reports.audit is not None:
+            daemon.on_reload.append(relay.reports.audit.reopen)
         daemon.status_sources["certificate"] = renewal.status
         daemon.tasks.create_task(renewal.run(), name="certificates")
         daemon.tasks.create_task(relay.run(), name="relay")
@@ -111,6 +118,11 @@ async def _watch_readiness(daemon: Daemon, relay: Relay) -> None:
         elif relay.puller.fresh_at is not None:
             daemon.readiness.unwarn("dns")
             daemon.readiness.done("dns")
+        audit = relay.reports.audit
+        if audit is not None and audit.problem:
+            daemon.readiness.warn("audit", audit.problem)
+        else:
+            daemon.readiness.unwarn("audit")
         if relay.forwarder.problem:
             daemon.readiness.warn("forwarding", f"in user space: {relay.forwarder.problem}")
 
@@ -123,7 +135,8 @@ class Relay:
         self.config = config
         self._advertised = advertised(config)
         self._doorkeeper = Doorkeeper()
-        self._sessions = Sessions(config.sessions_per_identity, config.sessions_total, os.urandom)
+        self._sessions = Sessions(rules(config), os.urandom)
+        self.reports = Reports(AuditLog(Path(config.audit_log)) if config.audit_log else None)
         self._peers: dict[ConnectionKey, Peer] = {}
         self._legs = v1_peers.Legs(self._sessions, self._peers)
         self._next_key = 0
@@ -206,6 +219,7 @@ class Relay:
                 self._mind_silence()
                 self._mind_crls()
                 self._tick()
+                self._measure()
 
     async def drain(self, deadline_s: float) -> None:
         """Let nobody new in, tell all, wait for the sessions to end at most `deadline_s`, then close.
@@ -219,6 +233,7 @@ class Relay:
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
         self._is_closing = True
+        self.carry_out(self._sessions.abandon(time.monotonic()))
         await self.server.close_all(quic.CLOSE_OK, quic.SHUTTING_DOWN)
 
     def close(self) -> None:
@@ -229,6 +244,8 @@ class Relay:
         self._close_sockets()
         self.forwarder.close()
         self.splicer.close()
+        if self.reports.audit is not None:
+            self.reports.audit.close()
 
     def carry_out(self, commands: Iterable[Command]) -> None:
         """Do what relay.sessions decided, in order."""
@@ -287,17 +304,18 @@ class Relay:
         self._legs.to_agent(peer.key, data)
 
     def refusal(self, refusal: Refusal) -> None:
-        """Count and log what a v1 agent was refused."""
-        _log_refusal(refusal)
+        """Tell what a v1 agent was refused."""
+        self._refused(refusal)
 
     def connection_closed(self, peer: Peer, reason: Reason) -> None:
         """Hear that a connection is over."""
-        del self._peers[peer.key]
         if self._is_closing:
+            del self._peers[peer.key]
             return
         self._doorkeeper.left(peer.connection.identity)
         served = bool(self._sessions.peers[peer.key].services)
         self.carry_out(self._sessions.disconnected(peer.key, reason, time.monotonic()))
+        del self._peers[peer.key]
         if served:
             self.puller.watch(self._sessions.services)
 
@@ -360,27 +378,47 @@ class Relay:
                 self.splicer.end_session(session)
             case Disconnect(to, reason):
                 self._peers[to].disconnect(reason)
-            case Refusal():
-                _log_refusal(command)
-            case Event(event, fields):
-                _log.info(event, **fields)
             case _:
-                assert_never(command)
+                self._tell(command)
 
     def _send(self, to: ConnectionKey, message: control.AnyMessage) -> None:
         peer = self._peers.get(to)
         if peer is not None:
             peer.send(message)
 
+    # What is told.
 
-def _log_refusal(refusal: Refusal) -> None:
-    refused(WHERE, refusal.reason)
-    log = _log.warning if refusal.reason is Reason.NOT_YOUR_SESSION else _log.info
-    log(
-        "refused",
-        message=refusal.about,
-        peer=refusal.name,
-        reason=refusal.reason,
-        subject=refusal.subject,
-        owners=",".join(refusal.owners),
-    )
+    def close_session(self, session: SessionId) -> bool:
+        """End a session for an operator; False when there is no such session."""
+        commands = self._sessions.close(session, time.monotonic())
+        self.carry_out(commands)
+        return bool(commands)
+
+    def _measure(self) -> None:
+        self.reports.tick(time.monotonic())
+        looking_in.measure(self)
+
+    def _tell(self, command: Refusal | Told | Event) -> None:
+        match command:
+            case Refusal():
+                self._refused(command)
+            case Told():
+                self._told(command)
+            case Event():
+                self.reports.event(command, time.monotonic())
+            case _:
+                assert_never(command)
+
+    def _told(self, told: Told) -> None:
+        more: dict[str, object] = {"agent_address": self._address_of(told.link[0])}
+        if told.event == "session_closed":
+            more |= looking_in.carried(self, told.session, told.link, told.path, told.v1_bytes)
+        self.reports.session(told, more, time.monotonic())
+
+    def _refused(self, refusal: Refusal) -> None:
+        more: dict[str, object] = {"agent_address": self._address_of(refusal.by)}
+        self.reports.refusal(refusal, more, time.monotonic())
+
+    def _address_of(self, key: ConnectionKey) -> str:
+        peer = self._peers.get(key)
+        return "{}:{}".format(*peer.connection.peer_address) if peer is not None else ""

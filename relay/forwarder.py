@@ -77,6 +77,11 @@ class Forwarder:
         self._table.remove(key)
         self._follow()
 
+    @property
+    def links(self) -> int:
+        """How many links may bind."""
+        return len(self._table)
+
     def traffic(self, key: Hashable) -> Traffic | None:
         """Return what was passed on for a link; the kernel's share is at most a sweep old."""
         return self._table.traffic(key)

@@ -5,13 +5,22 @@ A part that wants a section of its own adds one line to `sources`. Reads only.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from relay.commands import LinkKey
+from relay.state import Session
+from ztna.names import SessionId
+from ztna.telemetry import RELAY_SIZES, SRV_AGE
 
 if TYPE_CHECKING:
     from relay.daemon import Relay
 
 SESSIONS_MAX = 1_000
+TASKS_MAX = 200
+DAY_SECONDS = 86_400
 
 
 def sources(relay: Relay) -> dict[str, Callable[[], object]]:
@@ -27,8 +36,14 @@ def sources(relay: Relay) -> dict[str, Callable[[], object]]:
         "sessions": lambda: _sessions(relay),
         "srv": lambda: relay.puller.status() | _notified(relay),
         "conflicts": lambda: _conflicts(relay),
+        "audit": lambda: relay.reports.audit and relay.reports.audit.status(),
+        "tasks": _tasks,
         "forwarder": lambda: {"udp": relay.forwarder.status(), "tcp": relay.splicer.status()},
     }
+
+
+def _tasks() -> list[str]:
+    return sorted(task.get_name() for task in asyncio.all_tasks())[:TASKS_MAX]
 
 
 def _notified(relay: Relay) -> dict[str, object]:
@@ -45,6 +60,7 @@ def connections(relay: Relay) -> list[dict[str, object]]:
             "services": sorted(peer.services),
             "sessions": len(peer.sessions),
             "silent": peer.silent_since is not None,
+            "certificate_days": round((peer.identity.not_after.timestamp() - time.time()) / DAY_SECONDS, 1),
             "conflicts": [each.cidr for each in peer.conflicts.values()],
         }
         for key, peer in relay.sessions.peers.items()
@@ -63,13 +79,49 @@ def _conflicts(relay: Relay) -> list[dict[str, object]]:
 
 def _sessions(relay: Relay) -> list[dict[str, object]]:
     shown = list(relay.sessions.sessions.values())[:SESSIONS_MAX]
-    return [
-        {
-            "session": each.id,
-            "service": each.service,
-            "agent": each.agent_name,
-            "connector_id": each.connector_id,
-            "open": each.open,
-        }
-        for each in shown
-    ]
+    return [session_shown(relay, each) for each in shown]
+
+
+def session_shown(relay: Relay, session: Session) -> dict[str, object]:
+    """Return what is known of one session."""
+    opened_at = session.opened_at
+    return {
+        "session": session.id,
+        "service": session.service,
+        "agent": session.agent_name,
+        "connector_id": session.connector_id,
+        "open": session.open,
+        "age_s": None if opened_at is None else round(time.monotonic() - opened_at, 1),
+        **carried(relay, session.id, session.link, session.path, session.v1_bytes),
+    }
+
+
+def carried(
+    relay: Relay, session: SessionId, link: LinkKey, path: str | None, v1_bytes: int
+) -> dict[str, object]:
+    """Return what went through this relay for a live session: sealed bytes, both ways.
+
+    UDP is counted by link, which the sessions of one agent with one connector share. What goes directly is not
+    seen here, and neither is its path unless the ends told of it.
+    """
+    traffic = relay.forwarder.traffic(link)
+    link_bytes = 0 if traffic is None else traffic.up_bytes + traffic.down_bytes
+    own = relay.splicer.bytes_of(session) + v1_bytes
+    seen = "forwarded" if own or link_bytes else "unseen"
+    return {"path": path or seen, "bytes": own, "link_bytes": link_bytes}
+
+
+def measure(relay: Relay) -> None:
+    """Set the gauges that follow what a relay holds."""
+    sizes = {
+        "connections": len(relay.peers),
+        "sessions": len(relay.sessions.sessions),
+        "services": len(relay.sessions.services),
+        "srv_names": relay.puller.names,
+        "links": relay.forwarder.links,
+        "tcp_pairs": relay.splicer.pairs,
+    }
+    for what, size in sizes.items():
+        RELAY_SIZES.labels(what).set(size)
+    fresh_at = relay.puller.fresh_at
+    SRV_AGE.set(-1 if fresh_at is None else time.monotonic() - fresh_at)

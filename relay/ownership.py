@@ -18,6 +18,9 @@ AboutSession = (
     | control.PunchingResult
 )
 
+Signaling = control.CandidateOffer | control.CandidateAnswer | control.PunchingResult
+"""What is passed on to the other end."""
+
 
 def owns(key: ConnectionKey, session: Session, message: AboutSession) -> bool:
     """Say whether the message is this connection's to send.

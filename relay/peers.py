@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from relay.commands import ConnectionKey
+from relay.ownership import Signaling
 from ztna import quic
 from ztna.errors import ProtocolError
 from ztna.reasons import Reason
@@ -21,12 +22,7 @@ CONNECTOR_UDP_PAYLOAD_BYTES = 1360
 SIGNALING_UNSENT_BYTES_MAX = 256 * 1024
 """Beyond it a peer is passed no more of what others say about paths: they must not be able to fill its stream."""
 
-SIGNALING = (
-    control.CandidateOffer,
-    control.CandidateAnswer,
-    control.StartPunching,
-    control.PunchingResult,
-)
+SIGNALING = Signaling | control.StartPunching
 
 
 class Owner(Protocol):

@@ -89,10 +89,12 @@ def candidates(
     table: SrvTable,
     now: float,
     draw: Callable[[int], int],
+    load: Mapping[Key, int],
 ) -> list[Key]:
     """Return the connector connections to offer a session to, in order.
 
-    `live` has the newest connection of each connector that registered the service. Raises Refused with, in
+    `live` has the newest connection of each connector that registered the service, `load` how many sessions
+    each connection has. Raises Refused with, in
     this order and alike for every name: no_grant; no_such_service, policy_unknown, no_healthy_connector.
     """
     if not identity.may_use(service):
@@ -107,13 +109,31 @@ def candidates(
     ]
     if not usable:
         raise Refused(Reason.NO_HEALTHY_CONNECTOR, service)
-    return [live[connector_id] for connector_id in ordered(usable, draw)]
+    loads = {each: load[key] for each, key in live.items()}
+    return [live[connector_id] for connector_id in ordered(usable, draw, loads)]
 
 
-def ordered(routes: Iterable[Route], draw: Callable[[int], int]) -> list[ConnectorId]:
-    """Return the connector ids in the order in which to try them (RFC 2782)."""
-    records = [SrvData(route.priority, route.weight, 0, route.connector_id) for route in routes]
-    return list(dict.fromkeys(ConnectorId(record.target) for record in order(records, draw)))
+def ordered(
+    routes: Iterable[Route], draw: Callable[[int], int], loads: Mapping[ConnectorId, int]
+) -> list[ConnectorId]:
+    """Return the connector ids in the order in which to try them: RFC 2782, and of the first two the less loaded.
+
+    Two drawn by weight, and then the one with fewer sessions for its weight, even out what chance and long
+    sessions leave uneven, while connectors of weight 0 stay the last resort that they are.
+    """
+    records = order((SrvData(route.priority, route.weight, 0, route.connector_id) for route in routes), draw)
+    distinct = list({record.target: record for record in reversed(records)}.values())[::-1]
+    if len(distinct) > 1 and _is_better(distinct[1], distinct[0], loads):
+        distinct[:2] = distinct[1::-1]
+    return [ConnectorId(record.target) for record in distinct]
+
+
+def _is_better(one: SrvData, other: SrvData, loads: Mapping[ConnectorId, int]) -> bool:
+    if one.priority != other.priority:
+        return False
+    weights = (one.weight, other.weight) if one.weight or other.weight else (1, 1)
+    sessions = [loads[ConnectorId(each.target)] for each in (one, other)]
+    return sessions[0] * weights[1] < sessions[1] * weights[0]
 
 
 def health(service: ServiceName, live: Collection[ConnectorId], table: SrvTable, now: float) -> str:

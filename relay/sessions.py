@@ -8,6 +8,7 @@ Does not know how a connection or a forwarder works. Source: protocol.md, Contro
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Literal
 
 from relay import policy
 from relay.admission import registration_refusal
@@ -21,9 +22,12 @@ from relay.commands import (
     Event,
     Refusal,
     Send,
+    Told,
 )
-from relay.ownership import AboutSession, owns
+from relay.ownership import AboutSession, Signaling, owns
+from relay.pace import Kind
 from relay.registrations import Registrations
+from relay.rules import Leaving, Rules
 from relay.state import Attempt, Peer, Session
 from ztna.errors import ProtocolError, Refused
 from ztna.identity import Identity
@@ -39,17 +43,17 @@ ACCEPT_SECONDS = 1.0
 PARK_SECONDS = 1.0
 """How long an `open` waits for the first SRV answer of a service that was only just registered."""
 PARKED_MAX = 1_000
-WITHDRAWN_SECONDS = 10.0
-"""How long a session outlives its connector's SRV record: a check that flaps must not cut what works."""
 CONFLICTS_PER_CONNECTION_MAX = 16
+BY_RELAY, BY_OPERATOR = "relay", "operator"
+"""Who ended a session that neither of its ends did."""
 
 
 class Sessions:
     """All connections, registrations and sessions of one relay."""
 
-    def __init__(self, per_identity: int, total: int, random: Callable[[int], bytes]) -> None:
-        """`per_identity` and `total` bound the sessions; `random(n)` returns n unpredictable bytes."""
-        self._per_identity, self._total, self._random = per_identity, total, random
+    def __init__(self, rules: Rules, random: Callable[[int], bytes]) -> None:
+        """`random(n)` returns n unpredictable bytes."""
+        self._rules, self._random = rules, random
         self._table = policy.EMPTY_TABLE
         self._known_fresh = False
         self._draining = False
@@ -58,7 +62,7 @@ class Sessions:
         self._book = SessionBook(random)
         self._offers: dict[SessionId, float] = {}
         self._parked: list[tuple[ConnectionKey, Attempt]] = []
-        self._withdrawn: dict[tuple[ServiceName, ConnectorId], float] = {}
+        self._leaving = Leaving(rules)
         self._unvouched: frozenset[ConnectionKey] = frozenset()
 
     # What others read.
@@ -102,12 +106,12 @@ class Sessions:
             session = self._book.live[session_id]
             if session.connector == key and not session.open:
                 session.attempt.refusal = session.attempt.refusal or Reason.NO_HEALTHY_CONNECTOR
-                self._end(session, now, out)
+                self._end(session, reason, peer.identity.name, now, out)
                 if session.agent in self._peers:
                     self._offer_next(session.agent, session.attempt, now, out)
                 continue
             other = session.agent if session.connector == key else session.connector
-            self._end(session, now, out)
+            self._end(session, reason, peer.identity.name, now, out)
             self._send(other, control.Closed(session_id, reason), out)
         self._tell_health(peer.services, now, out)
         return out
@@ -126,7 +130,7 @@ class Sessions:
             for session_id in sorted(peer.sessions):
                 session = self._book.live[session_id]
                 if session.connector == key and session.open:
-                    self._cut(session, Reason.PEER_GONE, now, out)
+                    self._cut(session, Reason.PEER_GONE, peer.identity.name, now, out)
         return out
 
     def unvouched(self, keys: Collection[ConnectionKey]) -> None:
@@ -139,6 +143,13 @@ class Sessions:
         out: list[Command] = []
         for key in self._peers:
             self._send(key, control.Drain(deadline_s, others), out)
+        return out
+
+    def abandon(self, now: float) -> list[Command]:
+        """Tell the operator of the sessions that end with this relay; their flows may go on over another one."""
+        out: list[Command] = []
+        for session in self._book.live.values():
+            self._tell_end(session, Reason.DRAINING, BY_RELAY, now, out)
         return out
 
     def policy_changed(self, table: policy.SrvTable, now: float) -> list[Command]:
@@ -164,6 +175,13 @@ class Sessions:
         carry = control.Carry(session_id, Secret(self._random(TOKEN_BYTES)))
         return [AdmitConnector(session.connector, waiter, carry)]
 
+    def close(self, session_id: SessionId, now: float) -> list[Command]:
+        """End a session because an operator says so; nothing happens when it is not open any more."""
+        session, out = self._book.live.get(session_id), list[Command]()
+        if session is not None and session.open:
+            self._cut(session, Reason.CLOSED_BY_PEER, BY_OPERATOR, now, out)
+        return out
+
     def tick(self, now: float) -> list[Command]:
         """Do what time asks for; call it at `next_timer` and once a second."""
         out: list[Command] = []
@@ -188,10 +206,12 @@ class Sessions:
         match message:
             case control.Register():
                 self._register(peer, message, now, out)
+            case control.Open() if not peer.pace.allows(Kind.OPEN, now):
+                self._deny(key, message, Reason.LIMIT_REACHED, out)
             case control.Open():
                 self._begin(key, Attempt(message, park_until=now + PARK_SECONDS), now, out)
             case control.Conflict():
-                self._conflict(peer, message, out)
+                self._conflict(peer, message, now, out)
             case _ if isinstance(message, AboutSession):
                 self._about_session(peer, message, now, out)
             case _:
@@ -213,14 +233,16 @@ class Sessions:
         if peer.connector_id not in (None, message.connector_id):
             raise ProtocolError("register: a connection has one connector id")
         accepted: set[ServiceName] = set()
+        paced = peer.pace.allows(Kind.REGISTER, now, len(message.services))
         for offering in message.services:
             reason = registration_refusal(
                 peer.identity, message.connector_id, offering.name, len(peer.services)
             )
+            if not paced:
+                reason = Reason.LIMIT_REACHED
             if reason is not None:
                 self._send(peer.key, control.Refused(offering.name, reason), out)
-                subject = f"{offering.name} as {message.connector_id}"
-                out.append(Refusal(peer.key, peer.identity.name, "register", reason, subject))
+                self._refuse(peer, "register", reason, f"{offering.name} as {message.connector_id}", out)
                 continue
             peer.services.add(offering.name)
             accepted.add(offering.name)
@@ -233,7 +255,10 @@ class Sessions:
                     out.append(Event("connector_id_twice", fields | {"newer": peer.identity.name}))
             self._tell_health(accepted, now, out)
 
-    def _conflict(self, peer: Peer, message: control.Conflict, out: list[Command]) -> None:
+    def _conflict(self, peer: Peer, message: control.Conflict, now: float, out: list[Command]) -> None:
+        if not peer.pace.allows(Kind.CONFLICT, now):
+            self._refuse(peer, "conflict", Reason.LIMIT_REACHED, message.cidr, out)
+            return
         if not message.with_:
             # It is over (ztna.wire.control.Conflict).
             if peer.conflicts.pop(message.cidr, None) is not None:
@@ -242,7 +267,7 @@ class Sessions:
         full = len(peer.conflicts) >= CONFLICTS_PER_CONNECTION_MAX and message.cidr not in peer.conflicts
         if full or not peer.identity.agent:
             reason = Reason.LIMIT_REACHED if full else Reason.NO_GRANT
-            out.append(Refusal(peer.key, peer.identity.name, "conflict", reason, message.cidr))
+            self._refuse(peer, "conflict", reason, message.cidr, out)
             return
         peer.conflicts[message.cidr] = message
         fields = {"agent": peer.identity.name, "cidr": message.cidr, "with": message.with_}
@@ -264,27 +289,35 @@ class Sessions:
         try:
             chosen = self._choose(self._peers[key], attempt, now)
         except Refused as error:
-            name = self._peers[key].identity.name
-            self._send(key, control.Denied(request.request, request.service, error.reason), out)
-            out.append(Refusal(key, name, "open", error.reason, request.service))
+            self._deny(key, request, error.reason, out)
             return
         attempt.tried.add(chosen)
         self._offer(key, self._peers[chosen], attempt, now, out)
+
+    def _deny(self, key: ConnectionKey, request: control.Open, reason: Reason, out: list[Command]) -> None:
+        self._send(key, control.Denied(request.request, request.service, reason), out)
+        self._refuse(self._peers[key], "open", reason, request.service, out)
 
     def _choose(self, agent: Peer, attempt: Attempt, now: float) -> ConnectionKey:
         """Return the connector connection to offer to next. Raises Refused when there is none left."""
         request = attempt.request
         live = self._serving.live(request.service)
         ordered = policy.candidates(
-            agent.identity, request.service, request.connector_id, live, self._table, now, self._draw
+            agent.identity,
+            request.service,
+            request.connector_id,
+            live,
+            self._table,
+            now,
+            self._draw,
+            {key: len(self._peers[key].sessions) for key in live.values()},
         )
         if self._draining:
             raise Refused(Reason.DRAINING, "this relay is stopping")
         if agent.key in self._unvouched:
             raise Refused(Reason.POLICY_UNKNOWN, f"{agent.identity.name}: no CRL of today")
-        limited = self._book.of_name[agent.identity.name] >= self._per_identity
-        if limited or len(self._book.live) >= self._total:
-            raise Refused(Reason.LIMIT_REACHED, f"{agent.identity.name}: sessions")
+        if full := self._book.full(agent.identity.name, request.service, self._rules):
+            raise Refused(Reason.LIMIT_REACHED, full)
         for key in ordered:
             if key in self._unvouched:
                 attempt.refusal = attempt.refusal or Reason.POLICY_UNKNOWN
@@ -306,6 +339,7 @@ class Sessions:
             connector.connector_id,
             agent.identity.name,
             attempt,
+            path="v1" if agent.v1 else None,
         )
         out += self._book.add(session, forwarded=not agent.v1)
         link = self._book.links.get(session.link)
@@ -333,7 +367,7 @@ class Sessions:
     def _give_up(self, session: Session, reason: Reason | None, now: float, out: list[Command]) -> None:
         """Take an offer back and go on to the next connector."""
         session.attempt.refusal = session.attempt.refusal or reason
-        self._end(session, now, out)
+        self._end(session, reason or Reason.CLOSED_BY_PEER, BY_RELAY, now, out)
         if reason is None:
             self._send(session.connector, control.Closed(session.id, Reason.CLOSED_BY_PEER), out)
         self._offer_next(session.agent, session.attempt, now, out)
@@ -351,9 +385,12 @@ class Sessions:
         if session is None or not owns(peer.key, session, message):
             self._not_yours(peer, message, session, out)
             return
+        if isinstance(message, Signaling) and not peer.pace.allows(Kind.SIGNALING, now):
+            self._refuse(peer, _type(message), Reason.LIMIT_REACHED, session.id, out)
+            return
         match message:
             case control.Accepted():
-                self._accepted(session, out)
+                self._accepted(session, now, out)
             case control.Closed():
                 self._closed(peer, session, message.reason, now, out)
             case control.Dial():
@@ -365,6 +402,7 @@ class Sessions:
             case control.CandidateAnswer():
                 self._answered(session, message, out)
             case _:
+                session.path = "direct" if message.success else "forwarded"
                 other = session.connector if peer.key == session.agent else session.agent
                 self._send(other, message, out)
 
@@ -382,10 +420,10 @@ class Sessions:
             Refusal(peer.key, peer.identity.name, _type(message), Reason.NOT_YOUR_SESSION, session_id, owners)
         )
 
-    def _accepted(self, session: Session, out: list[Command]) -> None:
+    def _accepted(self, session: Session, now: float, out: list[Command]) -> None:
         if session.open:
             return
-        session.open = True
+        session.opened_at = now
         del self._offers[session.id]
         agent, connector = self._peers[session.agent], self._peers[session.connector]
         link = self._book.links.get(session.link)
@@ -400,8 +438,7 @@ class Sessions:
             probe_key=link.probe_key if link else Secret(),
         )
         self._send(agent.key, opened, out)
-        names = {"agent": agent.identity.name, "connector": connector.identity.name}
-        out.append(Event("session_opened", {"session": session.id, "service": session.service, **names}))
+        self._tell("session_opened", session, {"fingerprint": agent.identity.fingerprint}, out)
 
     def _closed(self, peer: Peer, session: Session, reason: Reason, now: float, out: list[Command]) -> None:
         if not session.open:
@@ -410,9 +447,8 @@ class Sessions:
         # Only the relay sees a connection go without a word; nobody else may keep flows alive by saying so.
         told = Reason.CLOSED_BY_PEER if reason is Reason.PEER_GONE else reason
         other = session.connector if peer.key == session.agent else session.agent
-        self._end(session, now, out)
+        self._end(session, told, peer.identity.name, now, out)
         self._send(other, control.Closed(session.id, told), out)
-        out.append(Event("session_closed", {"session": session.id, "by": peer.identity.name, "reason": told}))
 
     def _answered(self, session: Session, message: control.CandidateAnswer, out: list[Command]) -> None:
         self._send(session.agent, message, out)
@@ -424,37 +460,53 @@ class Sessions:
 
     def _hold(self, service: ServiceName, connector_id: ConnectorId, now: float, out: list[Command]) -> None:
         """End the sessions with one connector of a service when DNS no longer permits them."""
-        routes = self._table.routes(service, now)
-        key = (service, connector_id)
-        if routes is not None and any(route.connector_id == connector_id for route in routes):
-            self._withdrawn.pop(key, None)
-            return
-        if routes is not None and now - self._withdrawn.setdefault(key, now) < WITHDRAWN_SECONDS:
-            return
-        reason = Reason.POLICY_UNKNOWN if routes is None else Reason.NO_HEALTHY_CONNECTOR
-        for session_id in sorted(self._book.routed[key]):
-            self._cut(self._book.live[session_id], reason, now, out)
+        place, routes = (service, connector_id), self._table.routes(service, now)
+        live = self._serving.live(service)
+        elsewhere = any(route.connector_id in live for route in routes or ())
+        reason = self._leaving.verdict(place, routes, elsewhere, self._table.hold_s, now)
+        if reason is not None:
+            for session_id in sorted(self._book.routed[place]):
+                self._cut(self._book.live[session_id], reason, BY_RELAY, now, out)
 
-    def _cut(self, session: Session, reason: Reason, now: float, out: list[Command]) -> None:
-        self._end(session, now, out)
+    def _cut(self, session: Session, reason: Reason, by: str, now: float, out: list[Command]) -> None:
+        self._end(session, reason, by, now, out)
         self._send(session.connector, control.Closed(session.id, reason), out)
         if session.open:
             self._send(session.agent, control.Closed(session.id, reason), out)
         else:
-            request = session.attempt.request
-            self._send(session.agent, control.Denied(request.request, session.service, reason), out)
-        out.append(Event("session_cut", {"session": session.id, "reason": reason}))
+            self._deny(session.agent, session.attempt.request, reason, out)
 
-    def _end(self, session: Session, now: float, out: list[Command]) -> None:
+    def _end(self, session: Session, reason: Reason, by: str, now: float, out: list[Command]) -> None:
+        self._tell_end(session, reason, by, now, out)
         out += self._book.remove(session, now)
         for end in session.link:
             peer = self._peers.get(end)
             if peer is not None:
                 peer.sessions.discard(session.id)
         self._offers.pop(session.id, None)
-        route = (session.service, session.connector_id)
-        if route not in self._book.routed:
-            self._withdrawn.pop(route, None)
+        place = (session.service, session.connector_id)
+        if place not in self._book.routed:
+            self._leaving.forget(place)
+
+    def _tell_end(self, session: Session, reason: Reason, by: str, now: float, out: list[Command]) -> None:
+        if session.opened_at is not None:
+            seconds = round(now - session.opened_at, 1)
+            self._tell("session_closed", session, {"reason": reason, "by": by, "seconds": seconds}, out)
+
+    def _tell(
+        self,
+        event: Literal["session_opened", "session_closed"],
+        session: Session,
+        more: dict[str, str | float],
+        out: list[Command],
+    ) -> None:
+        fields: dict[str, str | float] = {
+            "session": session.id,
+            "service": session.service,
+            "agent": session.agent_name,
+            "connector_id": session.connector_id,
+        }
+        out.append(Told(event, session.id, session.link, session.path, session.v1_bytes, fields | more))
 
     # Small things.
 
@@ -465,6 +517,9 @@ class Sessions:
             return set()
         self._known_fresh = fresh
         return self._known_services()
+
+    def _refuse(self, peer: Peer, about: str, reason: Reason, subject: str, out: list[Command]) -> None:
+        out.append(Refusal(peer.key, peer.identity.name, about, reason, subject))
 
     def _draw(self, bound: int) -> int:
         return int.from_bytes(self._random(8)) % bound

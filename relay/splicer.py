@@ -246,6 +246,8 @@ class Splicer:
         """Connections closed unserved, by why: bad_token, late, limit, no_connector, malformed, session_ended."""
         self.bytes = 0
         """Copied by pairs that have ended."""
+        self._bytes_of: Counter[SessionId] = Counter()
+        """The same of each live session."""
         self.joined = 0
         self._loop = asyncio.get_running_loop()
         # Sockets are registered once, edge-triggered, in an epoll of our own that the loop watches: interest
@@ -282,6 +284,17 @@ class Splicer:
             self._drop(dialled, "session_ended")
         for pair in list(self._pairs_of.get(session, ())):
             self._end(pair, abort=True)
+        self._bytes_of.pop(session, None)
+
+    def bytes_of(self, session: SessionId) -> int:
+        """Return how much was copied for a live session, both ways."""
+        pairs = self._pairs_of.get(session, ())
+        return self._bytes_of[session] + sum(each.up.bytes + each.down.bytes for each in pairs)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of connections are joined."""
+        return len(self._pairs) // 2
 
     def status(self) -> dict[str, object]:
         """Return the counters, for /status."""
@@ -513,6 +526,7 @@ class Splicer:
             self._bulk.pop(direction, None)
         _discard(self._pairs_of, pair.session, pair)
         self.bytes += pair.up.bytes + pair.down.bytes
+        self._bytes_of[pair.session] += pair.up.bytes + pair.down.bytes
         pair.close()
 
     def _drop(self, dialled: _Dialled, why: str) -> None:

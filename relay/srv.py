@@ -93,6 +93,11 @@ class SrvPuller:
         """When the catalog behind the answers was last confirmed, on `clock`."""
         return self._fresh_at
 
+    @property
+    def names(self) -> int:
+        """How many names are kept."""
+        return len(self._names)
+
     def watch(self, services: Iterable[ServiceName]) -> None:
         """Keep exactly these; the others linger for LINGER_SECONDS."""
         wanted = set(services)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from relay import splicer
 from relay.links import Limits
+from relay.rules import Rules
 from ztna import quic
 from ztna.ca import write_private
 from ztna.config import Endpoint, RelayConfig
@@ -81,6 +82,17 @@ def reset_key(path: str | None, credentials: Credentials) -> bytes:
 def link_limits(config: RelayConfig) -> Limits:
     """Return what one link may carry."""
     return Limits(config.link_rate_bytes_per_s, config.link_quota_bytes, config.link_quota_period_s)
+
+
+def rules(config: RelayConfig) -> Rules:
+    """Return what the operator decided about sessions."""
+    return Rules(
+        config.sessions_per_identity,
+        config.sessions_per_service,
+        config.sessions_total,
+        config.leaving,
+        config.leave_grace_s,
+    )
 
 
 def advertised(config: RelayConfig) -> Address | None:

@@ -6,8 +6,10 @@ Pure; holds data and decides nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from relay.commands import BindTicket, ConnectionKey, LinkKey
+from relay.pace import Pace
 from ztna.identity import Identity
 from ztna.jsontypes import Secret
 from ztna.names import ConnectorId, ServiceName, SessionId
@@ -33,6 +35,7 @@ class Peer:
     silent_since: float | None = None
     told_health: dict[ServiceName, str] = field(default_factory=dict)
     conflicts: dict[str, control.Conflict] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def v1(self) -> bool:
@@ -61,8 +64,17 @@ class Session:
     connector_id: ConnectorId
     agent_name: str
     attempt: Attempt
-    open: bool = False
+    opened_at: float | None = None
+    path: Literal["v1", "direct", "forwarded"] | None = None
+    """What carries its packets, as far as the relay was told."""
+    v1_bytes: int = 0
+    """What the relay itself carried for a v1 agent."""
     candidates: control.Candidates | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether its connector accepted it."""
+        return self.opened_at is not None
 
     @property
     def link(self) -> LinkKey:

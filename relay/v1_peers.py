@@ -140,6 +140,7 @@ class Legs:
             return
         assert session is not None
         data = datagram.encode(datagram.SessionPacket(session_id, packet))
+        session.v1_bytes += len(packet)
         peer.connection.send_datagram(data, session.service)
 
     def to_agent(self, connector: ConnectionKey, data: bytes) -> None:
@@ -160,6 +161,7 @@ class Legs:
             return
         assert session is not None
         if isinstance(peer, AgentPeer):
+            session.v1_bytes += len(message.packet)
             peer.deliver(message.packet, session.service)
         else:
             refused(WHERE, Reason.NOT_YOUR_SESSION)

@@ -275,7 +275,31 @@ class RelayConfig(Section, frozen=True, kw_only=True):
     ] = None
     retry: Annotated[bool, about("Make clients prove their address before a handshake (QUIC Retry).")] = True
     sessions_per_identity: Annotated[Count, about("The most sessions one identity may have.")] = 1000
+    sessions_per_service: Annotated[Count, about("The most sessions with one service.")] = 20_000
     sessions_total: Annotated[Count, about("The most sessions in all.")] = 100_000
+    audit_log: Annotated[
+        str | None,
+        about(
+            "File for a JSON line of each session opened, denied or closed (0600); SIGHUP opens it anew.",
+            "/var/log/ztna/audit.log",
+        ),
+    ] = None
+    admin_socket: Annotated[
+        str | None,
+        about(
+            "Unix socket (0600) that serves what admin does, and lets its owner close sessions.",
+            "/run/ztna/relay.sock",
+        ),
+    ] = None
+    leaving: Annotated[
+        Literal["close", "move"],
+        about(
+            "Sessions whose connector left the SRV records: close them, or move: once another can take them."
+        ),
+    ] = "close"
+    leave_grace_s: Annotated[
+        Seconds, about("How long such sessions go on in any case, as checks may flap; in seconds.")
+    ] = 10.0
     half_open_max: Annotated[Count, about("The most handshakes under way at once.")] = 1000
     srv_hold_s: Annotated[
         Seconds, about("How long sessions outlive the last confirmed catalog read, in seconds.")

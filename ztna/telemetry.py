@@ -119,6 +119,25 @@ FORWARDING_IN_KERNEL = Gauge(
     "ztna_forwarding_in_kernel", "1 while the kernel forwards for the relay.", registry=REGISTRY
 )
 
+SESSIONS_OPENED = Counter("ztna_relay_sessions_opened", "Sessions that a relay opened.", registry=REGISTRY)
+SESSION_ENDS = Counter(
+    "ztna_relay_sessions_closed",
+    "Sessions of a relay that ended, by the reason.",
+    ("reason",),
+    registry=REGISTRY,
+)
+RELAY_SIZES = Gauge(
+    "ztna_relay_live",
+    "What a relay holds: connections, sessions, services registered, srv names, links, tcp pairs.",
+    ("what",),
+    registry=REGISTRY,
+)
+SRV_AGE = Gauge(
+    "ztna_relay_catalog_age_seconds",
+    "How long ago the catalog behind the SRV answers was confirmed; -1: never.",
+    registry=REGISTRY,
+)
+
 HIDDEN = "***"
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -195,7 +214,7 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": _utc(record.created),
+            "time": utc(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
@@ -250,6 +269,7 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else to_json(text).decode()
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
+    """Return Unix seconds as RFC 3339 in UTC, to the millisecond."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{whole}.{int(seconds % 1 * 1000):03d}Z"

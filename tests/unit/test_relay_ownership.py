@@ -30,5 +30,5 @@ def test_a_message_counts_only_from_whose_it_is(
     message: AboutSession, before: set[int], after: set[int]
 ) -> None:
     session = Session(ID, WEB, AGENT, CONNECTOR, ConnectorId("con"), "alice", Attempt(control.Open(1, WEB)))
-    for session.open, expected in ((False, before), (True, after)):
+    for session.opened_at, expected in ((None, before), (1.0, after)):
         assert {key for key in (AGENT, CONNECTOR, STRANGER) if owns(key, session, message)} == expected

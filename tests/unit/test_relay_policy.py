@@ -30,7 +30,7 @@ def first(bound: int) -> int:
 def decide(live: dict[ConnectorId, int], srv: SrvTable, **changes: object) -> list[int] | Reason:
     arguments = {"identity": AGENT, "service": WEB, "wanted": None} | changes
     try:
-        return policy.candidates(**arguments, live=live, table=srv, now=NOW, draw=first)  # type: ignore[arg-type]
+        return policy.candidates(**arguments, live=live, table=srv, now=NOW, draw=first, load=Counter())  # type: ignore[arg-type]
     except Refused as error:
         return error.reason
 
@@ -82,10 +82,38 @@ def test_a_wanted_connector_is_the_only_candidate() -> None:
 
 def test_priorities_come_first_and_weights_share() -> None:
     routes = [Route(1, 1, ConnectorId("backup")), Route(0, 1, X), Route(0, 3, Y)]
-    firsts = Counter(policy.ordered(routes, lambda bound, n=n: n % bound)[0] for n in range(5 * 7))
+    loads = Counter[ConnectorId]()
+    firsts = Counter(policy.ordered(routes, lambda bound, n=n: n % bound, loads)[0] for n in range(5 * 7))
     assert firsts.keys() == {X, Y} and firsts[Y] > firsts[X]
-    assert policy.ordered(routes, first)[-1] == "backup"
-    assert policy.ordered([Route(0, 1, X), Route(0, 2, X)], first) == [X]
+    assert policy.ordered(routes, first, loads)[-1] == "backup"
+    assert policy.ordered([Route(0, 1, X), Route(0, 2, X)], first, loads) == [X]
+
+
+@pytest.mark.parametrize(
+    ("weights", "sessions", "expected"),
+    [
+        ((1, 1), (5, 3), Y),
+        ((1, 1), (3, 5), X),
+        ((4, 1), (5, 3), X),
+        ((0, 1), (1, 9), Y),
+        ((1, 0), (9, 1), X),
+        ((0, 0), (2, 1), Y),
+    ],
+    ids=["the less loaded", "it already is", "for its weight", "0 last", "0 last resort", "all 0"],
+)
+def test_of_two_the_less_loaded_for_its_weight(
+    weights: tuple[int, int], sessions: tuple[int, int], expected: ConnectorId
+) -> None:
+    routes = [Route(0, weights[0], X), Route(0, weights[1], Y), Route(1, 9, ConnectorId("backup"))]
+    loads = dict(zip((X, Y, ConnectorId("backup")), (*sessions, 0), strict=True))
+    for draw in (first, lambda bound: bound - 1):
+        ordered = policy.ordered(routes, draw, loads)
+        assert ordered[0] == expected and ordered[2] == "backup"
+
+
+def test_load_does_not_reach_over_priorities() -> None:
+    routes = [Route(0, 1, X), Route(1, 1, Y)]
+    assert policy.ordered(routes, first, {X: 100, Y: 0}) == [X, Y]
 
 
 def test_only_targets_that_name_connectors_become_routes() -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import TypeVar
 
+import msgspec
 import pytest
 
 from relay import book
@@ -20,9 +21,12 @@ from relay.commands import (
     Refusal,
     RemoveLink,
     Send,
+    Told,
 )
+from relay.pace import Kind
 from relay.policy import Route, SrvEntry, SrvTable
-from relay.sessions import ACCEPT_SECONDS, PARK_SECONDS, WITHDRAWN_SECONDS, Sessions
+from relay.rules import Rules
+from relay.sessions import ACCEPT_SECONDS, PARK_SECONDS, Sessions
 from tests.support.identities import identity
 from ztna.errors import ProtocolError
 from ztna.names import ConnectorId, ServiceName, SessionId
@@ -35,15 +39,16 @@ ALICE, BOB, X, Y = 1, 2, 3, 4
 HERE = Address("192.0.2.10", 4434)
 CANDIDATE = Address("192.0.2.77", 7)
 HOLD_S = 60.0
+RULES = Rules(per_identity=10, per_service=50, total=100)
 T = TypeVar("T")
 
 
 class World:
     """Sessions with a clock, and what each connection was sent."""
 
-    def __init__(self, per_identity: int = 10, total: int = 100) -> None:
+    def __init__(self, rules: Rules = RULES) -> None:
         numbers = itertools.count(1)
-        self.sessions = Sessions(per_identity, total, lambda n: next(numbers).to_bytes(n))
+        self.sessions = Sessions(rules, lambda n: next(numbers).to_bytes(n))
         self.now = 100.0
         self.requests = itertools.count(1)
         self.inbox: dict[int, list[control.AnyMessage]] = {}
@@ -285,7 +290,7 @@ def test_denials_in_order(world: World) -> None:
 
 
 def test_limits_come_last() -> None:
-    world = World(per_identity=1, total=2)
+    world = World(Rules(per_identity=1, per_service=100, total=2))
     for key, name in ((ALICE, "alice"), (5, "alice"), (BOB, "bob"), (6, "carol")):
         world.agent(key, name=name)
     world.connector()
@@ -298,6 +303,31 @@ def test_limits_come_last() -> None:
     assert world.denied(6) is Reason.LIMIT_REACHED
     world.say(ALICE, control.Closed(session, Reason.CLOSED_BY_PEER))
     world.opened(6)
+
+
+def test_one_service_cannot_take_all_sessions() -> None:
+    world = World(Rules(per_identity=5, per_service=1, total=5))
+    world.agent(ALICE)
+    world.connector(X, "con-x", "web", "db")
+    world.routes[DB] = (Route(0, 1, ConnectorId("con-x")),)
+    world.srv(WEB, "con-x")
+    world.opened()
+    world.open()
+    assert world.denied() is Reason.LIMIT_REACHED
+    world.open(ALICE, DB)
+    world.take(X, control.Offered)
+
+
+def test_the_less_loaded_of_two_equals_is_chosen(world: World) -> None:
+    world.routes[WEB] = tuple(Route(0, 1, ConnectorId(each)) for each in ("con-x", "con-y"))
+    world.table()
+    for _ in range(6):
+        world.open()
+    offers = [
+        len([each for each in world.inbox.get(key, []) if isinstance(each, control.Offered)])
+        for key in (X, Y)
+    ]
+    assert offers == [3, 3]
 
 
 def test_a_draining_relay_opens_nothing(world: World) -> None:
@@ -591,12 +621,12 @@ def test_a_session_outlives_its_record_for_a_moment_only(world: World) -> None:
     world.srv(WEB, "con-y")
     world.tick(1)
     world.srv(WEB, "con-x", "con-y")
-    world.tick(WITHDRAWN_SECONDS)
+    world.tick(RULES.leave_grace_s)
     assert session in world.sessions.sessions, "it came back in time"
     world.srv(WEB, "con-y")
     world.tick()
     assert world.quiet(ALICE, X)
-    world.tick(WITHDRAWN_SECONDS)
+    world.tick(RULES.leave_grace_s)
     for key in (ALICE, X):
         assert world.take(key, control.Closed).reason is Reason.NO_HEALTHY_CONNECTOR
 
@@ -625,6 +655,108 @@ def test_nothing_is_opened_for_or_with_those_of_whom_crls_tell_nothing(world: Wo
     world.sessions.unvouched([X])
     world.open(ALICE)
     world.take(Y, control.Offered)
+
+
+def test_sessions_move_once_another_connector_can_have_them() -> None:
+    world = World(msgspec.structs.replace(RULES, leaving="move"))
+    world.agent(ALICE)
+    world.connector(X, "con-x")
+    world.srv(WEB, "con-x")
+    session = world.opened()
+    world.srv(WEB)
+    world.tick()
+    world.tick(RULES.leave_grace_s)
+    assert session in world.sessions.sessions, "nowhere to go"
+    world.connector(Y, "con-y")
+    world.srv(WEB, "con-y")
+    world.tick()
+    for key in (ALICE, X):
+        assert world.take(key, control.Closed).reason is Reason.DRAINING
+    world.opened(ALICE, Y)
+
+
+# What an operator sees and does.
+
+
+def told(world: World) -> list[Told]:
+    return [each for each in world.commands if isinstance(each, Told)]
+
+
+def test_each_session_is_told_once_when_it_opens_and_once_when_it_ends(world: World) -> None:
+    session = world.opened()
+    world.tick(2.5)
+    world.say(X, control.PunchingResult(session, True))
+    world.say(ALICE, control.Closed(session, Reason.CLOSED_BY_PEER))
+    opened, closed = told(world)
+    who = {"session": session, "service": "web", "agent": "peer-1", "connector_id": "con-x"}
+    assert opened.event == "session_opened" and opened.fields.items() >= who.items()
+    assert (closed.event, closed.path) == ("session_closed", "direct")
+    assert closed.fields == who | {"reason": "closed_by_peer", "by": "peer-1", "seconds": 2.5}
+    assert world.commands.index(closed) < world.commands.index(EndSession(session))
+
+
+@pytest.mark.parametrize(("success", "path"), [(True, "direct"), (False, "forwarded")])
+def test_the_path_is_what_the_ends_told(world: World, success: bool, path: str) -> None:
+    session = world.opened()
+    world.say(X, control.PunchingResult(session, success))
+    assert world.sessions.sessions[session].path == path
+
+
+def test_what_was_only_offered_is_told_as_refused_alone(world: World) -> None:
+    world.open()
+    world.tick(ACCEPT_SECONDS)
+    world.tick(ACCEPT_SECONDS)
+    assert told(world) == [] and world.refusals() == [Reason.NO_HEALTHY_CONNECTOR]
+
+
+def test_sessions_that_end_with_the_relay_are_told_to_the_operator_alone(world: World) -> None:
+    session = world.opened()
+    world.open(BOB)
+    world.settle()
+    world.do(world.sessions.abandon(world.now))
+    (left,) = told(world)
+    assert (left.session, left.fields["reason"], left.fields["by"]) == (session, "draining", "relay")
+    assert world.quiet(ALICE, X)
+
+
+def test_an_operator_ends_an_open_session_and_no_other(world: World) -> None:
+    session = world.opened()
+    world.open(BOB)
+    offered = world.take(X, control.Offered).session
+    for unknown in (offered, SessionId("f" * 16)):
+        assert world.sessions.close(unknown, world.now) == []
+    world.do(world.sessions.close(session, world.now))
+    for key in (ALICE, X):
+        assert world.take(key, control.Closed).reason is Reason.CLOSED_BY_PEER
+    assert told(world)[-1].fields["by"] == "operator"
+
+
+# What one connection may ask.
+
+
+def test_opens_are_paced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kind, "burst", 2.0)
+    for _ in range(2):
+        world.open(ALICE, DB)
+        assert world.denied() is not Reason.LIMIT_REACHED
+    world.open(ALICE, DB)
+    assert world.denied() is Reason.LIMIT_REACHED
+    world.open(BOB)
+    world.take(X, control.Offered)
+
+
+def test_registrations_signaling_and_conflicts_are_paced(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = world.opened()
+    monkeypatch.setattr(Kind, "burst", 1.0)
+    for _ in range(2):
+        world.register(Y, "con-y")
+        world.say(X, control.PunchingResult(session, True))
+        world.say(BOB, control.Conflict("10.0.0.0/8", "eth0"))
+    assert world.take(Y, control.Registered) and world.take(Y, control.Refused).reason is Reason.LIMIT_REACHED
+    assert len([each for each in world.inbox[ALICE] if isinstance(each, control.PunchingResult)]) == 1
+    assert world.refusals() == [Reason.LIMIT_REACHED] * 3
 
 
 def test_health_is_told_at_the_start_and_on_change_to_those_who_may_know(world: World) -> None:

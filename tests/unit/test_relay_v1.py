@@ -252,7 +252,7 @@ def test_other_messages_mean_nothing_here(world: World) -> None:
 
 def session(open_: bool = True) -> Session:
     attempt = Attempt(control.Open(1, SERVICE))
-    return Session(FIRST, SERVICE, ALICE, X, ConnectorId("con-x"), "alice", attempt, open=open_)
+    return Session(FIRST, SERVICE, ALICE, X, ConnectorId("con-x"), "alice", attempt, 1.0 if open_ else None)
 
 
 def test_packets_pass_between_the_two_ends_of_an_open_session_only() -> None:

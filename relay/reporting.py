@@ -1,0 +1,63 @@
+"""Tells of sessions and refusals: metrics count all of them, the audit log has a line each, the log keeps quiet.
+
+Decides nothing; relay.sessions says what happened.
+"""
+
+from __future__ import annotations
+
+from relay.audit import AuditLog
+from relay.commands import Event, Refusal, Told
+from relay.peers import WHERE
+from relay.quiet import Quiet
+from ztna.reasons import Reason
+from ztna.telemetry import SESSION_ENDS, SESSIONS_OPENED, logger, refused
+
+_log = logger(__name__)
+
+
+class Reports:
+    """What one relay tells; without an audit log nothing is audited."""
+
+    def __init__(self, audit: AuditLog | None) -> None:
+        self.audit = audit
+        self._quiet = Quiet()
+
+    def session(self, told: Told, more: dict[str, object], now: float) -> None:
+        """Tell that a session was opened or closed; `more` is what the relay knows beside."""
+        fields = told.fields | more
+        if told.event == "session_opened":
+            SESSIONS_OPENED.inc()
+        else:
+            SESSION_ENDS.labels(told.fields["reason"]).inc()
+        if self.audit is not None:
+            self.audit.write(told.event, fields)
+        if self._quiet.allows((str(told.fields["agent"]), told.event, str(told.fields["service"])), now):
+            _log.info(told.event, **fields)
+
+    def refusal(self, refusal: Refusal, more: dict[str, object], now: float) -> None:
+        """Tell what a peer was refused."""
+        refused(WHERE, refusal.reason)
+        if refusal.about == "open" and self.audit is not None:
+            fields = {"agent": refusal.name, "service": refusal.subject, "reason": refusal.reason}
+            self.audit.write("session_denied", fields | more)
+        if not self._quiet.allows((refusal.name, refusal.about, refusal.reason), now):
+            return
+        log = _log.warning if refusal.reason is Reason.NOT_YOUR_SESSION else _log.info
+        log(
+            "refused",
+            message=refusal.about,
+            peer=refusal.name,
+            reason=refusal.reason,
+            subject=refusal.subject,
+            owners=",".join(refusal.owners),
+        )
+
+    def event(self, event: Event, now: float) -> None:
+        """Tell what else happened."""
+        if self._quiet.allows((event.event, *event.fields.values()), now):
+            _log.info(event.event, **event.fields)
+
+    def tick(self, now: float) -> None:
+        """Say how many lines were left out of the log; call it about once a second."""
+        for about, count in self._quiet.over(now):
+            _log.info("lines_left_out", about=" ".join(about), count=count)
