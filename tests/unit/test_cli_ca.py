@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.support.certificates import Pki
 from ztna.cli.ca import ca
 from ztna.config import TlsConfig
 from ztna.credentials import Credentials
+from ztna.errors import IdentityError
+from ztna.identity import Grants, Trust
+from ztna.names import ServiceName
+from ztna.revocation import Revocations
 
 
 def run(*arguments: str | Path) -> Result:
@@ -103,3 +111,110 @@ def test_what_is_no_certificate_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.pem").write_text("nothing")
     result = run("show", "--trust", Pki(tmp_path).ca_file, tmp_path / "x.pem")
     assert result.exit_code == 1 and "x.pem" in result.output
+
+
+def made(tmp_path: Path) -> Path:
+    directory = tmp_path / "ca"
+    assert run("init", "--ca", directory).exit_code == 0
+    return directory
+
+
+def openssl(*arguments: str | Path) -> None:
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("key", ["ec", "ed25519"])
+def test_a_key_that_openssl_made_is_signed_without_leaving_its_machine(tmp_path: Path, key: str) -> None:
+    directory = made(tmp_path)
+    key_file, request = tmp_path / "laptop.key", tmp_path / "laptop.csr"
+    algorithm = ("EC", "-pkeyopt", "ec_paramgen_curve:P-256") if key == "ec" else ("ed25519",)
+    openssl("genpkey", "-algorithm", *algorithm, "-out", key_file)
+    key_file.chmod(0o600)
+    asked = ("-addext", "subjectAltName=DNS:agent.*.ztna")
+    openssl("req", "-new", "-key", key_file, "-subj", "/CN=root", *asked, "-out", request)
+    out = tmp_path / "laptop.pem"
+    signed = run("sign-csr", "--ca", directory, request, "laptop", "--agent", "web-app", "--out", out)
+    assert signed.exit_code == 0, signed.output
+    config = TlsConfig(certificate=str(out), key=str(key_file), ca=str(directory / "ca.pem"))
+    identity = Credentials.load(config).identity
+    assert identity.name == "spiffe://ztna/laptop"
+    assert identity.agent == Grants(frozenset({ServiceName("web-app")})), (
+        "what the request asks for is no grant"
+    )
+    again = run("sign-csr", "--ca", directory, request, "laptop", "--agent", "web-app", "--out", out)
+    assert again.exit_code == 1 and "not overwritten" in again.output
+
+
+def test_requests_that_are_none_of_ours_are_not_signed(tmp_path: Path) -> None:
+    directory = made(tmp_path)
+    weak, request = tmp_path / "weak.key", tmp_path / "weak.csr"
+    openssl("genpkey", "-algorithm", "RSA", "-out", weak)
+    openssl("req", "-new", "-key", weak, "-subj", "/CN=x", "-out", request)
+    refused = run("sign-csr", "--ca", directory, request, "x", "--agent", "web")
+    assert refused.exit_code == 1 and "EC or Ed25519" in refused.output
+    request.write_text("nothing")
+    assert "signing request" in run("sign-csr", "--ca", directory, request, "x", "--agent", "web").output
+    bare = run("sign-csr", "--ca", directory, request, "x")
+    assert bare.exit_code == 1
+
+
+def test_a_certificate_is_renewed_in_place_for_the_same_key_and_grants(tmp_path: Path) -> None:
+    directory = made(tmp_path)
+    issue = ("issue", "--ca", directory, "--out", tmp_path, "--days", "3")
+    run(*issue, "edge", "--connector", "web", "--connector-id", "edge--b", "--agent", "db")
+    file = tmp_path / "edge.pem"
+    config = TlsConfig(certificate=str(file), key=str(tmp_path / "edge.key"), ca=str(directory / "ca.pem"))
+    before = Credentials.load(config)
+    renewed = run("renew", "--ca", directory, file)
+    assert renewed.exit_code == 0, renewed.output
+    after = Credentials.load(config)
+    assert after.identity.fingerprint != before.identity.fingerprint
+    for field in ("name", "agent", "connector", "relay", "id_name"):
+        assert getattr(after.identity, field) == getattr(before.identity, field)
+    assert abs(after.identity.lifetime - before.identity.lifetime) < timedelta(minutes=1)
+    assert run("renew", "--ca", directory, file, "--days", "9").exit_code == 0
+    assert Credentials.load(config).identity.lifetime > timedelta(days=8)
+    other = Pki(tmp_path / "other").agent()
+    refused = run("renew", "--ca", directory, other.certificate)
+    assert refused.exit_code == 1 and "not of this CA" in refused.output
+
+
+def test_a_revoked_certificate_is_in_the_crl_and_is_not_renewed(tmp_path: Path) -> None:
+    directory = made(tmp_path)
+    for name in ("good", "bad", "worse"):
+        run("issue", "--ca", directory, "--out", tmp_path, name, "--agent", "web")
+    good, bad, worse = (tmp_path / f"{name}.pem" for name in ("good", "bad", "worse"))
+    assert run("crl", "--ca", directory).exit_code == 0
+    revoked = run("revoke", "--ca", directory, bad)
+    assert revoked.exit_code == 0 and "Revoked" in revoked.output
+    assert run("revoke", "--ca", directory, worse, bad, "--days", "2").exit_code == 0
+    assert run("crl", "--ca", directory).exit_code == 0
+
+    file = directory / "crl.pem"
+    crl = x509.load_pem_x509_crl(file.read_bytes())
+    assert {each.serial_number for each in crl} == {serial(bad), serial(worse)}
+    assert crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number == 4
+    openssl("crl", "-in", file, "-noout", "-CAfile", directory / "intermediate.pem")
+    trust = Trust.from_pem((directory / "ca.pem").read_bytes(), Revocations.from_bytes(file.read_bytes()))
+    trust.verify(chain(good), "client", datetime.now(UTC))
+    for each in (bad, worse):
+        with pytest.raises(IdentityError, match="revoked"):
+            trust.verify(chain(each), "client", datetime.now(UTC))
+    refused = run("renew", "--ca", directory, bad)
+    assert refused.exit_code == 1 and "was revoked" in refused.output
+
+    stranger = run("revoke", "--ca", directory, Pki(tmp_path / "other").agent().certificate)
+    assert stranger.exit_code == 1 and "not of this CA" in stranger.output
+    file.write_bytes(Pki(tmp_path / "another").authority.crl(None))
+    assert "not of this CA" in run("crl", "--ca", directory).output
+    file.write_bytes(b"junk")
+    assert run("crl", "--ca", directory).exit_code == 1
+    assert "no CRL" in run("crl", "--ca", directory).output
+
+
+def serial(file: Path) -> int:
+    return x509.load_pem_x509_certificates(file.read_bytes())[0].serial_number
+
+
+def chain(file: Path) -> list[bytes]:
+    return [each.public_bytes(Encoding.DER) for each in x509.load_pem_x509_certificates(file.read_bytes())]
