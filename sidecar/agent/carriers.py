@@ -69,7 +69,7 @@ class Carriers:
         self._idle: dict[ConnectorId, deque[_Idle]] = {}
         self._routes: dict[ConnectorId, _Route] = {}
         self._tokens: dict[SessionKey, deque[asyncio.Future[bytes]]] = {}
-        self._carriers: set[Carrier] = set()
+        self._carriers: dict[Carrier, str] = {}  # and which leaf of ours each was shown
 
     def dial_token(self, relay: str, message: DialToken) -> None:
         """Give the token to whoever asked first for that session; one that nobody waits for lapses."""
@@ -115,10 +115,7 @@ class Carriers:
                 continue
             kept.remove(idle)
             idle.timer.cancel()
-            try:
-                _check(session, idle.carrier.peer)
-            except IdentityError:
-                # It stands under a certificate that this session does not name (it was renewed meanwhile).
+            if not self._is_fit(idle.carrier, session):
                 idle.carrier.close()
                 continue
             if idle.carrier.is_idle:
@@ -138,16 +135,24 @@ class Carriers:
             oldest.timer.cancel()
             oldest.carrier.close()
 
+    def _is_fit(self, carrier: Carrier, session: Session) -> bool:
+        """Say whether it stands under the certificates that this session names: either may have been renewed."""
+        try:
+            _check(session, carrier.peer)
+        except IdentityError:
+            return False
+        return self._carriers.get(carrier) == self._credentials(session.relay).identity.fingerprint
+
     async def dial(self, session: Session) -> Carrier:
         """Dial directly, else through the forwarder. Raises LinkError or IdentityError."""
         connector = session.opened.connector_id
         route = self._route(connector)
         if self._direct and session.opened.link_address is not None and (route is None or route.direct):
-            address = session.opened.link_address
+            address, own = session.opened.link_address, self._credentials(session.relay)
             try:
                 carrier = await Carrier.dial_direct(
                     (address.ip, address.port),
-                    self._credentials(session.relay),
+                    own,
                     partial(_check, session),
                     budget=self._budget,
                 )
@@ -158,23 +163,23 @@ class Carriers:
                     raise
             else:
                 self._remember(connector, direct=True)
-                return self._track(carrier, connector)
+                return self._track(carrier, connector, own)
         return await self._dial_forwarder(session)
 
     async def _dial_forwarder(self, session: Session) -> Carrier:
         forwarder = session.opened.forwarder
         if forwarder is None:
             raise LinkError("the relay offers no forwarder")
-        token = await self._token(session)
+        token, own = await self._token(session), self._credentials(session.relay)
         carrier = await Carrier.dial_forwarder(
             (forwarder.address.ip, forwarder.address.port),
             token,
-            self._credentials(session.relay),
+            own,
             partial(_check, session),
             budget=self._budget,
             timeout_s=FORWARDER_SECONDS,
         )
-        return self._track(carrier, session.opened.connector_id)
+        return self._track(carrier, session.opened.connector_id, own)
 
     async def _token(self, session: Session) -> bytes:
         """Ask the relay for a dial token and wait for it."""
@@ -194,13 +199,13 @@ class Carriers:
             if not waiting:
                 self._tokens.pop(session.key, None)
 
-    def _track(self, carrier: Carrier, connector: ConnectorId) -> Carrier:
-        self._carriers.add(carrier)
+    def _track(self, carrier: Carrier, connector: ConnectorId, own: Credentials) -> Carrier:
+        self._carriers[carrier] = own.identity.fingerprint
         carrier.closed.add_done_callback(lambda _: self._forget(carrier, connector))
         return carrier
 
     def _forget(self, carrier: Carrier, connector: ConnectorId) -> None:
-        self._carriers.discard(carrier)
+        self._carriers.pop(carrier, None)
         kept = self._idle.get(connector, deque())
         for idle in tuple(kept):
             if idle.carrier is carrier:

