@@ -25,7 +25,7 @@ from ztna.reasons import Reason
 from ztna.wire import control, datagram
 from ztna.wire.datagram import NackStatus
 
-FEATURES = frozenset({"opened", "denied", "closed", "health"})
+FEATURES = frozenset({"opened", "denied", "closed", "health", "drain"})
 """What the relay's sessions tell this client."""
 SERVICES_PER_AGENT_MAX = 256
 ASKS_PER_SECOND_MAX = 256
@@ -60,13 +60,17 @@ class PassOn(msgspec.Struct, frozen=True):
     packet: bytes
 
 
+class Leave(msgspec.Struct, frozen=True):
+    """End the connection, for the relay is going: nothing softer tells a v1 agent to look for another."""
+
+
 class Drop(msgspec.Struct, frozen=True):
     """Count what was thrown away."""
 
     why: str
 
 
-Command = Answer | Ask | PassOn | Drop | Refusal
+Command = Answer | Ask | PassOn | Leave | Drop | Refusal
 
 
 class _Registration(msgspec.Struct):
@@ -120,6 +124,8 @@ class Agent:
                 registration = self._of_session.pop(message.session)
                 registration.session = None
                 return self._ask_again(registration, now)
+            case control.Drain():
+                return [Leave()]
             case control.Health(service, "passing"):
                 waiting = self._registrations.get(service.encode())
                 return [] if waiting is None else self._ask_again(waiting, now)

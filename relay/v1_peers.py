@@ -111,6 +111,9 @@ class AgentPeer:
                     self._loop.call_soon(self._ask, message)
                 case v1.PassOn(session, packet):
                     self._legs.to_connector(self.key, session, packet)
+                case v1.Leave():
+                    self._ending = Reason.DRAINING
+                    self.connection.close(quic.CLOSE_OK, quic.SHUTTING_DOWN)
                 case v1.Drop(why):
                     dropped(WHERE, why)
                 case Refusal():

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from tests.support.certificates import CLIENT, Presented
-from tests.support.relay import refusals
+from tests.support.relay import refusals, running_relay
 from tests.support.v1_agent import V1Agent, v1_agent
 from tests.support.whole_mesh import ECHO, WEB, WholeMesh, route, until, whole_mesh
 from ztna.config import ConsulConfig, RouteConfig
@@ -22,6 +22,7 @@ from ztna.consul.embedded import EmbeddedConsul
 from ztna.packet import Packet, build_udp, parse
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS
+from ztna.wire import control
 
 DATAGRAMS = 1000
 AT_ONCE = 50
@@ -99,6 +100,18 @@ async def test_the_vectors(mesh: WholeMesh) -> None:
         # A raw packet is for its only service.
         alice.send(question(b"raw", ("10.100.0.9", 7007)))
         assert (await answered(alice)).source == "10.100.0.9"
+
+
+async def test_an_agent_that_moved_is_told_so_and_goes_on(mesh: WholeMesh) -> None:
+    """Its authority is its connection's, not its address's."""
+    async with agent(mesh, "alice") as alice:
+        await alice.registered(ECHO_ID)
+        await alice.move()
+        host, port = alice.address
+        alice.send_packet(ECHO_ID, question(b"from elsewhere"))
+        await alice.expect(b"\x01" + IPv4Address(host).packed + struct.pack(">H", port))
+        alice.send_packet(ECHO_ID, question(b"and on"))
+        assert (await answered(alice)).payload.startswith(ECHO_ID)
 
 
 async def test_packets_are_as_large_as_v1_agents_take(mesh: WholeMesh) -> None:
@@ -197,14 +210,20 @@ async def test_the_five_statuses_of_a_nack(mesh: WholeMesh) -> None:
         assert {each[1] for each in bob.control if each[0] == 0x13} == {4}
 
 
-async def test_status_05_when_the_identity_has_its_sessions(
-    mesh: WholeMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("relay.v1.SERVICES_PER_AGENT_MAX", 1)
-    async with agent(mesh, "alice", ECHO, WEB) as alice:
-        await alice.registered(ECHO_ID)
-        alice.register(WEB_ID)
-        await alice.expect(bytes((0x13, 5, len(WEB_ID))) + WEB_ID)
+async def test_status_05_when_the_identity_has_its_sessions(tmp_path: Path) -> None:
+    async with running_relay(tmp_path, sessions_per_identity=1) as relay:
+        services = (ECHO, WEB)
+        connector = await relay.connector("con-x", services)
+        presented = relay.pki.signed(cn="alice", dns=[f"agent.{each}.ztna" for each in services])
+        async with v1_agent(relay.address, presented) as alice:
+            alice.register(ECHO_ID)
+            connector.say(control.Accepted((await connector.expect(control.Offered)).session))
+            await alice.expect(bytes((0x12, 0, len(ECHO_ID))) + ECHO_ID)
+            alice.register(WEB_ID)
+            await alice.expect(bytes((0x13, 5, len(WEB_ID))) + WEB_ID)
+            # What stood, stands.
+            alice.register(ECHO_ID)
+            await alice.expect(bytes((0x12, 0, len(ECHO_ID))) + ECHO_ID)
 
 
 async def test_packets_without_a_registration_go_nowhere(mesh: WholeMesh) -> None:
@@ -277,6 +296,22 @@ async def ask_until_answered(agent: V1Agent, payload: bytes) -> None:
                 async with asyncio.timeout(0.2):
                     await agent.until(lambda: agent.packets)
     assert (await answered(agent)).payload == ECHO_ID + b": " + payload
+
+
+async def test_a_relay_that_stops_says_goodbye_at_once(tmp_path: Path) -> None:
+    """A v1 agent understands no `drain`, so it is closed first, and holds nothing up."""
+    async with running_relay(tmp_path) as relay:
+        connector = await relay.connector("con-x", (ECHO,))
+        presented = relay.pki.signed(cn="alice", dns=[f"agent.{ECHO}.ztna"])
+        async with v1_agent(relay.address, presented) as alice:
+            alice.register(ECHO_ID)
+            connector.say(control.Accepted((await connector.expect(control.Offered)).session))
+            await alice.expect(bytes((0x12, 0, len(ECHO_ID))) + ECHO_ID)
+            async with asyncio.timeout(30):
+                await relay.relay.drain(300.0)
+            await alice.until(lambda: alice.closed)
+            assert alice.closed == (0x00, "server shutting down")
+            assert (await connector.expect(control.Closed)).reason is Reason.DRAINING
 
 
 async def test_a_session_ends_with_the_agent_s_connection(mesh: WholeMesh) -> None:

@@ -74,6 +74,13 @@ class V1Agent(asyncio.DatagramProtocol):
             self._transport.close()
             self._transport = None
 
+    async def move(self) -> None:
+        """Go on from another port, as after a NAT rebinding."""
+        assert self._transport is not None
+        old, loop = self._transport, asyncio.get_running_loop()
+        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=("127.0.0.1", 0))
+        old.close()
+
     @property
     def address(self) -> Address:
         assert self._transport is not None

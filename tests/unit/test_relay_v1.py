@@ -9,7 +9,17 @@ import pytest
 from relay import v1
 from relay.commands import Refusal
 from relay.state import Attempt, Session
-from relay.v1 import ASKS_PER_SECOND_MAX, SERVICES_PER_AGENT_MAX, Agent, Answer, Ask, Command, Drop, PassOn
+from relay.v1 import (
+    ASKS_PER_SECOND_MAX,
+    SERVICES_PER_AGENT_MAX,
+    Agent,
+    Answer,
+    Ask,
+    Command,
+    Drop,
+    Leave,
+    PassOn,
+)
 from tests.support.identities import identity
 from ztna.errors import Refused
 from ztna.names import ConnectorId, ServiceName, SessionId
@@ -241,6 +251,10 @@ def test_health_opens_nothing_that_was_not_asked_for_or_is_not_answered(world: W
     world.send(REGISTER)
     world.now += 1
     assert world.told(control.Health(SERVICE, "passing")) == []
+
+
+def test_a_relay_that_drains_ends_the_connection(world: World) -> None:
+    assert world.told(control.Drain(25.0)) == [Leave()]
 
 
 def test_other_messages_mean_nothing_here(world: World) -> None:
