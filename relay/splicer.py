@@ -38,11 +38,15 @@ EVENTS_PER_WAKEUP = 256
 PIPE_BYTES = 1024 * 1024
 SPLICES_PER_EVENT = 8
 """After so many rounds a busy direction lets the others go first."""
-BULK_BYTES = 256 * 1024
-BULK_SECONDS = 0.016
-"""A direction that moves so much within so little and unanswered is bulk: it moves in ticks, not at each arrival."""
-BULK_BYTES_MIN = 64 * 1024
-"""A bulk direction that moves less within BULK_SECONDS moves at each arrival again."""
+BULK_BYTES = 2 * 1024 * 1024
+BULK_SECONDS = 0.128
+"""A direction that moves so much within so little and unanswered is bulk: it moves in ticks, not at each arrival.
+
+Much more than an answer mostly is: the end of what is bulk waits for a tick.
+"""
+STAY_BULK_BYTES = 64 * 1024
+STAY_BULK_SECONDS = 0.016
+"""A bulk direction that moves less within so much moves at each arrival again."""
 TICK_SECONDS = 0.001
 SLOW_TICK_SECONDS = 0.002
 """Between ticks when no direction moved BIG_BATCH_BYTES in the last; the most that a bulk direction waits."""
@@ -136,11 +140,11 @@ class _Direction:
         return self.bytes - before
 
     def stays_bulk(self, now: float) -> bool:
-        """Whether BULK_BYTES_MIN went through within the last BULK_SECONDS; to be asked after each tick."""
-        if now - self._burst_at <= BULK_SECONDS:
+        """Whether STAY_BULK_BYTES went through within the last STAY_BULK_SECONDS; to be asked after each tick."""
+        if now - self._burst_at <= STAY_BULK_SECONDS:
             return True
         moved, self._burst_at, self._burst_from = self.bytes - self._burst_from, now, self.bytes
-        return moved >= BULK_BYTES_MIN
+        return moved >= STAY_BULK_BYTES
 
     def bursts(self, now: float) -> bool:
         """Whether BULK_BYTES went through within BULK_SECONDS; to be asked after each pump."""
