@@ -237,11 +237,12 @@ class RelayConfig(Section, frozen=True, kw_only=True):
         about("Who copies links' packets: user (this process), kernel (nftables, else user), auto (either)."),
     ] = "user"
     link_rate_bytes_per_s: Annotated[
-        LinkBytes | None, about("The most that a link may carry each way, in bytes a second.", 12_500_000)
+        LinkBytes | None,
+        about("The most that a link may carry each way over UDP, in bytes a second.", 12_500_000),
     ] = None
     link_quota_bytes: Annotated[
         LinkBytes | None,
-        about("The most that one agent and one connector may exchange in a period.", 10**11),
+        about("The most that one agent and one connector may exchange over UDP in a period.", 10**11),
     ] = None
     link_quota_period_s: Annotated[Seconds, about("That period, in seconds.")] = 86_400.0
     admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(

@@ -61,7 +61,9 @@ class Host:
         """Run a command on this host and return how it ended."""
         return subprocess.run([*self.prefix, *argv], capture_output=True, text=True, timeout=seconds)
 
-    def socket(self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET) -> socket.socket:
+    def socket(
+        self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET, protocol: int = 0
+    ) -> socket.socket:
         """Return a fresh socket that lives on this host, usable from the test process itself."""
         made: list[socket.socket | OSError] = []
 
@@ -71,7 +73,7 @@ class Host:
                 if _libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
                     made.append(OSError(ctypes.get_errno(), f"setns {self.namespace}"))
                     return
-            made.append(socket.socket(family, kind))
+            made.append(socket.socket(family, kind, protocol))
 
         thread = threading.Thread(target=make)
         thread.start()
@@ -114,9 +116,11 @@ class LocalHost(Host):
         """Nothing: a command runs here."""
         return []
 
-    def socket(self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET) -> socket.socket:
+    def socket(
+        self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET, protocol: int = 0
+    ) -> socket.socket:
         """Return a fresh socket."""
-        return socket.socket(family, kind)
+        return socket.socket(family, kind, protocol)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from relay import pipes
 from relay import splicer as module
 from relay.splicer import Splicer, listen
 from ztna.errors import ZtnaError
@@ -143,7 +144,7 @@ async def test_bulk_moves_in_ticks_and_what_follows_at_each_arrival(rig: Rig) ->
 
 async def test_two_that_take_turns_never_wait_for_a_tick(rig: Rig) -> None:
     agent, connector = await rig.pair()
-    for _ in range(4 * module.BULK_BYTES // (64 * 1024)):
+    for _ in range(4 * pipes.BULK_BYTES // (64 * 1024)):
         agent.writer.write(bytes(64 * 1024))
         await connector.read(64 * 1024)
         assert not rig.splicer._bulk

@@ -1,0 +1,181 @@
+"""Two spliced TCP connections: bytes go from socket to socket through a pipe with splice(2), and are never seen here.
+
+Moves what can be moved when told to; when that is, relay.splicer decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+
+from ztna.names import SessionId
+
+PIPE_BYTES = 1024 * 1024
+SPLICES_PER_EVENT = 8
+"""After so many rounds a busy direction lets the others go first."""
+BULK_BYTES = 2 * 1024 * 1024
+BULK_SECONDS = 0.128
+"""A direction that moves so much within so little and unanswered is bulk: it moves in ticks, not at each arrival.
+
+Much more than an answer mostly is: the end of what is bulk waits for a tick.
+"""
+STAY_BULK_BYTES = 64 * 1024
+STAY_BULK_SECONDS = 0.016
+"""A bulk direction that moves less within so much moves at each arrival again."""
+BIG_BATCH_BYTES = 128 * 1024
+"""After moving so much there is likely more: a full pipe must not bound the rate."""
+
+_GONE = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+_SPLICE_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
+_WOULD_BLOCK = -1
+_PIPE_SIZE_SET = 1031
+
+
+class Direction:
+    """One way of a pair: source socket -> pipe -> target socket."""
+
+    __slots__ = (
+        "_answered_from",
+        "_burst_at",
+        "_burst_from",
+        "bytes",
+        "finished",
+        "in_pipe",
+        "is_bulk",
+        "reader",
+        "source",
+        "source_ended",
+        "target",
+        "writer",
+    )
+
+    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+        self.source, self.target = source, target
+        self.reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Beyond the user's soft limit of pipe pages the kernel says EPERM: the default size works too.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.writer, _PIPE_SIZE_SET, PIPE_BYTES)
+        self.in_pipe = self.bytes = 0
+        self.source_ended = self.finished = self.is_bulk = False
+        self._burst_at = 0.0
+        self._burst_from = self._answered_from = 0
+
+    def pump(self) -> bool:
+        """Move what can be moved; True when there is more to do at once. Raises OSError when a side broke."""
+        for _ in range(SPLICES_PER_EVENT):
+            if self.finished:
+                return False
+            if not self.in_pipe and not self._fill():
+                return False
+            if self.in_pipe and not self._drain():
+                return False
+            self._look_at_end()
+        return not self.finished
+
+    def tick(self) -> int:
+        """Move what is there, and return how much that was. Raises OSError when a side broke."""
+        before = self.bytes
+        if (self.in_pipe or self._fill()) and self.in_pipe:
+            self._drain()
+        self._look_at_end()
+        if self.bytes - before >= BIG_BATCH_BYTES:
+            self.pump()
+        return self.bytes - before
+
+    def stays_bulk(self, now: float) -> bool:
+        """Whether STAY_BULK_BYTES went through within the last STAY_BULK_SECONDS; to be asked after each tick."""
+        if now - self._burst_at <= STAY_BULK_SECONDS:
+            return True
+        moved, self._burst_at, self._burst_from = self.bytes - self._burst_from, now, self.bytes
+        return moved >= STAY_BULK_BYTES
+
+    def bursts(self, now: float) -> bool:
+        """Whether BULK_BYTES went through within BULK_SECONDS; to be asked after each pump."""
+        if now - self._burst_at > BULK_SECONDS:
+            self._burst_at, self._burst_from = now, self.bytes
+        return self.bytes - max(self._burst_from, self._answered_from) >= BULK_BYTES
+
+    def answered(self) -> bool:
+        """Note that something went the other way; return whether so much went this way before that it may be bulk.
+
+        Two that take turns would wait for a tick at every turn.
+        """
+        moved, self._answered_from = self.bytes - self._answered_from, self.bytes
+        return moved >= BULK_BYTES
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+    def _look_at_end(self) -> None:
+        if self.source_ended and not self.in_pipe and not self.finished:
+            self.finished = True
+            self.target.shutdown(socket.SHUT_WR)
+
+    def _fill(self) -> bool:
+        if self.source_ended:
+            return True
+        count = _splice(self.source.fileno(), self.writer, PIPE_BYTES)
+        if count == _WOULD_BLOCK:
+            return False
+        self.in_pipe += count
+        self.source_ended = count == 0
+        return True
+
+    def _drain(self) -> bool:
+        count = _splice(self.reader, self.target.fileno(), self.in_pipe)
+        if count == _WOULD_BLOCK:
+            return False
+        self.in_pipe -= count
+        self.bytes += count
+        return True
+
+
+class Pair:
+    """Two bound connections of one session."""
+
+    __slots__ = ("agent", "connector", "down", "session", "up")
+
+    def __init__(self, session: SessionId, agent: socket.socket, connector: socket.socket) -> None:
+        self.session, self.agent, self.connector = session, agent, connector
+        self.up = Direction(agent, connector)
+        try:
+            self.down = Direction(connector, agent)
+        except OSError:
+            self.up.close()
+            raise
+
+    @property
+    def finished(self) -> bool:
+        return self.up.finished and self.down.finished
+
+    def other(self, direction: Direction) -> Direction:
+        return self.down if direction is self.up else self.up
+
+    def awaiting(self, fd: int, event: int) -> list[Direction]:
+        """Return the directions that an event of one of the sockets may move on."""
+        onward, back = (self.up, self.down) if fd == self.agent.fileno() else (self.down, self.up)
+        if event & _GONE:
+            return [onward, back]
+        directions = [onward] if event & select.EPOLLIN else []
+        if back.in_pipe and event & select.EPOLLOUT:
+            directions.append(back)
+        return directions
+
+    def close(self) -> None:
+        self.up.close()
+        self.down.close()
+
+
+def _splice(source: int, target: int, count: int) -> int:
+    """Return how many bytes moved, 0 at the end of the source, or _WOULD_BLOCK. Raises OSError."""
+    try:
+        return os.splice(source, target, count, flags=_SPLICE_FLAGS)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            return _WOULD_BLOCK
+        raise
