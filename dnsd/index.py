@@ -22,13 +22,14 @@ class Index:
 
     `addresses` has a connector's addresses in order, `names` who has a leased address (several only while the
     table is broken; the first is told), and `octets` how many leased addresses lie under each name between a
-    reverse zone and its records (RFC 8020).
+    reverse zone and its records (RFC 8020). `served` has the services of each connector.
     """
 
     def __init__(self) -> None:
         self.addresses: dict[str, tuple[IPv4Address, ...]] = {}
         self.names: dict[str, tuple[str, ...]] = {}
         self.octets: Counter[str] = Counter()
+        self.served: dict[str, frozenset[str]] = {}
         self._claims: dict[str, Counter[IPv4Address | None]] = {}
 
     def updated(
@@ -41,6 +42,7 @@ class Index:
         index = Index()
         index.addresses, index.names = dict(self.addresses), dict(self.names)
         index.octets, index._claims = Counter(self.octets), dict(self._claims)
+        index.served = dict(self.served)
         names = sorted(changed)
         for name in names:
             index._forget_name(name, *before)
@@ -70,20 +72,24 @@ class Index:
 
     def _renew_connectors(self, names: Iterable[str], before: Services, after: Services) -> frozenset[str]:
         claims = self._claims
-        touched: set[str] = set()
-        for services, step in ((before, -1), (after, 1)):
+        # By connector: which of the services it had, and which it has.
+        touched: dict[str, tuple[set[str], set[str]]] = {}
+        for place, (services, step) in enumerate(((before, -1), (after, 1))):
             for name in names:
                 for connector, address in _claimed(services.get(name)):
                     if connector not in touched:
-                        touched.add(connector)
+                        touched[connector] = set(), set()
                         claims[connector] = Counter(claims.get(connector))
                     claims[connector][address] += step
+                    touched[connector][place].add(name)
+        for connector, (had, has) in touched.items():
+            self.served[connector] = self.served.get(connector, frozenset()) - had | has
         moved: set[str] = set()
         for connector in touched:
             claims[connector] = found = +claims[connector]
             addresses = tuple(sorted(address for address in found if address is not None))
             if not found:
-                del self.addresses[connector], claims[connector]
+                del self.addresses[connector], claims[connector], self.served[connector]
             elif addresses == self.addresses.get(connector):
                 continue
             else:

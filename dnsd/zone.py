@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from enum import Enum, auto
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TypeVar
 
 import msgspec
 
@@ -41,6 +42,7 @@ _NIBBLES_OF_ADDRESS = 8
 _NAME_LABELS_OF_IPV6 = 34
 _EMPTY_NON_TERMINALS = frozenset({(CONNECTOR_LABEL,), ("_tcp",), ("_udp",), ("_dns-sd", "_udp")})
 
+T = TypeVar("T")
 Labels = tuple[str, ...]
 Address = IPv4Address | IPv6Address
 
@@ -161,11 +163,7 @@ class ZoneData:
         of moved connectors, and of all that these connectors serve."""
         # Who was not there before serves only services that changed.
         known = {connector for connector in moved if connector in self._index.addresses}
-        served = {
-            name
-            for name, service in (self.services.items() if known else ())
-            if any(connector in known for connector, _ in connectors(service))
-        }
+        served = frozenset().union(*(self._index.served[connector] for connector in known))
         addresses = {
             str(table[name].ip) for table in (self.leases, leases) for name in changed & table.keys()
         }
@@ -375,12 +373,15 @@ def rebuilt(
     return previous.followed_by(services, leases, max(previous.serial + 1, int(now)) & 0xFFFFFFFF, changed)
 
 
-def differing(before: Mapping[str, object], after: Mapping[str, object]) -> set[str]:
-    """Return the keys under which two tables have not the same."""
-    changed = {
-        name for name, value in after.items() if before.get(name) is not value and before.get(name) != value
-    }
-    return changed | (before.keys() - after.keys())
+def differing(before: Mapping[str, T], after: Mapping[str, T]) -> set[str]:
+    """Return the keys under which two tables have not the same; quick when most values are the very same objects."""
+    known = before.get
+    others = [(key, known(key), value) for key, value in after.items() if known(key) is not value]
+    changed = {key for key, was, value in others if was != value}
+    new = sum(key not in before for key, _, _ in others)
+    if len(before) != len(after) - new:
+        changed |= before.keys() - after.keys()
+    return changed
 
 
 def reverse_zones(pool: IPv4Network) -> tuple[Labels, ...]:

@@ -38,7 +38,7 @@ def made(state: tuple[dict[str, tuple[dict[str, str], str]], dict[str, str]]) ->
 
 
 def what_it_says(index: Index) -> tuple[object, ...]:
-    return index.addresses, index.names, index.octets
+    return index.addresses, index.names, index.octets, index.served
 
 
 @settings(max_examples=300, deadline=None)
@@ -60,7 +60,7 @@ def test_an_earlier_index_stays_as_it_was() -> None:
     first = made(({"web": ({"c1": "192.0.2.1"}, "tcp:80")}, {"web": "10.100.1.2"}))
     index, _ = Index().updated(["web"], NOTHING, first)
     later, moved = index.updated(["web"], first, NOTHING)
-    assert what_it_says(later) == ({}, {}, {}) and moved == {"c1"}
+    assert what_it_says(later) == ({}, {}, {}, {}) and moved == {"c1"}
     assert index.addresses == {"c1": (IPv4Address("192.0.2.1"),)}
     assert index.names == {"10.100.1.2": ("web",)}
     assert index.octets == {"10": 1, "10.100": 1, "10.100.1": 1}
