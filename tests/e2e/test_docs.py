@@ -28,6 +28,8 @@ PAGES = [
     *sorted((ROOT / "tests/peers").glob("*.md")),
 ]
 SECONDARIES = ROOT / "docs/secondaries.md"
+CERTIFICATES = ROOT / "docs/certificates.md"
+SECURITY = ROOT / "docs/security.md"
 V1 = ROOT / "docs/v1.md"
 ELSEWHERE = {
     "make demo": "tests/e2e/test_up.py",
@@ -45,7 +47,8 @@ def commands(page: Path) -> list[str]:
 
 
 def test_every_command_of_every_page_is_run_by_a_test() -> None:
-    known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md")) | set(commands(SECONDARIES))
+    known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md"))
+    known |= set(commands(SECONDARIES)) | set(commands(CERTIFICATES))
     known |= set(commands(V1))
     unknown = {page.name: line for page in PAGES for line in commands(page) if line not in known}
     assert unknown == {}
@@ -60,6 +63,27 @@ def test_the_commands_of_the_page_work_in_order(page: Path, tmp_path: Path) -> N
         done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and done.stdout, f"{line}: {done.returncode}: {done.stdout}{done.stderr}"
     assert [key.stat().st_mode & 0o777 for key in tmp_path.glob("*.key")] == [0o600]
+
+
+def test_the_commands_of_the_page_on_certificates_work_in_order(tmp_path: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in commands(CERTIFICATES):
+        argv = ["sh", "-c", line]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout, f"{line}: {done.returncode}: {done.stdout}{done.stderr}"
+    assert (tmp_path / "ztna-ca/crl.pem").exists()
+
+
+def test_each_promise_of_the_page_on_security_names_tests_that_exist() -> None:
+    promises = SECURITY.read_text().partition("## Promises and their tests")[2]
+    rows = [line for line in promises.splitlines() if line.startswith("|")][2:]
+    assert rows
+    for row in rows:
+        _, promise, tests, _ = (cell.strip() for cell in row.split("|"))
+        for test in tests.split(", "):
+            assert re.fullmatch(r"tests/\w+/test_\w+\.py", test), f"{promise}: {test}"
+            assert (ROOT / test).exists(), f"{promise}: {test} does not exist"
+            assert "def test_" in (ROOT / test).read_text(), f"{promise}: {test} tests nothing"
 
 
 @pytest.fixture
