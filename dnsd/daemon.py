@@ -26,8 +26,8 @@ from dnsd.serving import Age, aged, renewed
 from dnsd.settling import Settled
 from dnsd.shelf import Shelf
 from dnsd.workers import Workers
-from dnsd.zone import Settings, ZoneData, rebuilt
-from ztna.config import DnsdConfig
+from dnsd.zone import RelayHost, Settings, ZoneData, rebuilt
+from ztna.config import DnsdConfig, RelayRecordConfig
 from ztna.consul.client import ConsulClient
 from ztna.consul.watch import CatalogWatch, KvWatch
 from ztna.dns_keys import load_keys
@@ -121,6 +121,7 @@ class _Dnsd:
             _nameserver(host),
             config.pool.more,
             config.pool.ula,
+            _relays(config.relays),
         )
         self._zone = ZoneData(settings, {}, {}, int(time.time()))
         self._options = msgspec.structs.replace(options, bounds=self._zone)
@@ -433,6 +434,15 @@ def _check(config: DnsdConfig) -> None:
             raise ConfigError(f"dnsd.upstreams: expected numeric addresses, got {upstream.host!r}") from None
         if upstream == config.listen:
             raise ConfigError(f"dnsd.upstreams: {upstream} is where dnsd itself listens")
+
+
+def _relays(configured: Sequence[RelayRecordConfig]) -> tuple[RelayHost, ...]:
+    try:
+        return tuple(
+            RelayHost(each.name, IPv4Address(each.address.ip), each.address.port) for each in configured
+        )
+    except ValueError as error:
+        raise ConfigError(f"dnsd.relays: expected IPv4 addresses: {error}") from None
 
 
 def _nameserver(host: str) -> IPv4Address | None:

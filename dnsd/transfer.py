@@ -20,6 +20,8 @@ from dnsd.zone import (
     FRESH_LABEL,
     FRESH_TTL_SECONDS,
     NAMESERVER_LABEL,
+    RELAY_LABEL,
+    RELAYS_NAME,
     Labels,
     Outcome,
     ZoneData,
@@ -244,7 +246,7 @@ def _transferable(zone: ZoneData, apex: Labels) -> Iterator[bytes]:
         yield _fresh(zone)
         names = dict.fromkeys((*zone.services, *zone.leases))
         touched = {connector for service in zone.services.values() for connector, _ in connectors(service)}
-        owners = _owners(domain, names, touched, ())
+        owners: Iterator[Owner] = chain(_relay_owners(zone), _owners(domain, names, touched, ()))
     else:
         pointers = (pointer for lease in zone.leases.values() for pointer in _pointers(zone, lease))
         owners = ((tuple(pointer.split(".")), (Type.PTR,)) for pointer in pointers)
@@ -252,6 +254,15 @@ def _transferable(zone: ZoneData, apex: Labels) -> Iterator[bytes]:
         for place, record in _records(zone, labels, types):
             if place == apex:
                 yield record
+
+
+def _relay_owners(zone: ZoneData) -> Iterator[Owner]:
+    """Return the names behind which the relays are; they change with the settings only."""
+    domain = zone.apexes[0]
+    if zone.settings.relays:
+        yield (*RELAYS_NAME, *domain), (Type.SRV,)
+    for name in dict.fromkeys(each.name for each in zone.settings.relays):
+        yield (name, RELAY_LABEL, *domain), _HOST_TYPES
 
 
 def _pointers(zone: ZoneData, lease: Lease) -> Iterator[str]:

@@ -32,6 +32,9 @@ FRESH_TTL_SECONDS = 1
 
 CONNECTOR_LABEL = "connector"
 NAMESERVER_LABEL = "ns"
+RELAY_LABEL = "relay"
+RELAYS_NAME = ("_ztna-relay", "_udp")
+"""Where agents and connectors look for relays."""
 FRESH_LABEL = "_fresh"
 NO_SUBJECT = ""
 """The subject of an answer that depends on more than one service or connector."""
@@ -58,6 +61,14 @@ class Outcome(Enum):
     """The zone's own freshness: the answer moves with the clock of the catalog, not with the zone."""
 
 
+class RelayHost(msgspec.Struct, frozen=True):
+    """A relay by its name, and where it listens."""
+
+    name: str
+    address: IPv4Address
+    port: int
+
+
 class Settings(msgspec.Struct, frozen=True):
     """`nameserver` is the address behind `ns.<domain>`, when it is known; `more` are further pools.
 
@@ -71,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True):
     nameserver: IPv4Address | None = None
     more: tuple[IPv4Network, ...] = ()
     ula: IPv6Network | None = None
+    relays: tuple[RelayHost, ...] = ()
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -221,6 +233,10 @@ class ZoneData:
         """Return a name's records by type, empty when the name exists without any, None when it does not."""
         if relative in _EMPTY_NON_TERMINALS:
             return {}
+        if self.settings.relays and relative[-1] in (RELAY_LABEL, RELAYS_NAME[1]):
+            found = self._relays_found(relative)
+            if found is not None:
+                return found
         match relative:
             case (str(name),) if name in self.services or name in self.leases:
                 return self._service_records(name)
@@ -242,6 +258,23 @@ class ZoneData:
                 records = self._service_records(name)
                 return {kind: records[kind] for kind in (Type.A, Type.AAAA) if kind in records}
         return None
+
+    def _relays_found(self, relative: Labels) -> Mapping[int, tuple[Data, ...]] | None:
+        """Return what leads to the relays that the configuration names, None for other names."""
+        if relative == RELAYS_NAME:
+            domain = f"{RELAY_LABEL}.{self.settings.domain}"
+            return {
+                Type.SRV: tuple(
+                    SrvData(0, 1, each.port, f"{each.name}.{domain}") for each in self.settings.relays
+                )
+            }
+        if relative == (RELAY_LABEL,):
+            return {}
+        addresses = self._relay_addresses(relative[0]) if relative[1:] == (RELAY_LABEL,) else ()
+        return {Type.A: addresses} if addresses else None
+
+    def _relay_addresses(self, name: str) -> tuple[IPv4Address, ...]:
+        return tuple(each.address for each in self.settings.relays if each.name == name)
 
     def _service_records(self, name: str) -> Mapping[int, tuple[Data, ...]]:
         service, lease = self.services.get(name), self.leases.get(name)
@@ -322,6 +355,8 @@ class ZoneData:
         first, _, rest = target.partition(".")
         if rest == f"{CONNECTOR_LABEL}.{self.settings.domain}":
             return self._index.addresses.get(first, ())
+        if rest == f"{RELAY_LABEL}.{self.settings.domain}":
+            return self._relay_addresses(first)
         if rest != self.settings.domain:
             return ()
         if first == NAMESERVER_LABEL:

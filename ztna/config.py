@@ -154,6 +154,13 @@ class PoolConfig(Section, frozen=True, kw_only=True):
     ] = None
 
 
+class RelayRecordConfig(Section, frozen=True, kw_only=True):
+    """A relay that DNS names to agents and connectors."""
+
+    name: Annotated[str, about("Its name, as its certificate has it.", "edge-1")]
+    address: Annotated[Address, about("Where it listens, a numeric IPv4 address.", "192.0.2.20:4433")]
+
+
 class DnsdConfig(Section, frozen=True, kw_only=True):
     """ztna-dnsd."""
 
@@ -175,6 +182,10 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
     transfer: Annotated[TransferConfig, about("Secondaries of the zone.")] = TransferConfig()
     pool: Annotated[PoolConfig, about("The addresses that leases are taken from.")] = PoolConfig()
     keeper: Annotated[bool, about("Stand for election as the keeper of the leases.")] = True
+    relays: Annotated[
+        tuple[RelayRecordConfig, ...],
+        about("Relays to be found at _ztna-relay._udp.<domain> (SRV) by agents and connectors."),
+    ] = ()
     ttl_s: Annotated[Annotated[int, msgspec.Meta(ge=0, le=86400)], about("TTL of answers, in seconds.")] = 5
     negative_ttl_s: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=86400)],

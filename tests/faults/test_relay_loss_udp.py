@@ -108,6 +108,7 @@ class Asker:
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     note_version(request, "newest")
     with relayed_mesh("newest", [udp_route("echo-service", Endpoint("127.0.0.1", BACKEND_PORT))]) as made:
+        made.wait_known()
         yield made
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from tests.support.lab import Daemon, Lab, lab, until
 from tests.support.namespaces import Host
-from ztna.config import Endpoint, RouteConfig
+from ztna.config import Endpoint, RelayRecordConfig, RouteConfig
+from ztna.wire.control import Address
 
 SWALLOWED = ('iifname "eth0"', 'oifname "eth0"')
 DRAIN_SECONDS = 20.0
@@ -24,6 +25,8 @@ class Mesh:
     """One connector and one agent, each with a connection to all relays."""
 
     lab: Lab
+    services: list[str]
+    dnsd: Daemon
     relays: dict[str, Daemon]
     connector: Daemon
     agent: Daemon
@@ -52,38 +55,65 @@ class Mesh:
         (link,) = self.status()["links"]
         return str(link["relay"])
 
-    def has_all(self, services: Sequence[str]) -> bool:
-        """Whether every relay may send sessions of all these services to the connector."""
-        found = [relay.status()["srv"]["services"] for relay in self.relays.values()]
-        return all(each.get(service, {}).get("connectors") for each in found for service in services)
+    def wait_known(self, relays: Sequence[str] | None = None) -> None:
+        """Wait until relays, all unless some are named, may send sessions of all services to the connector."""
+        asked = [self.relays[name] for name in (relays if relays is not None else self.relays)]
+
+        def is_known() -> bool:
+            found = [relay.status()["srv"]["services"] for relay in asked]
+            return all(each.get(service, {}).get("connectors") for each in found for service in self.services)
+
+        until("the relays know the connector", is_known, 30)
 
 
 @contextmanager
 def relayed_mesh(
-    kind: str, routes: Sequence[RouteConfig], relays: Sequence[str] = ("east", "west"), **agent: Any
+    kind: str,
+    routes: Sequence[RouteConfig],
+    relays: Sequence[str] = ("east", "west"),
+    *,
+    found: Sequence[str] | None = None,
 ) -> Iterator[Mesh]:
-    """A mesh with these relays, each on the host of its name; ready when all can serve."""
+    """A mesh with these relays, each on the host of its name; all of it is ready.
+
+    With `found` nobody is told of relays but by DNS, which at first names these.
+    """
     with lab("core", "laptop", *relays) as made:
         made.start_consul(kind)
         core = made.host("core")
-        made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),)).wait_ready()
+        listen: dict[str, Any] = {
+            "listen": Endpoint("0.0.0.0", 5533),
+            "allow": (IPv4Network("0.0.0.0/0"),),
+            "relays": records(made, found or ()),
+        }
+        dnsd = made.dnsd(**listen).wait_ready()
         keys: dict[str, Any] = {
             "resolvers": (Endpoint(core.address, 5533),),
             "dns_insecure": True,
             "drain_s": DRAIN_SECONDS,
         }
         services = [str(route.service) for route in routes]
-        targets = tuple(made.target(name, host=name) for name in relays)
+        told: dict[str, Any] = {"relays": tuple(made.target(name, host=name) for name in relays)}
+        if found is not None:
+            told = {"relays": (), "resolvers": (Endpoint(core.address, 5533),)}
         mesh = Mesh(
             made,
+            services,
+            dnsd,
             {name: made.relay(name, host=name, **keys) for name in relays},
-            made.connector("alpha", routes, relays=targets),
-            made.agent("laptop", services, host="laptop", **({"direct": False, "relays": targets} | agent)),
+            made.connector("alpha", routes, **told),
+            made.agent("laptop", services, host="laptop", direct=False, **told),
         )
         for daemon in (*mesh.relays.values(), mesh.connector, mesh.agent):
             daemon.wait_ready()
-        until("every relay knows the connector", lambda: mesh.has_all(services), 30)
         yield mesh
+
+
+def records(made: Lab, relays: Sequence[str]) -> tuple[RelayRecordConfig, ...]:
+    """Return what a dnsd is told of relays."""
+    return tuple(
+        RelayRecordConfig(name=name, address=Address(made.host(name).address, 4433)) for name in relays
+    )
 
 
 def killed(mesh: Mesh, relay: str) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from dnslib import DNSRecord
 
 import dnsd.transfer
 from dnsd.transfer import Publication, Request
-from dnsd.zone import ZoneData
+from dnsd.zone import RelayHost, ZoneData
 from tests.support.dns import SETTINGS, catalog, instance, lease, query
 from ztna.dns import Code, HostData, Record, SoaData, Type, decode
 from ztna.errors import ProtocolError
@@ -240,3 +240,11 @@ def test_wildcards_browsing_and_ipv6_are_transferred_too() -> None:
     ip6 = next(apex for apex in here.apexes if apex[-2] == "ip6")
     pointers = [each for each in transferred(publication, ask(ip6)) if each.type == Type.PTR]
     assert [each.data for each in pointers] == [HostData("web.ztna.local")]
+
+
+def test_relays_are_transferred_too() -> None:
+    relays = (RelayHost("east", IPv4Address("198.51.100.1"), 4433),)
+    publication = Publication()
+    publication.publish(ZoneData(msgspec.structs.replace(SETTINGS, relays=relays), {}, {}, 7, FRESH))
+    found = {(each.name, each.type) for each in transferred(publication, ask(APEX))}
+    assert {("_ztna-relay._udp.ztna.local", Type.SRV), ("east.relay.ztna.local", Type.A)} <= found

@@ -15,6 +15,7 @@ from dnsd.zone import (
     Found,
     Labels,
     Outcome,
+    RelayHost,
     Settings,
     ZoneData,
     rebuilt,
@@ -40,6 +41,39 @@ LEASES = {
     "quarrel": lease("10.100.1.4"),
     "leaving": lease("10.100.1.5"),
 }
+
+
+RELAYS = (
+    RelayHost("east", IPv4Address("198.51.100.1"), 4433),
+    RelayHost("west", IPv4Address("198.51.100.2"), 4499),
+)
+
+
+def test_relays_are_found_by_srv() -> None:
+    here = zone(SERVICES, LEASES, replace(SETTINGS, relays=RELAYS))
+    found = find(here, "_ztna-relay._udp.ztna.local", Type.SRV)
+    assert found.records == (
+        SrvData(0, 1, 4433, "east.relay.ztna.local"),
+        SrvData(0, 1, 4499, "west.relay.ztna.local"),
+    )
+    assert found.additional == (
+        ("east.relay.ztna.local", (IPv4Address("198.51.100.1"),)),
+        ("west.relay.ztna.local", (IPv4Address("198.51.100.2"),)),
+    )
+    assert find(here, "west.relay.ztna.local", Type.A).records == (IPv4Address("198.51.100.2"),)
+    for name, outcome in {
+        "relay.ztna.local": Outcome.NODATA,
+        "north.relay.ztna.local": Outcome.NXDOMAIN,
+        "a.west.relay.ztna.local": Outcome.NXDOMAIN,
+        "_web._udp.ztna.local": Outcome.NODATA,
+    }.items():
+        assert find(here, name, Type.A).outcome is outcome, name
+    assert find(here, "_web._udp.ztna.local", Type.SRV).outcome is Outcome.ANSWER
+
+
+def test_without_relays_their_names_do_not_exist(here: ZoneData) -> None:
+    for name in ("relay.ztna.local", "_ztna-relay._udp.ztna.local"):
+        assert find(here, name, Type.SRV).outcome is Outcome.NXDOMAIN
 
 
 @pytest.fixture
