@@ -162,11 +162,11 @@ class Relay:
         self.notified: Notified | None = None
         try:
             self.notified = self._hear_changes(zone, key)
-            listener, raw = forwarder_sockets(config.forwarder)
+            listener, raw = forwarder_sockets(config.forwarder, shared=config.forwarder_workers > 1)
         except ZtnaError:
             self._close_sockets()
             raise
-        self.forwarder = Forwarder(raw, link_limits(config), config.forwarding)
+        self.forwarder = Forwarder(raw, link_limits(config), config.forwarding, config.forwarder_workers)
         self.splicer = Splicer(listener, self._agent_waiting)
         self.server = quic.Server(
             self._socket, credentials, settings, admit=self._admit, factory=self._established

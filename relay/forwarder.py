@@ -1,15 +1,19 @@
 """The UDP half of the forwarder: a socket whose packets relay.links decides about, and the kernel in front of it.
 
 Copies sealed packets between the two bound sides of a link and opens none. What relay.kernel forwards never gets
-here; it is counted all the same. TCP is relay.splicer's.
+here; it is counted all the same. With several workers there is a thread for each further one, with a socket of its
+own on the same port: system calls, which are most of the work, then run side by side. TCP is relay.splicer's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import select
+import threading
+import time
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 from relay.kernel import CHANGES_PER_TRANSACTION_MAX, KernelForwarder, KernelRefused
@@ -18,6 +22,7 @@ from ztna import udp
 from ztna.jsontypes import Secret
 from ztna.telemetry import FORWARDED, FORWARDING_IN_KERNEL, dropped, logger
 from ztna.udp_bulk import BulkSocket
+from ztna.udp_kernel import bind_udp
 
 SWEEP_SECONDS = 1.0
 SWEEP_SHARE = 0.02
@@ -34,10 +39,19 @@ class Forwarder:
     """The forwarder's UDP socket on the running loop."""
 
     def __init__(
-        self, raw: BulkSocket, limits: Limits | None = None, forwarding: Forwarding = "user"
+        self,
+        raw: BulkSocket,
+        limits: Limits | None = None,
+        forwarding: Forwarding = "user",
+        workers: int = 1,
     ) -> None:
-        """Begin to forward on a bound socket; in the kernel where `forwarding` wants that and it can be had."""
+        """Begin to forward on a bound socket; in the kernel where `forwarding` wants that and it can be had.
+
+        For several workers the socket was bound to share its port. Raises ZtnaError when the others cannot.
+        """
         self._raw = raw
+        self._lock = threading.Lock()
+        """Held by who uses the table; without further workers nobody waits for it."""
         self._table = LinkTable(Secret(os.urandom(NONCE_KEY_BYTES)), limits or Limits())
         self._wanted = forwarding
         self._why_user = "configured"
@@ -48,6 +62,7 @@ class Forwarder:
         if forwarding != "user":
             self._try_kernel()
         FORWARDING_IN_KERNEL.set(self._kernel is not None)
+        self._workers = [_Worker(self, raw.address) for _ in range(workers - 1)]
         self._loop.add_reader(raw.fileno(), self._readable)
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
         self._closed = False
@@ -70,11 +85,13 @@ class Forwarder:
         peers: Hashable = None,
     ) -> None:
         """Let both sides of a link bind with their (id, secret); links between the same `peers` share a quota."""
-        self._table.add(key, agent, connector, key if peers is None else peers, self._loop.time())
+        with self._lock:
+            self._table.add(key, agent, connector, key if peers is None else peers, self._loop.time())
 
     def remove_link(self, key: Hashable) -> None:
         """End a link. Harmless when it is not there."""
-        self._table.remove(key)
+        with self._lock:
+            self._table.remove(key)
         self._follow()
 
     @property
@@ -97,9 +114,10 @@ class Forwarder:
                 "why_user": None if self._kernel is not None else self._why_user,
                 "in_kernel": 0 if self._kernel is None else self._kernel.ways,
             },
-            "received": raw.received,
-            "sent": raw.sent,
-            "dropped_by_kernel": raw.dropped,
+            "workers": 1 + len(self._workers),
+            "received": sum(each.received for each in self._sockets),
+            "sent": sum(each.sent for each in self._sockets),
+            "dropped_by_kernel": sum(each.dropped for each in self._sockets),
             "drops": dict(self._table.drops),
             "links": [self._shown(link) for link in self._table.links().values()],
         }
@@ -110,23 +128,37 @@ class Forwarder:
             self._closed = True
             self._sweeper.cancel()
             self._loop.remove_reader(self._raw.fileno())
+            for worker in self._workers:
+                worker.stop()
             self._raw.close()
             if self._kernel is not None:
                 self._kernel.close()
 
+    @property
+    def _sockets(self) -> list[BulkSocket]:
+        return [self._raw, *(each.raw for each in self._workers if each.raw is not None)]
+
     def _readable(self) -> None:
-        raw, table = self._raw, self._table
-        now = self._loop.time()
+        self.serve(self._raw, self._loop.time(), self._follow)
+
+    def serve(self, raw: BulkSocket, now: float, follow: Callable[[], None]) -> None:
+        """Do with what has arrived on a socket what the table says; `follow` when ways have changed."""
+        handle = self._table.handle
         for _ in range(udp.BATCHES_PER_WAKEUP):
             batch = raw.receive()
             if batch:
-                answers = table.handle(batch, now)
-                if table.has_changed:
+                with self._lock:
+                    answers = handle(batch, now)
+                if self._table.has_changed:
                     # First, so that who hears that it is bound finds the kernel ready.
-                    self._follow()
+                    follow()
                 raw.send(answers)
             if len(batch) < udp.BATCH_PACKETS:
                 return
+
+    def follow_soon(self) -> None:
+        """Have the loop's thread follow the table (from another one)."""
+        self._loop.call_soon_threadsafe(self._follow)
 
     # The kernel's share.
 
@@ -142,7 +174,8 @@ class Forwarder:
 
     def _follow(self) -> None:
         """Let the kernel forward what the table says now."""
-        changes = self._table.take_changed()
+        with self._lock:
+            changes = self._table.take_changed()
         if self._kernel is not None:
             self._pending |= changes
             self._apply()
@@ -162,9 +195,11 @@ class Forwarder:
 
     def _look_at_kernel(self, kernel: KernelForwarder) -> None:
         try:
-            for source, packets, size in kernel.count():
-                self._table.counted(source, packets, size)
-                FORWARDED.labels("kernel").inc(packets)
+            counts = kernel.count()
+            with self._lock:
+                for source, packets, size in counts:
+                    self._table.counted(source, packets, size)
+            FORWARDED.labels("kernel").inc(sum(packets for _, packets, _ in counts))
             if over := kernel.watch():
                 self._table.drops["link_rate"] += over
             kernel.refresh(self._loop.time())
@@ -185,7 +220,8 @@ class Forwarder:
         started = self._loop.time()
         if self._kernel is not None:
             self._look_at_kernel(self._kernel)
-        self._table.sweep(started)
+        with self._lock:
+            self._table.sweep(started)
         self._follow()
         self._tell()
         took = self._loop.time() - started
@@ -193,7 +229,10 @@ class Forwarder:
 
     def _tell(self) -> None:
         """Bring the metrics up to date: the hot path counts for itself."""
-        now = self._table.drops + Counter(sent=self._raw.sent, kernel_socket=self._raw.dropped)
+        sent = sum(each.sent for each in self._sockets)
+        now = self._table.drops + Counter(
+            sent=sent, kernel_socket=sum(each.dropped for each in self._sockets)
+        )
         for what, count in (now - self._told).items():
             if what == "sent":
                 FORWARDED.labels("user").inc(count)
@@ -215,3 +254,31 @@ class Forwarder:
 
     def _in_kernel(self, side: Side) -> bool:
         return self._kernel is not None and side.address is not None and self._kernel.forwards(side.address)
+
+
+class _Worker:
+    """A thread that forwards on a socket of its own; the kernel gives each source address to one socket."""
+
+    def __init__(self, forwarder: Forwarder, address: udp.SockAddr) -> None:
+        self.raw: BulkSocket | None = None
+        self._forwarder = forwarder
+        self._socket = bind_udp(address, reuse_port=True)
+        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="forwarder", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, and wait until it has."""
+        os.close(self._stop_writer)
+        self._thread.join()
+        os.close(self._stop_reader)
+        self._socket.close()
+
+    def _run(self) -> None:
+        # Made here, because a thread's sockets share that thread's buffers.
+        raw = self.raw = BulkSocket(self._socket)
+        poll = select.poll()
+        for fd in (raw.fileno(), self._stop_reader):
+            poll.register(fd, select.POLLIN)
+        while all(fd != self._stop_reader for fd, _ in poll.poll()):
+            self._forwarder.serve(raw, time.monotonic(), self._forwarder.follow_soon)

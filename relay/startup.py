@@ -106,12 +106,13 @@ def advertised(config: RelayConfig) -> Address | None:
         raise ConfigError(f"relay.forwarder_advertise: {endpoint}: expected a numeric IP address") from None
 
 
-def forwarder_sockets(endpoint: Endpoint) -> tuple[socket.socket, BulkSocket]:
-    """Return the TCP and UDP socket of one port. Raises ZtnaError."""
+def forwarder_sockets(endpoint: Endpoint, *, shared: bool) -> tuple[socket.socket, BulkSocket]:
+    """Return the TCP and UDP socket of one port; others may `share` the UDP port. Raises ZtnaError."""
     for attempt in range(PORT_ATTEMPTS):
         listener = splicer.listen((endpoint.host, endpoint.port))
         try:
-            return listener, BulkSocket.open((endpoint.host, listener.getsockname()[1]))
+            address = endpoint.host, listener.getsockname()[1]
+            return listener, BulkSocket.open(address, reuse_port=shared)
         except ZtnaError:
             listener.close()
             # With port 0 the port that TCP got may be somebody's on UDP: another one then.

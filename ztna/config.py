@@ -247,6 +247,10 @@ class RelayConfig(Section, frozen=True, kw_only=True):
         Literal["user", "kernel", "auto"],
         about("Who copies links' packets: user (this process), kernel (nftables, else user), auto (either)."),
     ] = "user"
+    forwarder_workers: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=64)],
+        about("Threads that copy links' packets in user space, a socket each; the kernel scales further."),
+    ] = 1
     link_rate_bytes_per_s: Annotated[
         LinkBytes | None,
         about("The most that a link may carry each way over UDP, in bytes a second.", 12_500_000),

@@ -21,9 +21,11 @@ STOP_SECONDS = 1.0
 PACKET = b"\x40" + bytes(999)
 
 
-@pytest.fixture(params=["user", "kernel"])
+@pytest.fixture(params=["user", "workers", "kernel"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ground]:
-    with ground(request.param, tmp_path) as made:
+    """User space with one worker and with three, and the kernel."""
+    workers = 3 if request.param == "workers" else 1
+    with ground("kernel" if request.param == "kernel" else "user", tmp_path, workers) as made:
         yield made
 
 

@@ -127,8 +127,8 @@ def udp_socket(host: Host) -> RawSocket:
 class Ground:
     """A relay host with a forwarder, and two more hosts for peers."""
 
-    def __init__(self, net: Network, forwarding: str, directory: Path) -> None:
-        self.forwarding, self._directory = forwarding, directory
+    def __init__(self, net: Network, forwarding: str, directory: Path, workers: int) -> None:
+        self.forwarding, self._directory, self._workers = forwarding, directory, workers
         self.relay, self.left, self.right = (net.hosts[name] for name in ("relay", "left", "right"))
         self._processes: list[ForwarderProcess] = []
         self._peers: list[LinkPeer] = []
@@ -136,6 +136,7 @@ class Ground:
     def start(self, in_use: str = "", *, prefix: Sequence[str] = (), **first: Any) -> ForwarderProcess:
         """Start the forwarder; the kernel's must really be the kernel's, unless something else is expected."""
         log = self._directory / "log"
+        first |= {"workers": self._workers}
         process = ForwarderProcess(self.relay, self.forwarding, log, prefix=prefix, **first)
         self._processes.append(process)
         shown = process.say()["forwarding"]
@@ -165,10 +166,10 @@ class Ground:
 
 
 @contextlib.contextmanager
-def ground(forwarding: str, directory: Path) -> Iterator[Ground]:
+def ground(forwarding: str, directory: Path, workers: int = 1) -> Iterator[Ground]:
     """Three hosts, of which the relay's routes."""
     with network("relay", "left", "right") as net:
-        made = Ground(net, forwarding, directory)
+        made = Ground(net, forwarding, directory, workers)
         made.relay.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
         try:
             yield made
