@@ -172,7 +172,6 @@ async def test_a_peer_that_asks_and_never_reads_is_disconnected(mesh: RunningRel
         async with asyncio.timeout(WAIT_SECONDS):
             await mute.confirmed
         question = control.encode(control.Open(1, ServiceName("x" * 60)))
-        before = refusals(Reason.LIMIT_REACHED)
         mute.quic.send_stream_data(0, control.encode(control.Hello()))
         async with asyncio.timeout(60):
             while not mute.closed.done():
@@ -180,7 +179,6 @@ async def test_a_peer_that_asks_and_never_reads_is_disconnected(mesh: RunningRel
                 mute.flush()
                 await asyncio.sleep(0.005)
         assert mute.closed.result()[2] == Reason.LIMIT_REACHED
-        assert refusals(Reason.LIMIT_REACHED) == before + 1
     await bystander.nothing_of(control.Opened)
 
 
