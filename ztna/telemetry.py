@@ -138,6 +138,13 @@ SRV_AGE = Gauge(
     registry=REGISTRY,
 )
 
+TCP_FLOWS = Counter(
+    "ztna_tcp_flows",
+    "TCP flows whose carrier broke, by what became of them: detached, then resumed or forsaken.",
+    ("outcome",),
+    registry=REGISTRY,
+)
+
 HIDDEN = "***"
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}

@@ -319,6 +319,7 @@ class Agent:
         self._links.relays_changed()
 
     def _leave(self, session: Session) -> None:
+        self._streams.session_left(session)
         self._datagrams.leave(session)
 
     def _read_lease(self, service: ServiceName) -> None:

@@ -6,19 +6,20 @@ Moving the bytes is sidecar.link's, choosing the session sidecar.agent.sessions'
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from sidecar.agent.broker import Broker
 from sidecar.agent.carriers import Carriers
 from sidecar.agent.commands import Cause, Session, SessionKey
 from sidecar.agent.listeners import VirtualPort
 from sidecar.link.flow import TcpFlow, abort
-from sidecar.link.stream import Carrier, FlowRefused
+from sidecar.link.stream import Carrier, FlowRefused, OpenLost
 from ztna.errors import IdentityError, LinkError, Refused
 from ztna.reasons import Reason
-from ztna.telemetry import dropped, logger
+from ztna.telemetry import TCP_FLOWS, dropped, logger
 from ztna.udp import SockAddr
 from ztna.wire.control import Address
 from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame, OpenStatus
@@ -26,10 +27,14 @@ from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame, OpenStatus
 IDLE_VERDICT_SECONDS = 1.0
 """An idle carrier whose path died unseen does not acknowledge OPEN by then: a fresh one is dialled instead."""
 FLOW_KEY_BYTES = 16
+IDLE_FIND_OUT_SECONDS = 3.0
+"""How long the fate of an OPEN on an idle carrier is asked for: by then new flows must reach another connector."""
+RESUME_SECONDS = 30.0
+"""How long a detached flow lives at both ends (protocol.md, Resuming)."""
+RESUME_RETRY_FIRST_SECONDS = 0.05
+RESUME_RETRY_MAX_SECONDS = 1.0
 
 _CAUSES = {OpenStatus.STALE_EPOCH: Cause.STALE, OpenStatus.DENIED: Cause.DENIED}
-_GOING_ON = frozenset({Reason.PEER_GONE, Reason.STALE_EPOCH})
-"""Reasons after which established TCP flows may finish (protocol.md, Ending and Epoch)."""
 _log = logger(__name__)
 
 
@@ -47,7 +52,7 @@ class Streams:
         self._carriers = carriers
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
-        self._running: dict[SessionKey, dict[TcpFlow, VirtualPort]] = {}
+        self._running: dict[SessionKey, set[Ride]] = {}
         self.quiet = asyncio.Event()
         """Set while no flow runs."""
         self.quiet.set()
@@ -58,16 +63,35 @@ class Streams:
 
     def leave(self, is_left: Callable[[VirtualPort], bool]) -> None:
         """Reset the flows at addresses that are no longer this agent's."""
-        for running in tuple(self._running.values()):
-            for flow in [flow for flow, at in running.items() if is_left(at)]:
-                flow.reset(Reason.CLOSED_BY_PEER)
+        for ride in self._rides():
+            if is_left(ride.at):
+                ride.flow.reset(Reason.CLOSED_BY_PEER)
+
+    def session_left(self, session: Session) -> None:
+        """Move the flows of a session whose relay drains or is silent."""
+        for ride in tuple(self._running.get(session.key, ())):
+            ride.move()
 
     def session_ended(self, session: Session, reason: Reason) -> None:
-        """End what rides a session: waiting dials, its own idle carriers, and its flows unless they may go on."""
+        """End what rides a session: waiting dials, its own idle carriers, and its flows unless they may go on.
+
+        When a connection just went they need another session within the time that they live detached.
+        """
         self._carriers.session_ended(session, reason)
-        if reason not in _GOING_ON:
-            for flow in tuple(self._running.get(session.key, ())):
-                flow.reset(reason)
+        for ride in tuple(self._running.get(session.key, ())):
+            if reason is Reason.PEER_GONE:
+                self._session_lost(ride)
+            elif reason is not Reason.STALE_EPOCH:  # then established ones may finish
+                ride.flow.reset(reason)
+
+    def _session_lost(self, ride: Ride) -> None:
+        if ride.carrier is not None and ride.carrier.forwarded:
+            ride.carrier.close(Reason.PEER_GONE)
+        else:
+            ride.move()
+
+    def _rides(self) -> list[Ride]:
+        return [ride for riding in self._running.values() for ride in riding]
 
     @property
     def flows(self) -> int:
@@ -83,7 +107,7 @@ class Streams:
     async def _serve(self, at: VirtualPort, local: socket.socket, source: SockAddr) -> None:
         number = self._broker.number()
         try:
-            session, carrier, flow = await self._open(number, at, local, source)
+            ride = await self._open(number, at, local, source)
         except (Refused, LinkError, FlowRefused) as error:
             _log.debug("flow_refused", service=at.service, source=f"{source[0]}:{source[1]}", detail=error)
             abort(local)
@@ -91,23 +115,20 @@ class Streams:
             abort(local)
             raise
         else:
-            await self._until_finished(session, carrier, flow, at)
+            await self._until_finished(ride)
         finally:
             self._broker.release(number)
 
-    async def _open(
-        self, number: int, at: VirtualPort, local: socket.socket, source: SockAddr
-    ) -> tuple[Session, Carrier, TcpFlow]:
+    async def _open(self, number: int, at: VirtualPort, local: socket.socket, source: SockAddr) -> Ride:
         """Open the flow, on another session where that can help. Raises Refused, LinkError or FlowRefused.
 
-        While it is not known what became of an OPEN the flow keeps its key, so that no connector dials twice.
+        What became of an OPEN that got no answer its RESUME tells; only when it was never heard of is there another.
         """
-        key = secrets.token_hex(FLOW_KEY_BYTES)
         session = await self._broker.acquire(number, at.service)
         while True:
             frame = OpenFrame(
                 session=session.opened.session,
-                flow=key,
+                flow=secrets.token_hex(FLOW_KEY_BYTES),
                 service=at.service,
                 lease=session.lease,
                 source=Address(*source),
@@ -116,38 +137,31 @@ class Streams:
             )
             try:
                 carrier, flow = await self._open_on(session, frame, local)
+            except OpenLost as lost:
+                ride = Ride(number, at, lost.flow, session, None)
+                if await self._find_out(ride, lost):
+                    return ride
+                session = ride.session
             except FlowRefused as error:
-                cause = _CAUSES.get(error.status)
-                if cause is None:
-                    dropped("agent_tcp", error.status.name.lower())
-                    raise
-                key = secrets.token_hex(FLOW_KEY_BYTES)  # this one has had its answer
-                session = await self._broker.reacquire(number, cause)
+                session = await self._after_refusal(number, error)
             except (LinkError, IdentityError) as error:
-                _log.info(
-                    "connector_failed",
-                    service=at.service,
-                    connector=session.opened.connector_id,
-                    detail=error,
-                )
-                session = await self._broker.reacquire(number, Cause.FAILED)
+                session = await self._after_failure(number, session, error)
             else:
-                return session, carrier, flow
+                return Ride(number, at, flow, session, carrier)
 
     async def _open_on(
         self, session: Session, frame: OpenFrame, local: socket.socket
     ) -> tuple[Carrier, TcpFlow]:
-        """Open a flow on an idle carrier, or a fresh one when there is none that still works."""
-        while (carrier := self._carriers.take_idle(session)) is not None:
-            verdict = self._loop.call_later(IDLE_VERDICT_SECONDS, _close_if_unheard, carrier)
-            try:
-                return carrier, await self._open_flow(carrier, frame, local)
-            except LinkError as error:
-                _log.debug("idle_carrier_failed", connector=session.opened.connector_id, detail=error)
-            finally:
-                verdict.cancel()
-        carrier = await self._carriers.dial(session)
-        return carrier, await self._open_flow(carrier, frame, local)
+        """Open a flow on an idle carrier, or a fresh one when there is none."""
+        carrier = self._carriers.take_idle(session)
+        if carrier is None:
+            carrier = await self._carriers.dial(session)
+            return carrier, await self._open_flow(carrier, frame, local)
+        verdict = self._loop.call_later(IDLE_VERDICT_SECONDS, carrier.close_if_unheard)
+        try:
+            return carrier, await self._open_flow(carrier, frame, local)
+        finally:
+            verdict.cancel()
 
     async def _open_flow(self, carrier: Carrier, frame: OpenFrame, local: socket.socket) -> TcpFlow:
         try:
@@ -157,28 +171,218 @@ class Streams:
             carrier.close(Reason.DRAINING)
             raise
 
-    async def _until_finished(
-        self, session: Session, carrier: Carrier, flow: TcpFlow, at: VirtualPort
-    ) -> None:
-        running = self._running.setdefault(session.key, {})
-        running[flow] = at
-        self.quiet.clear()
+    async def _find_out(self, ride: Ride, lost: OpenLost) -> bool:
+        """Resume a flow whose OPEN was not answered; False when another OPEN may follow, on the ride's session.
+
+        Only a connector that knows nothing of the flow permits that, or one that had most likely gone before OPEN: a
+        program must not wait for it while another works. Raises Refused or LinkError.
+        """
+        seconds = IDLE_FIND_OUT_SECONDS if lost.was_idle else RESUME_SECONDS
         try:
-            reusable = await flow.finished
+            await self._resume(ride, seconds, is_patient=not lost.unheard)
+        except FlowRefused as error:
+            lost.flow.abandon()
+            if error.status is not OpenStatus.UNKNOWN_FLOW:
+                ride.session = await self._after_refusal(ride.number, error)
+            return False
+        except (LinkError, IdentityError) as error:
+            lost.flow.abandon()
+            if not lost.was_idle:
+                raise
+            ride.session = await self._after_failure(ride.number, ride.session, error)
+            return False
+        except BaseException:
+            lost.flow.abandon()
+            raise
+        return True
+
+    async def _after_refusal(self, number: int, error: FlowRefused) -> Session:
+        cause = _CAUSES.get(error.status)
+        if cause is None:
+            dropped("agent_tcp", error.status.name.lower())
+            raise error
+        return await self._broker.reacquire(number, cause)
+
+    async def _after_failure(
+        self, number: int, session: Session, error: LinkError | IdentityError
+    ) -> Session:
+        connector = session.opened.connector_id
+        _log.info("connector_failed", service=session.service, connector=connector, detail=error)
+        return await self._broker.reacquire(number, Cause.FAILED)
+
+    # --- a flow that runs
+
+    async def _until_finished(self, ride: Ride) -> None:
+        """See that the flow is carried, by one carrier after the other, until it ends."""
+        self._seat(ride)
+        self.quiet.clear()
+        ride.flow.finished.add_done_callback(ride.wake)
+        try:
+            while not ride.flow.finished.done():
+                if ride.carrier is None or ride.carrier.closed.done():
+                    await self._go_on(ride)
+                elif ride.must_move:
+                    await self._move(ride)
+                else:
+                    await ride.something()
         finally:
-            running.pop(flow, None)
-            if not running:
-                self._running.pop(session.key, None)
+            self._unseat(ride)
             if not self._running:
                 self.quiet.set()
-        if not reusable:
-            return
-        if carrier.forwarded and self._broker.sessions.session(session.key) is None:
-            carrier.close()
+            carrier = ride.alight()
+            ride.flow.reset(Reason.DRAINING)  # unless it has ended by itself
+        if carrier is not None and ride.flow.finished.result():
+            if carrier.forwarded and self._broker.sessions.session(ride.session.key) is None:
+                carrier.close()
+            else:
+                self._carriers.keep(carrier, ride.session)
+
+    async def _go_on(self, ride: Ride) -> None:
+        """Resume the flow within RESUME_SECONDS, or reset it."""
+        _log.info("flow_detached", service=ride.at.service, flow=ride.flow.opened.flow)
+        TCP_FLOWS.labels("detached").inc()
+        ride.alight()
+        try:
+            await self._resume(ride, RESUME_SECONDS, is_patient=True)
+        except (Refused, FlowRefused, LinkError, IdentityError) as error:
+            if not ride.flow.finished.done():
+                TCP_FLOWS.labels("forsaken").inc()
+                _log.warning("flow_lost", service=ride.at.service, flow=ride.flow.opened.flow, detail=error)
+                ride.flow.reset(error.reason if isinstance(error, Refused) else Reason.PEER_GONE)
         else:
-            self._carriers.keep(carrier, session)
+            TCP_FLOWS.labels("resumed").inc()
+
+    async def _resume(self, ride: Ride, seconds: float, *, is_patient: bool) -> None:
+        """Find the flow's connector again, by whatever relay, and go on there.
+
+        Raises Refused when there is no session to be had, FlowRefused for the connector's own answer, and LinkError
+        when the time is over or the flow ended meanwhile; without patience also when the first dial fails.
+        """
+        pause = RESUME_RETRY_FIRST_SECONDS
+        try:
+            async with asyncio.timeout(seconds) as patience:
+                with ride.ending(patience):
+                    while not await self._try_to_resume(ride, seconds, is_patient=is_patient):
+                        await asyncio.sleep(pause)
+                        pause = min(2 * pause, RESUME_RETRY_MAX_SECONDS)
+        except TimeoutError:
+            raise LinkError(f"not resumed within {seconds:g} s") from None
+
+    async def _try_to_resume(self, ride: Ride, seconds: float, *, is_patient: bool) -> bool:
+        await self._relocate(ride, seconds)
+        try:
+            await self._resume_on(await self._carriers.dial(ride.session), ride)
+        except FlowRefused as error:
+            # The session may have ended as it was used; whatever else was refused stays so.
+            if error.status is not OpenStatus.DENIED or not ride.flow.has_begun:
+                raise
+        except (LinkError, IdentityError) as error:
+            if not is_patient:
+                raise
+            _log.debug("resume_failed", flow=ride.flow.opened.flow, detail=error)
+        else:
+            self._broker.settle(ride.number)
+            return True
+        return False
+
+    async def _resume_on(self, carrier: Carrier, ride: Ride) -> None:
+        ride.attempt += 1
+        try:
+            await carrier.resume(ride.flow, ride.session.opened.session, ride.attempt)
+        except asyncio.CancelledError:
+            carrier.close(Reason.PEER_GONE)
+            raise
+        ride.board(carrier)
+
+    async def _move(self, ride: Ride) -> None:
+        """Have a session before the carrier is let go."""
+        ride.must_move = False
+        before = ride.session.key
+        try:
+            async with asyncio.timeout(RESUME_SECONDS) as patience:
+                with ride.ending(patience):
+                    await self._relocate(ride, RESUME_SECONDS)
+        except TimeoutError:
+            return
+        except Refused as error:
+            # The connector ends the flow when its time is over, if the carrier lasts so long.
+            _log.info("flow_not_moved", service=ride.at.service, detail=error)
+            return
+        if ride.session.key != before and ride.carrier is not None:
+            ride.carrier.close(Reason.PEER_GONE)
+
+    async def _relocate(self, ride: Ride, seconds: float) -> None:
+        connector = ride.session.opened.connector_id
+        session = await self._broker.relocate(ride.number, connector, seconds)
+        if ride in self._running.get(ride.session.key, ()):
+            self._unseat(ride)
+            ride.session = session
+            self._seat(ride)
+        ride.session = session
+
+    def _seat(self, ride: Ride) -> None:
+        self._running.setdefault(ride.session.key, set()).add(ride)
+
+    def _unseat(self, ride: Ride) -> None:
+        riding = self._running[ride.session.key]
+        riding.discard(ride)
+        if not riding:
+            del self._running[ride.session.key]
 
 
-def _close_if_unheard(carrier: Carrier) -> None:
-    if carrier.unacknowledged_bytes:
-        carrier.close(Reason.PEER_GONE)
+class Ride:
+    """A flow that runs, what carries it, and under which session; `attempt` counts its RESUMEs."""
+
+    def __init__(
+        self, number: int, at: VirtualPort, flow: TcpFlow, session: Session, carrier: Carrier | None
+    ) -> None:
+        self.number = number
+        self.at = at
+        self.flow = flow
+        self.session = session
+        self.carrier: Carrier | None = None
+        self.attempt = 0
+        self.must_move = False
+        self._woken: asyncio.Future[None] | None = None
+        if carrier is not None:
+            self.board(carrier)
+
+    def board(self, carrier: Carrier) -> None:
+        """Be carried, and hear of the carrier's end."""
+        self.carrier = carrier
+        carrier.closed.add_done_callback(self.wake)
+
+    def alight(self) -> Carrier | None:
+        """Be carried no more; return what carried it."""
+        carrier, self.carrier = self.carrier, None
+        if carrier is not None:
+            carrier.closed.remove_done_callback(self.wake)
+        return carrier
+
+    async def something(self) -> None:
+        """Wait until the flow ended, its carrier closed, or it must move."""
+        self._woken = asyncio.get_running_loop().create_future()
+        await self._woken
+
+    def wake(self, _: object = None) -> None:
+        """Look again."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    def move(self) -> None:
+        """Have it look for a session, and go there."""
+        self.must_move = True
+        self.wake()
+
+    @contextlib.contextmanager
+    def ending(self, patience: asyncio.Timeout) -> Iterator[None]:
+        """Let the time be over as soon as the flow ends."""
+
+        def stop(_: object) -> None:
+            patience.reschedule(asyncio.get_running_loop().time())
+
+        self.flow.finished.add_done_callback(stop)
+        try:
+            yield
+        finally:
+            self.flow.finished.remove_done_callback(stop)

@@ -7,25 +7,21 @@ sidecar.connector.sessions' to decide. Health comes from outside. Source: protoc
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 
-from sidecar.connector.backends import dial_tcp
+from sidecar.connector.authority import FlowAuthority
 from sidecar.connector.datagrams import Datagrams
 from sidecar.connector.flows import RelayConnection
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.links import Links
 from sidecar.connector.probes import Prober
-from sidecar.connector.routes import Route, RouteTable
+from sidecar.connector.routes import RouteTable
 from sidecar.connector.sessions import Session, Sessions, standing
 from sidecar.link.budget import Budget
 from sidecar.link.control import RelayClient
-from sidecar.link.flow import abort
 from sidecar.link.listener import StreamListener
-from sidecar.link.stream import FlowRefused
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused
-from ztna.identity import Identity, require_agent
 from ztna.leases import Lease
 from ztna.names import ServiceName
 from ztna.reasons import Reason
@@ -41,7 +37,6 @@ from ztna.wire.control import (
     Offered,
     StartPunching,
 )
-from ztna.wire.stream import OpenFrame, OpenStatus
 
 STATUS_ENTRIES_MAX = 1000
 OFFERS_WAITING_MAX = 1000
@@ -88,7 +83,18 @@ class Serving:
             receive=self.datagrams.from_link,
             private_candidates=private_candidates,
         )
-        self.streams = StreamListener(credentials, self._authorise, tasks=tasks, budget=Budget())
+        self.streams = StreamListener(
+            credentials,
+            FlowAuthority(
+                routes,
+                self.sessions,
+                leases,
+                verdicts=credentials.verdicts,
+                is_draining=lambda: self.is_draining,
+            ),
+            tasks=tasks,
+            budget=Budget(),
+        )
         self._verdicts = credentials.verdicts
         self._routes = routes
         self._leases = leases
@@ -178,7 +184,7 @@ class Serving:
 
     async def drained(self) -> None:
         """Return when no TCP flow runs any more."""
-        while flows := [flow.finished for flow in self.streams.flows()]:
+        while flows := [flow.finished for flow in self.streams.served.flows()]:
             await asyncio.wait(flows)
 
     def close(self) -> None:
@@ -207,7 +213,7 @@ class Serving:
                 for session, state in sessions[:STATUS_ENTRIES_MAX]
             ],
             "udp_flows": len(self.datagrams.flows),
-            "tcp_flows": sum(1 for _ in self.streams.flows()),
+            "tcp_flows": sum(1 for _ in self.streams.served.flows()),
             "links": self.links.status()[:STATUS_ENTRIES_MAX],
         }
 
@@ -283,7 +289,7 @@ class Serving:
         gone = {each for each in gone if not self.sessions.has_service(*each)}
         if not gone:
             return
-        for flow in list(self.streams.flows()):
+        for flow in list(self.streams.served.flows()):
             if (flow.peer.name, flow.opened.service) in gone:
                 flow.reset(reason)
 
@@ -307,48 +313,3 @@ class Serving:
 
     def _carried(self, _task: asyncio.Task[None]) -> None:
         self._carrying -= 1
-
-    async def _authorise(self, identity: Identity, frame: OpenFrame) -> socket.socket:
-        """Return a socket connected to the backend of this flow. Raises FlowRefused."""
-        session = self._session_of(identity, frame)
-        if self.is_draining:
-            refused(_WHERE, Reason.DRAINING)
-            raise FlowRefused(OpenStatus.DENIED, "the connector is draining")
-        await self._check_lease(frame)
-        route = self._route_of(frame)
-        sock = await dial_tcp(route.backend, route.connect_timeout_s)
-        if not self.sessions.is_live(session):
-            abort(sock)
-            raise FlowRefused(OpenStatus.DENIED, "the session ended while the backend was dialled")
-        return sock
-
-    def _session_of(self, identity: Identity, frame: OpenFrame) -> Session:
-        try:
-            session = self.sessions.authorised(
-                frame.session, frame.service, identity.name, identity.fingerprint
-            )
-            require_agent(identity, frame.service, session.agent.fingerprint)
-            self._verdicts.require(identity)
-        except Refused as error:
-            refused(_WHERE, error.reason)
-            _log.warning("flow_refused", agent=identity.name, service=frame.service, reason=error.reason)
-            raise FlowRefused(OpenStatus.DENIED, error.detail) from None
-        return session
-
-    async def _check_lease(self, frame: OpenFrame) -> None:
-        known = self._leases.lease(frame.service)
-        if standing(frame.lease, known) == "newer":
-            known = await self._leases.read_again(frame.service, frame.lease.epoch)
-        stands = standing(frame.lease, known)
-        if stands == "newer":
-            refused(_WHERE, Reason.POLICY_UNKNOWN)
-            raise FlowRefused(OpenStatus.DENIED, f"the lease of {frame.service} is not known here yet")
-        if stands == "stale" or frame.destination.ip != str(frame.lease.ip):
-            refused(_WHERE, Reason.STALE_EPOCH)
-            raise FlowRefused(OpenStatus.STALE_EPOCH, f"{frame.service} has another lease")
-
-    def _route_of(self, frame: OpenFrame) -> Route:
-        route = self._routes.pick(frame.service, "tcp", frame.destination.port)
-        if route is None:
-            raise FlowRefused(OpenStatus.REFUSED, f"{frame.service} has no port tcp {frame.destination.port}")
-        return route

@@ -119,15 +119,18 @@ class Sessions:
             raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} from relay {connection[0]}")
         return found
 
-    def authorised(self, session: SessionId, service: ServiceName, agent: str, fingerprint: str) -> Session:
-        """Return the live session that an OPEN names, for the peer that its TLS proved.
+    def authorised(
+        self, session: SessionId, service: ServiceName | None, agent: str, fingerprint: str
+    ) -> Session:
+        """Return the live session that an OPEN or RESUME names, for the peer that its TLS proved.
 
-        Raises Refused(not_your_session) when it is not live, was given to another agent or certificate, or is for
-        another service. Source: protocol.md, Link: stream carrier, Authority.
+        Without a service (that of a flow that nobody knows) it may be for any. Raises Refused(not_your_session) when
+        it is not live, was given to another agent or certificate, or is for another service.
+        Source: protocol.md, Link: stream carrier, Authority.
         """
-        given = (service, PeerIdentity(agent, fingerprint))
+        given = PeerIdentity(agent, fingerprint)
         for found in self._by_id.get(session, {}).values():
-            if (found.service, found.agent) == given and not found.v1:
+            if found.agent == given and service in (None, found.service) and not found.v1:
                 return found
         raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} for {service} from {agent}")
 
@@ -146,6 +149,10 @@ class Sessions:
     def is_live(self, session: Session) -> bool:
         """Say whether new flows of it may begin."""
         return session.key in self._live
+
+    def has_flows(self, session: Session) -> bool:
+        """Say whether the flows it has may live, be they detached."""
+        return session.key in self._live or session.key in self._detached
 
     def bind_in_use(self, bind: BindKey) -> bool:
         """Say whether any session, live or detached, needs the link."""

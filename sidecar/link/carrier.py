@@ -21,6 +21,8 @@ from ztna.wire.stream import Data, Frame, FrameReader
 READ_BYTES_PER_TURN = 16 * RECORD_BYTES
 FINISH_SECONDS = 2.0
 
+BREAKING = frozenset({Reason.PEER_GONE, Reason.CLOSED_BY_PEER})
+"""Ends of a connection that say nothing about its flow."""
 _WHERE = "stream_carrier"
 
 _log = logger(__name__)
@@ -44,6 +46,7 @@ class FrameStream:
         # The first may be half written: TLS wants the same bytes again. True marks the DATA frame of the flow.
         self._unsent: deque[tuple[memoryview, bool]] = deque()
         self._is_finishing = False
+        self._end_reason = Reason.CLOSED_BY_PEER
         self._on_frame = on_frame
         self._on_closed = on_closed
 
@@ -69,25 +72,39 @@ class FrameStream:
         """Write the flow's DATA frame; False: it waits, and the flow is told when it is written."""
         return self._send(frame, is_piece=True)
 
+    def carry(self, flow: TcpFlow, expected: int, window: int, greeting: Frame | None = None) -> None:
+        """Carry a flow from now on; as TcpFlow.attach. Raises ProtocolError as that, and carries nothing then."""
+        self.flow = flow
+        try:
+            flow.attach(self, expected, window, greeting)
+        except ProtocolError:
+            self.flow = None
+            raise
+
     def flow_ended(self, *, reusable: bool) -> None:
         """Be free for the next flow, or close once what waits is written."""
         self.flow = None
         if not reusable:
-            self.finish(Reason.CLOSED_BY_PEER)
+            self.finish(self._end_reason)
 
     def finish(self, reason: Reason) -> None:
         """Close once what waits is written, so that the peer can read it."""
         if self.is_closed or self._is_finishing:
             return
         self._is_finishing = True
+        self._end_reason = reason
         if self._unsent:
             asyncio.get_running_loop().call_later(FINISH_SECONDS, self.close, reason)
         else:
             self._finished(reason)
 
     def close(self, reason: Reason) -> None:
-        """Close at once; a flow that runs is lost."""
+        """Close at once. A flow that runs is detached when the connection broke, and else reset for that reason."""
         if self.is_closed:
+            return
+        if self.flow is not None and reason not in BREAKING:
+            self._end_reason = reason
+            self.flow.reset(reason)  # which closes this once RESET is written
             return
         self.is_closed = True
         self._tls.close()
@@ -100,8 +117,6 @@ class FrameStream:
 
     def _refused(self, error: IdentityError) -> None:
         refused(_WHERE, error.reason)
-        if self.flow is not None:
-            self.flow.reset(error.reason)
         self.close(error.reason)
 
     def _ended(self, reason: Reason) -> None:
@@ -119,10 +134,9 @@ class FrameStream:
             try:
                 written = self._tls.write(frame)
             except OSError:
-                # Found out in the middle of somebody's turn; told in a turn of its own.
+                # Found out in the middle of somebody's turn; told in a turn of its own, and blocked until then.
                 asyncio.get_running_loop().call_soon(self.close, Reason.PEER_GONE)
                 self._is_finishing = True
-                return False
             if written == len(frame):
                 return True
         self._unsent.append((frame[written:], is_piece))
@@ -144,7 +158,7 @@ class FrameStream:
             if is_piece and self.flow is not None:
                 self.flow.piece_written()
         if self._is_finishing:
-            self._finished(Reason.CLOSED_BY_PEER)
+            self._finished(self._end_reason)
         elif self.flow is not None:
             self.flow.carrier_writable()
 

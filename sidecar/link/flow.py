@@ -1,4 +1,6 @@
-"""One TCP flow at one end: bytes between the local socket and its carrier, within windows and budgets.
+"""One TCP flow at one end: bytes between the local socket and its carriers, within windows and budgets.
+
+A flow outlives its carrier: detached it reads nothing, keeps what is unacknowledged, and goes on upon the next.
 
 The same at agent and connector. Positions and windows are sidecar.link.resume's, frames on the wire
 sidecar.link.carrier's; who may open a flow is decided before one exists.
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sidecar.link.budget import Share
+from sidecar.link.known import Complete, Ending, WasReset
 from sidecar.link.resume import ACK_DELAY_SECONDS, FlowState
 from ztna.errors import ProtocolError
 from ztna.identity import Identity
@@ -50,8 +53,6 @@ def abort(sock: socket.socket) -> None:
 class FlowCarrier(Protocol):
     """What a flow needs of the connection that carries it."""
 
-    peer: Identity
-
     @property
     def is_blocked(self) -> bool:
         """Whether earlier bytes still wait to be written."""
@@ -66,19 +67,42 @@ class FlowCarrier(Protocol):
         """The flow is over: be free for the next one, or close once what waits is written."""
 
 
-class TcpFlow:
-    """A flow that runs. `finished` tells whether its carrier may carry another."""
+class _Nowhere:
+    """The carrier of a detached flow: takes nothing."""
 
-    def __init__(self, carrier: FlowCarrier, opened: OpenFrame, send_window: int, share: Share) -> None:
+    is_blocked = True
+
+    def send(self, frame: bytes) -> None:
+        pass
+
+    def send_piece(self, frame: memoryview) -> bool:
+        raise AssertionError("a detached flow sends nothing")
+
+    def flow_ended(self, *, reusable: bool) -> None:
+        pass
+
+
+_NOWHERE = _Nowhere()
+
+
+class TcpFlow:
+    """A flow, detached at first. `finished` tells whether its last carrier may carry another."""
+
+    def __init__(self, opened: OpenFrame, peer: Identity, share: Share, local: socket.socket) -> None:
+        """Take the connected local socket, which is touched only once the flow begins."""
         self.opened = opened
-        self.peer = carrier.peer
-        self.state = FlowState(send_window=send_window, receive_window=share.window)
+        self.peer = peer
+        self.session = opened.session
+        self.state = FlowState(receive_window=share.window)
         self.finished: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.has_begun = False
         self.bytes_sent = 0
         self.bytes_received = 0
         self._loop = asyncio.get_running_loop()
-        self._carrier = carrier
+        self._carrier: FlowCarrier = _NOWHERE
         self._share = share
+        self._local = local
+        self._local_fd = local.fileno()
         self._held = bytearray()
         self._in_flight: memoryview | None = None
         self._early_ack: int | None = None
@@ -86,20 +110,43 @@ class TcpFlow:
         self._is_reading = False
         self._is_writing = False
         self._is_over = False
+        self._reset_code = 0
 
-    def start(self, local: socket.socket) -> None:
-        """Take the connected local socket over and begin."""
-        local.setblocking(False)
-        local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._local = local
-        self._local_fd = local.fileno()
+    def attach(self, carrier: FlowCarrier, expected: int, window: int, greeting: Frame | None = None) -> None:
+        """Begin, or go on, on a carrier whose other end expects that position; `greeting` goes before all else.
+
+        Raises ProtocolError for a position that cannot be; then the flow is as it was.
+        """
+        self.state.resumed(expected, window)
+        if not self.has_begun:
+            self.has_begun = True
+            self._local.setblocking(False)
+            self._local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._carrier = carrier
+        if greeting is not None:
+            carrier.send(encode(greeting))
+        self._acknowledge()
         self._look_at_reading()
+
+    def abandon(self) -> socket.socket:
+        """Give the local socket of a flow that never began back, and its memory."""
+        self._is_over = True
+        self._share.close()
+        return self._local
 
     def reset(self, reason: Reason | None = None) -> None:
         """End the flow at once at both ends: RESET to the other, RST to the local program."""
         if not self._is_over:
-            self._carrier.send(encode(ResetFrame(reset_code(reason))))
+            self._reset_code = reset_code(reason)
+            self._carrier.send(encode(ResetFrame(self._reset_code)))
             self._end(reusable=False)
+
+    @property
+    def ending(self) -> Ending:
+        """How a finished flow ended."""
+        if self.finished.result():
+            return Complete(self.state.sent_position, self.state.received_position)
+        return WasReset(self._reset_code)
 
     # From the carrier
 
@@ -132,19 +179,15 @@ class TcpFlow:
             self.state.fin_received()
             self._finish_local()
         elif isinstance(frame, ResetFrame):
+            self._reset_code = frame.reason
             self._end(reusable=False)
         else:
             raise ProtocolError(f"{type(frame).__name__} inside a flow")
 
     def piece_written(self) -> None:
         """The DATA frame that was given to a blocked carrier is written."""
-        piece, self._in_flight = self._in_flight, None
-        if piece is not None and not self._is_over:
-            self._keep(piece)
-            self._share.keep(self.state.kept_bytes)
-            early, self._early_ack = self._early_ack, None
-            if early is not None:
-                self._acknowledged(early)
+        if not self._is_over:
+            self._settle_in_flight()
 
     def carrier_writable(self) -> None:
         """Nothing waits in the carrier any more."""
@@ -155,9 +198,23 @@ class TcpFlow:
             self._local_readable()
 
     def carrier_lost(self) -> None:
-        """The carrier broke: the local program sees a RST, never a clean end of half its bytes."""
-        if not self._is_over:
-            self._end(reusable=False)
+        """The carrier broke: be detached. Nothing of this shows to the local program."""
+        if self._is_over:
+            return
+        self._carrier = _NOWHERE
+        # Part of what was in flight may have arrived: it counts as sent now, and the other end says from where on.
+        self._settle_in_flight()
+        self._look_at_reading()
+
+    def _settle_in_flight(self) -> None:
+        piece, self._in_flight = self._in_flight, None
+        if piece is None:
+            return
+        self._keep(piece)
+        self._share.keep(self.state.kept_bytes)
+        early, self._early_ack = self._early_ack, None
+        if early is not None:
+            self._acknowledged(early)
 
     def _acknowledged(self, position: int) -> None:
         in_flight = len(self._in_flight) - HEADER_BYTES if self._in_flight is not None else 0
@@ -176,9 +233,11 @@ class TcpFlow:
     # Local socket -> carrier
 
     def _look_at_reading(self) -> None:
-        """Read the local socket exactly while its bytes have somewhere to go."""
+        """Read the local socket exactly while its bytes have somewhere to go, and nothing is owed before them."""
         state = self.state
-        wanted = not (self._is_over or state.fin_is_sent or self._carrier.is_blocked)
+        if state.is_owing:
+            self._send_owed()
+        wanted = not (self._is_over or state.fin_is_sent or self._carrier.is_blocked or state.is_owing)
         if wanted:
             wanted = state.send_credit > 0
             if wanted and self._share.room() == 0:
@@ -191,7 +250,25 @@ class TcpFlow:
             else:
                 self._loop.remove_reader(self._local_fd)
 
+    def _send_owed(self) -> None:
+        """Send again what the last carrier lost. It is counted as kept all the while."""
+        state = self.state
+        while state.is_owing and not (self._is_over or self._carrier.is_blocked):
+            room = min(state.send_credit, PIECE_BYTES)
+            if state.owed_bytes and room <= 0:
+                return
+            chunk = _CHUNKS.take()
+            size = state.take_owed(memoryview(chunk)[HEADER_BYTES : HEADER_BYTES + max(0, room)])
+            if not size:
+                _CHUNKS.give(chunk)
+                self._send_fin()
+            elif not self._send_chunk(chunk, size):
+                return
+
     def _local_readable(self) -> None:
+        if self.state.is_owing:
+            self._look_at_reading()
+            return
         state, share = self.state, self._share
         room = min(state.send_credit, share.room())
         for _ in range(READS_PER_TURN):
@@ -217,17 +294,24 @@ class TcpFlow:
             return False
         if not size:
             _CHUNKS.give(chunk)
-            self.state.fin_sent()
-            self._carrier.send(encode(Fin()))
+            self._send_fin()
             return False
         self.bytes_sent += size
+        return self._send_chunk(chunk, size) and size == limit and not self._is_over
+
+    def _send_chunk(self, chunk: bytearray, size: int) -> bool:
+        """Send so many bytes as DATA; return whether they are written, else they are in flight."""
         _HEADER.pack_into(chunk, 0, DATA << 24 | size)
-        frame = view[: HEADER_BYTES + size]
+        frame = memoryview(chunk)[: HEADER_BYTES + size]
         if self._carrier.send_piece(frame):
             self._keep(frame)
-            return size == limit and not self._is_over
+            return True
         self._in_flight = frame
         return False
+
+    def _send_fin(self) -> None:
+        self.state.fin_sent()
+        self._carrier.send(encode(Fin()))
 
     def _keep(self, frame: memoryview) -> None:
         """Keep a written DATA frame until its ACK; only now, so that no ACK can free what is still being written."""
@@ -290,7 +374,7 @@ class TcpFlow:
     def _acknowledge(self) -> None:
         """Send an ACK when one is due, or soon when one is wanted; while the carrier is blocked, after that."""
         state = self.state
-        if self._is_over or not state.ack_is_wanted:
+        if self._is_over or self._carrier is _NOWHERE or not state.ack_is_wanted:
             return
         if not state.ack_is_due:
             if self._ack_timer is None:
@@ -320,7 +404,7 @@ class TcpFlow:
             self._loop.remove_reader(self._local_fd)
         if self._is_writing:
             self._loop.remove_writer(self._local_fd)
-        if reusable:
+        if reusable or self.state.is_delivered:
             self._local.close()
         else:
             abort(self._local)

@@ -1,11 +1,16 @@
-"""One flow's positions, windows and retained bytes, and which flows are known (protocol.md, Link: stream carrier).
+"""One flow's positions, windows and retained bytes, whatever carries it (protocol.md, Link: stream carrier).
 
 Pure: bytes move in sidecar.link.flow, frames in sidecar.link.carrier. A position counts bytes of DATA since the
-flow began; FIN counts as one.
+flow began; FIN counts as one. OPENED and RESUMED begin alike: the other end says which position it expects, and gets
+everything from there on.
 
         acknowledged            sent                     delivered              received
     ---------+--------- kept ----+--> carrier -->   ---------+------ held --------+--> from the carrier
              |<-- at most the other's window -->|            |<-- at most our window -->|
+
+On a new carrier what the other end did not get goes back from `kept` to `owed`, and is sent again before anything
+new. Only what a carrier took whole is kept and can be acknowledged: an ACK, true or not, never frees bytes that are
+yet to be written.
 """
 
 from __future__ import annotations
@@ -17,31 +22,35 @@ from ztna.errors import ProtocolError
 ACK_WINDOW_FRACTION = 4
 ACK_DELAY_SECONDS = 0.1
 SMALL_PIECE_BYTES = 8 * 1024
-REMEMBER_SECONDS = 60.0
-REMEMBERED_FLOWS_MAX = 100_000
 
 
 class FlowState:
     """What one end knows of one flow, both directions."""
 
     __slots__ = (
+        "_ack_may_be_lost",
         "_ack_step",
+        "_expected",
         "_fin_delivered",
+        "_fin_is_owed",
         "_fin_received",
         "_kept",
         "_kept_from",
+        "_owed",
         "acknowledged_position",
         "acknowledged_to_peer",
         "delivered_position",
         "fin_is_sent",
+        "owed_bytes",
         "receive_window",
         "received_position",
         "send_window",
         "sent_position",
     )
 
-    def __init__(self, *, send_window: int, receive_window: int) -> None:
-        self.send_window = send_window
+    def __init__(self, *, receive_window: int) -> None:
+        """Begin with nothing; nothing may be sent before `resumed` told the other's window. In bytes."""
+        self.send_window = 0
         self.receive_window = receive_window
         self.sent_position = 0
         self.acknowledged_position = 0
@@ -54,8 +63,58 @@ class FlowState:
         self._kept: deque[memoryview | bytearray] = deque()
         self._kept_from = 0
         self._ack_step = receive_window // ACK_WINDOW_FRACTION
+        self._ack_may_be_lost = False
+        self._expected = 0
+        self._owed: deque[memoryview] = deque()
+        self.owed_bytes = 0
+        self._fin_is_owed = False
+
+    def resumed(self, expected: int, window: int) -> None:
+        """Go on upon a new carrier whose other end expects that position and has that window, in bytes.
+
+        Raises ProtocolError, and changes nothing, for a position below an earlier one or the last ACK, or above
+        what was sent.
+        """
+        lowest = max(self.acknowledged_position, self._expected)
+        if not lowest <= expected <= self.sent_position:
+            raise ProtocolError(f"resumed at {expected}: expected {lowest} to {self.sent_position}")
+        self.send_window = window
+        self._expected = expected
+        self._ack_may_be_lost = self.acknowledged_to_peer > 0
+        self._fin_is_owed |= self.fin_is_sent and expected < self.sent_position
+        self.fin_is_sent &= not self._fin_is_owed
+        at = self._kept_from
+        again: deque[memoryview] = deque()
+        for piece in self._kept:
+            if at + len(piece) > expected:
+                whole = piece if isinstance(piece, memoryview) else memoryview(bytes(piece))
+                again.append(whole[max(0, expected - at) :])
+            at += len(piece)
+        self._kept.clear()
+        self._kept_from = self.sent_position = expected
+        self._kept_from -= self.fin_is_sent
+        self._owed = again + self._owed
+        self.owed_bytes = sum(map(len, self._owed))
 
     # Sending
+
+    @property
+    def is_owing(self) -> bool:
+        """Whether something must be sent again before anything new."""
+        return bool(self._owed) or self._fin_is_owed
+
+    def take_owed(self, buffer: memoryview) -> int:
+        """Fill the buffer with what is owed, return how much that is. 0: only FIN is owed still."""
+        size = 0
+        while self._owed and size < len(buffer):
+            piece = self._owed.popleft()
+            part = piece[: len(buffer) - size]
+            buffer[size : size + len(part)] = part
+            size += len(part)
+            if len(part) < len(piece):
+                self._owed.appendleft(piece[len(part) :])
+        self.owed_bytes -= size
+        return size
 
     @property
     def send_credit(self) -> int:
@@ -66,8 +125,8 @@ class FlowState:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of DATA kept because no ACK covers the piece that they are in."""
-        return self.sent_position - self.fin_is_sent - self._kept_from
+        """Bytes of DATA kept because no ACK covers the piece that they are in, those that are owed too."""
+        return self.sent_position - self.fin_is_sent - self._kept_from + self.owed_bytes
 
     def sent(self, piece: memoryview) -> bool:
         """Note a piece of DATA that was wholly given to the carrier, and keep it until it is acknowledged.
@@ -89,6 +148,7 @@ class FlowState:
     def fin_sent(self) -> None:
         """Note that FIN was given to the carrier."""
         self.fin_is_sent = True
+        self._fin_is_owed = False
         self.sent_position += 1
 
     def acknowledged(self, position: int) -> list[memoryview]:
@@ -114,6 +174,8 @@ class FlowState:
         """Keep nothing any longer (the flow was reset); return the views that were kept."""
         freed = [piece for piece in self._kept if isinstance(piece, memoryview)]
         self._kept.clear()
+        self._owed.clear()
+        self.owed_bytes = 0
         self._kept_from = self.sent_position - self.fin_is_sent
         return freed
 
@@ -154,21 +216,32 @@ class FlowState:
 
     @property
     def ack_is_due(self) -> bool:
-        """Whether an ACK must go now: a quarter of the window, or the end, was delivered since the last."""
+        """Whether an ACK must go now: a quarter of the window, or the end, was delivered since the last.
+
+        And once on each new carrier: the last one may have been lost with the old.
+        """
+        if self._ack_may_be_lost:
+            return True
         fresh = self.delivered_position - self.acknowledged_to_peer
         return fresh >= self._ack_step or (self._fin_delivered and fresh > 0)
 
     @property
     def ack_is_wanted(self) -> bool:
         """Whether an ACK would say anything new: one goes within ACK_DELAY_SECONDS."""
-        return self.delivered_position != self.acknowledged_to_peer
+        return self._ack_may_be_lost or self.delivered_position != self.acknowledged_to_peer
 
     def take_ack(self) -> int:
         """Return the position to acknowledge, and count it as acknowledged."""
         self.acknowledged_to_peer = self.delivered_position
+        self._ack_may_be_lost = False
         return self.delivered_position
 
     # Both
+
+    @property
+    def is_delivered(self) -> bool:
+        """Whether the local socket gave and got everything: it is closed then and not cut."""
+        return (self.fin_is_sent or self._fin_is_owed) and self._fin_delivered
 
     @property
     def is_complete(self) -> bool:
@@ -178,46 +251,5 @@ class FlowState:
             and self.acknowledged_position == self.sent_position
             and self._fin_delivered
             and self.acknowledged_to_peer == self.received_position
+            and not self._ack_may_be_lost
         )
-
-
-class KnownFlows:
-    """The flows a connector has seen, so that none is dialled twice.
-
-    Finished ones are remembered for at least REMEMBER_SECONDS in two generations; when a generation is full the
-    older goes early, which `forgotten_early` counts.
-    """
-
-    def __init__(self, limit: int = REMEMBERED_FLOWS_MAX) -> None:
-        self._limit = limit
-        self._live: set[tuple[str, str]] = set()
-        self._newer: set[tuple[str, str]] = set()
-        self._older: set[tuple[str, str]] = set()
-        self._turned_at = 0.0
-        self.forgotten_early = 0
-
-    def begin(self, agent: str, flow: str, now: float) -> bool:
-        """Note a new flow of an agent (its verified name); False when it is known already."""
-        self._turn(now)
-        key = (agent, flow)
-        if key in self._live or key in self._newer or key in self._older:
-            return False
-        self._live.add(key)
-        return True
-
-    def finish(self, agent: str, flow: str, now: float) -> None:
-        """Note that a flow has ended; it is remembered from now on."""
-        self._turn(now)
-        self._live.discard((agent, flow))
-        if len(self._newer) >= self._limit:
-            self.forgotten_early += len(self._older)
-            self._older, self._newer, self._turned_at = self._newer, set(), now
-        self._newer.add((agent, flow))
-
-    def _turn(self, now: float) -> None:
-        age = now - self._turned_at
-        if age < REMEMBER_SECONDS:
-            return
-        self._older = self._newer if age < 2 * REMEMBER_SECONDS else set()
-        self._newer = set()
-        self._turned_at = now

@@ -12,17 +12,27 @@ from collections.abc import Callable
 
 import msgspec
 
-from sidecar.link.budget import Budget, Share
+from sidecar.link.budget import Budget
 from sidecar.link.carrier import FrameStream
-from sidecar.link.flow import TcpFlow
+from sidecar.link.flow import TcpFlow, reset_code
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused, ZtnaError
 from ztna.identity import Identity
+from ztna.names import SessionId
 from ztna.reasons import Reason
 from ztna.telemetry import refused
 from ztna.tls_tcp import SockAddr, TlsStream, connect, secure
 from ztna.wire.forwarder import BOUND_V4_BYTES, bound_bytes, decode, dial_in
-from ztna.wire.stream import Frame, OpenedFrame, OpenFrame, OpenStatus, ResetFrame, encode
+from ztna.wire.stream import (
+    Frame,
+    OpenedFrame,
+    OpenFrame,
+    OpenStatus,
+    ResetFrame,
+    ResumedFrame,
+    ResumeFrame,
+    encode,
+)
 
 ALPN = "ztna-stream"
 DIRECT_CONNECT_SECONDS = 0.25
@@ -41,6 +51,20 @@ class FlowRefused(ZtnaError):
         self.status = status
 
 
+class OpenLost(LinkError):
+    """The carrier broke before OPEN was answered: `flow` may have begun there, which its RESUME will tell.
+
+    `was_idle`: the carrier had been idle, so that its connector may have gone long before.
+    `unheard`: as far as TCP knows not even the other host has had OPEN.
+    """
+
+    def __init__(self, detail: str, flow: TcpFlow, *, was_idle: bool, unheard: bool) -> None:
+        super().__init__(detail)
+        self.flow = flow
+        self.was_idle = was_idle
+        self.unheard = unheard
+
+
 class Carrier:
     """An agent's end of one stream carrier."""
 
@@ -49,8 +73,10 @@ class Carrier:
         self.closed: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._budget = budget
         self._frames = FrameStream(tls, self._answered, self._ended)
-        self._opening: asyncio.Future[OpenedFrame] | None = None
-        self._starting: tuple[OpenFrame, Share, socket.socket] | None = None
+        self._asked: tuple[OpenFrame | ResumeFrame, TcpFlow] | None = None
+        self._answer: asyncio.Future[OpenStatus] | None = None
+        self._is_used = False
+        self._is_unheard = False
         self._frames.start()
 
     @classmethod
@@ -101,19 +127,20 @@ class Carrier:
     @property
     def is_idle(self) -> bool:
         """Whether it can carry a flow now."""
-        return not self._frames.is_closed and self._frames.flow is None and self._opening is None
+        return not self._frames.is_closed and self._frames.flow is None and self._answer is None
 
-    @property
-    def unacknowledged_bytes(self) -> int:
-        """How many written bytes the other end's kernel has not acknowledged; for long: the path is dead."""
-        return self._frames.unacknowledged_bytes
+    def close_if_unheard(self) -> None:
+        """Close it when written bytes are yet to be acknowledged by the other end's kernel."""
+        if self._frames.unacknowledged_bytes:
+            self._is_unheard = True
+            self.close(Reason.PEER_GONE)
 
     async def open(self, frame: OpenFrame, local: socket.socket) -> TcpFlow:
         """Open a flow for a connected local socket, which belongs to the flow once this returns.
 
         The frame's window is replaced by what the budget gives. Raises FlowRefused, after which the carrier is
-        closed and the local socket still the caller's, and LinkError when the carrier is not idle or breaks. When
-        cancelled, the carrier is closed too.
+        closed and the local socket still the caller's, LinkError when the carrier is not idle, and OpenLost when it
+        breaks; then the flow it names has the socket. When cancelled, the carrier is closed too.
         """
         if not self.is_idle:
             raise LinkError("the carrier is not idle")
@@ -122,28 +149,28 @@ class Carrier:
             refused(_WHERE, Reason.LIMIT_REACHED)
             raise FlowRefused(OpenStatus.DENIED, "this agent's flow memory is used up")
         frame = msgspec.structs.replace(frame, window=share.window)
-        self._opening = asyncio.get_running_loop().create_future()
-        self._starting = (frame, share, local)
-        self._frames.send(encode(frame))
+        flow = TcpFlow(frame, self.peer, share, local)
         try:
-            async with asyncio.timeout(OPENED_SECONDS):
-                opened = await self._opening
-        except TimeoutError:
-            self.close(Reason.PEER_GONE)
-            raise LinkError(f"no answer to OPEN within {OPENED_SECONDS:g} s") from None
-        finally:
-            self._opening = None
-            if self._starting is not None:  # nothing was started
-                self._starting = None
-                share.close()
-                self._frames.send(encode(ResetFrame(0)))
-                self._frames.finish(Reason.CLOSED_BY_PEER)
-        if opened.status is not OpenStatus.OK:
-            raise FlowRefused(opened.status)
-        flow = self._frames.flow
-        if flow is None or flow.opened is not frame:
-            raise LinkError("the flow ended as it was opened")
+            await self._ask(frame, flow)
+        except LinkError as error:
+            raise OpenLost(str(error), flow, was_idle=self._is_used, unheard=self._is_unheard) from None
+        except BaseException:
+            if not flow.has_begun:
+                flow.abandon()
+            raise
+        self._is_used = True
         return flow
+
+    async def resume(self, flow: TcpFlow, session: SessionId, attempt: int) -> None:
+        """Go on with a detached flow; `attempt` is one higher than before, OPEN was 0.
+
+        Raises FlowRefused and LinkError as `open`. When this returns the flow runs, or was reset by the connector.
+        """
+        if not self.is_idle:
+            raise LinkError("the carrier is not idle")
+        received, window = flow.state.received_position, flow.state.receive_window
+        await self._ask(ResumeFrame(session, flow.opened.flow, attempt, received, window), flow)
+        flow.session = session
 
     def close(self, reason: Reason = Reason.CLOSED_BY_PEER) -> None:
         """Close at once; a running flow is lost. Again is harmless."""
@@ -168,23 +195,63 @@ class Carrier:
             raise
         return cls(tls, budget, forwarded=forwarded)
 
+    async def _ask(self, request: OpenFrame | ResumeFrame, flow: TcpFlow) -> None:
+        """Send the request and wait for its answer, upon which the flow is carried here."""
+        self._answer = answer = asyncio.get_running_loop().create_future()
+        self._asked = (request, flow)
+        self._frames.send(encode(request))
+        try:
+            async with asyncio.timeout(OPENED_SECONDS):
+                status = await answer
+        except TimeoutError:
+            self.close(Reason.PEER_GONE)
+            raise LinkError(f"no answer within {OPENED_SECONDS:g} s") from None
+        except asyncio.CancelledError:
+            self._frames.send(encode(ResetFrame(0)))
+            raise
+        finally:
+            self._answer = None
+            if self._asked is not None:  # nothing was begun
+                self._asked = None
+                self._frames.finish(Reason.CLOSED_BY_PEER)
+        if status is not OpenStatus.OK:
+            raise FlowRefused(status)
+
     def _answered(self, frame: Frame) -> None:
-        opening = self._opening
-        if not isinstance(frame, OpenedFrame) or opening is None or opening.done():
+        if self._asked is None:
             raise ProtocolError(f"{type(frame).__name__} on an idle carrier")
-        if frame.status is OpenStatus.OK and self._starting is not None:
-            # Started here and not after the await: the flow's first DATA may be in this very read.
-            opened, share, local = self._starting
-            self._starting = None
-            flow = self._frames.flow = TcpFlow(self._frames, opened, frame.window, share)
-            flow.start(local)
-        opening.set_result(frame)
+        request, flow = self._asked
+        status = OpenStatus.OK
+        # Carried from here and not after the await: the flow's first DATA may be in this very read.
+        match frame, request:
+            case OpenedFrame(OpenStatus.OK, window), OpenFrame():
+                self._asked = None
+                self._frames.carry(flow, 0, window)
+            case ResumedFrame(received, window), ResumeFrame():
+                self._asked = None
+                self._resumed(flow, received, window)
+            case ResetFrame(), ResumeFrame():
+                flow.frame_received(frame)
+            case OpenedFrame(), _ if frame.status is not OpenStatus.OK:
+                status = frame.status
+            case _:
+                raise ProtocolError(f"{type(frame).__name__} in answer to {type(request).__name__}")
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(status)
+
+    def _resumed(self, flow: TcpFlow, received: int, window: int) -> None:
+        try:
+            self._frames.carry(flow, received, window)
+        except ProtocolError:
+            self._frames.send(encode(ResetFrame(reset_code(Reason.MALFORMED))))
+            self._frames.finish(Reason.MALFORMED)
+            flow.reset(Reason.MALFORMED)
 
     def _ended(self, reason: Reason) -> None:
         if reason is Reason.MALFORMED:
             refused(_WHERE, reason)
-        if self._opening is not None and not self._opening.done():
-            self._opening.set_exception(LinkError(f"the carrier closed before OPENED: {reason}"))
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(LinkError(f"the carrier closed before the answer: {reason}"))
         if not self.closed.done():
             self.closed.set_result(reason)
 

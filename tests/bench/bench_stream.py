@@ -34,7 +34,7 @@ from ztna.credentials import Credentials
 from ztna.identity import Identity
 from ztna.names import ServiceName, SessionId
 from ztna.wire.control import Address, LeaseRef
-from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame
+from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame, ResumeFrame
 
 ROUNDS = 4
 SHORT_FLOWS = 1000
@@ -76,18 +76,30 @@ def run_end(body: Callable[..., Awaitable[None]], pipe: Pipe, *args: object) -> 
     uvloop.run(with_clock())
 
 
+class OneBackend:
+    """The same backend for every flow."""
+
+    def __init__(self, backend: tuple[str, int]) -> None:
+        self._backend = backend
+
+    async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
+        sock = socket.socket()
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, self._backend)
+        return sock
+
+    def resume(self, peer: Identity, frame: ResumeFrame, service: ServiceName | None) -> None:
+        pass
+
+
 async def connector(pipe: Pipe, tls: TlsConfig, backend: tuple[str, int]) -> None:
     loop = asyncio.get_running_loop()
 
-    async def authorise(_peer: Identity, _frame: OpenFrame) -> socket.socket:
-        sock = socket.socket()
-        sock.setblocking(False)
-        await loop.sock_connect(sock, backend)
-        return sock
-
     async def serve() -> None:
         async with asyncio.TaskGroup() as tasks:
-            listener = StreamListener(Credentials.load(tls), authorise, tasks=tasks, budget=Budget())
+            listener = StreamListener(
+                Credentials.load(tls), OneBackend(backend), tasks=tasks, budget=Budget()
+            )
             pipe.send(listener.listen(("127.0.0.1", 0)))
             await loop.create_future()
 

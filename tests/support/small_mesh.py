@@ -51,7 +51,7 @@ from ztna.wire.control import (
     Opened,
     UnknownMessage,
 )
-from ztna.wire.stream import OpenFrame, OpenStatus
+from ztna.wire.stream import OpenFrame, OpenStatus, ResumeFrame
 
 WAIT_SECONDS = 15.0
 PROBE_KEY = Secret(b"p" * 32)
@@ -66,10 +66,11 @@ class SmallConnector:
         self.fingerprint = self.credentials.identity.fingerprint
         self.refusing: list[OpenStatus] = []
         self.opens: list[OpenFrame] = []
+        self.resumes: list[ResumeFrame] = []
         self.packets: list[bytes] = []
         self.backend: SockAddr | None = None
         self.links: list[PacketLink] = []
-        self._listener = StreamListener(self.credentials, self._authorise, tasks=mesh.tasks, budget=Budget())
+        self._listener = StreamListener(self.credentials, self, tasks=mesh.tasks, budget=Budget())
         self._mesh = mesh
         self.link_address: Address | None = Address(*self._listener.listen(("127.0.0.1", 0)))
         self.is_dead = False
@@ -97,7 +98,10 @@ class SmallConnector:
         for link in self.links:
             link.close()
 
-    async def _authorise(self, identity: Identity, frame: OpenFrame) -> socket.socket:
+    def resume(self, peer: Identity, frame: ResumeFrame, service: ServiceName | None) -> None:
+        self.resumes.append(frame)
+
+    async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
         self.opens.append(frame)
         if self.refusing:
             raise FlowRefused(self.refusing.pop(0))

@@ -163,6 +163,7 @@ def test_peer_gone_detaches_for_a_while() -> None:
     assert sessions.close(RELAY, FIRST, Reason.PEER_GONE, 100.0) is None
     assert session.bind is not None
     assert not sessions.is_live(session) and sessions.carried(session.bind, WEB) is session
+    assert sessions.has_flows(session)
     assert sessions.detached() == [session] and sessions.live() == []
     assert sessions.expire(100.0 + DETACHED_SECONDS - 1) == []
     assert sessions.expire(100.0 + DETACHED_SECONDS) == [session]

@@ -1,15 +1,10 @@
-"""sidecar.link.resume: positions, windows, what is kept, completion, known flows."""
+"""sidecar.link.resume: positions, windows, what is kept, what is owed on a new carrier, completion."""
 
 import random
 
 import pytest
 
-from sidecar.link.resume import (
-    REMEMBER_SECONDS,
-    SMALL_PIECE_BYTES,
-    FlowState,
-    KnownFlows,
-)
+from sidecar.link.resume import SMALL_PIECE_BYTES, FlowState
 from ztna.errors import ProtocolError
 
 WINDOW = 64 * 1024
@@ -17,7 +12,9 @@ BIG = SMALL_PIECE_BYTES
 
 
 def state(window: int = WINDOW) -> FlowState:
-    return FlowState(send_window=window, receive_window=window)
+    made = FlowState(receive_window=window)
+    made.resumed(0, window)
+    return made
 
 
 def piece(size: int) -> memoryview:
@@ -174,33 +171,138 @@ def test_two_ends_agree_whatever_the_pace() -> None:
         assert near.kept_bytes == 0
 
 
-def test_a_flow_is_begun_once() -> None:
-    known = KnownFlows()
-    assert known.begin("a", "f", 1000.0)
-    assert not known.begin("a", "f", 1000.0)
-    assert known.begin("b", "f", 1000.0)
+def owed(flow: FlowState, room: int = 10_000_000) -> bytes:
+    buffer = memoryview(bytearray(room))
+    return bytes(buffer[: flow.take_owed(buffer)])
 
 
-def test_a_finished_flow_is_remembered_and_later_forgotten() -> None:
-    known = KnownFlows()
-    known.begin("a", "f", 1000.0)
-    known.finish("a", "f", 1050.0)
-    assert not known.begin("a", "f", 1050.0 + REMEMBER_SECONDS)
-    assert known.begin("a", "f", 1051.0 + 2 * REMEMBER_SECONDS)
+def test_nothing_may_be_sent_before_the_other_ends_window_is_known() -> None:
+    flow = FlowState(receive_window=WINDOW)
+    assert flow.send_credit == 0
+    flow.resumed(0, 100)
+    assert flow.send_credit == 100
+    assert not flow.is_owing
+    assert not flow.ack_is_wanted
 
 
-def test_long_silence_forgets_all_at_once() -> None:
-    known = KnownFlows()
-    known.begin("a", "f", 1000.0)
-    known.finish("a", "f", 1000.0)
-    assert known.begin("a", "f", 1000.0 + 2 * REMEMBER_SECONDS)
+def test_what_the_other_end_did_not_get_is_owed_from_the_middle_of_a_piece_on() -> None:
+    flow = state()
+    content = bytes(range(256)) * 40
+    flow.sent(memoryview(content))
+    flow.sent(memoryview(b"tail"))
+    flow.acknowledged(5)
+    flow.resumed(7, WINDOW)
+    assert flow.is_owing
+    assert flow.kept_bytes == flow.owed_bytes == len(content) + 4 - 7
+    assert flow.sent_position == 7
+    assert flow.send_credit == WINDOW - 2
+    assert owed(flow, 100) == content[7:107]
+    flow.sent(memoryview(content)[7:107])
+    assert flow.kept_bytes == len(content) + 4 - 7
+    assert owed(flow) == content[107:] + b"tail"
+    assert not flow.is_owing
 
 
-def test_the_memory_is_bounded_and_says_what_went_early() -> None:
-    known = KnownFlows(limit=2)
-    for number in range(7):
-        known.begin("a", str(number), 1000.0)
-        known.finish("a", str(number), 1000.0)
-    assert known.forgotten_early == 4
-    assert known.begin("a", "0", 1000.0)
-    assert not known.begin("a", "6", 1000.0)
+def test_a_second_cut_owes_what_was_sent_again_before_what_was_not() -> None:
+    flow = state()
+    flow.sent(memoryview(b"abcdefgh"))
+    flow.resumed(2, WINDOW)
+    flow.sent(memoryview(owed(flow, 3)))
+    flow.resumed(4, WINDOW)
+    assert owed(flow) == b"efgh"
+
+
+def test_what_was_wholly_received_is_kept_no_longer() -> None:
+    flow = state()
+    flow.sent(piece(BIG))
+    flow.resumed(BIG, WINDOW)
+    assert flow.kept_bytes == 0
+    assert flow.send_credit == WINDOW - BIG
+    flow.acknowledged(BIG)
+    assert flow.send_credit == WINDOW
+
+
+@pytest.mark.parametrize("expected", [4, 11])
+def test_a_position_below_the_last_ack_or_above_what_was_sent_changes_nothing(expected: int) -> None:
+    flow = state()
+    flow.sent(piece(10))
+    flow.acknowledged(5)
+    with pytest.raises(ProtocolError, match="expected 5 to 10"):
+        flow.resumed(expected, 1)
+    assert flow.send_credit == WINDOW - 5
+    assert not flow.is_owing
+
+
+def test_what_was_received_cannot_be_lost_again() -> None:
+    flow = state()
+    flow.sent(piece(10))
+    flow.resumed(8, WINDOW)
+    with pytest.raises(ProtocolError, match="expected 8"):
+        flow.resumed(7, WINDOW)
+
+
+def test_a_fin_that_is_missing_is_owed_after_the_bytes() -> None:
+    flow = state()
+    flow.sent(memoryview(b"abc"))
+    flow.fin_sent()
+    flow.resumed(1, WINDOW)
+    assert not flow.fin_is_sent
+    assert owed(flow) == b"bc"
+    assert flow.is_owing
+    assert owed(flow) == b""
+    flow.sent(memoryview(b"bc"))
+    flow.fin_sent()
+    assert not flow.is_owing
+    assert flow.sent_position == 4
+    flow.resumed(4, WINDOW)
+    assert not flow.is_owing
+    assert flow.kept_bytes == 0
+
+
+def test_a_fin_stays_owed_through_a_second_cut() -> None:
+    flow = state()
+    flow.sent(memoryview(b"abc"))
+    flow.fin_sent()
+    flow.resumed(3, WINDOW)
+    flow.resumed(3, WINDOW)
+    assert flow.is_owing
+    assert owed(flow) == b""
+
+
+def test_the_last_ack_is_sent_again_on_each_new_carrier() -> None:
+    flow = state()
+    flow.received(10)
+    flow.delivered(10)
+    flow.resumed(0, WINDOW)
+    assert not flow.ack_is_due  # none was sent, so none was lost
+    flow.take_ack()
+    assert not flow.ack_is_wanted
+    flow.resumed(0, WINDOW)
+    assert flow.ack_is_wanted and flow.ack_is_due
+    assert flow.take_ack() == 10
+    assert not flow.ack_is_wanted
+
+
+def test_a_flow_is_not_complete_while_its_last_ack_may_be_lost() -> None:
+    flow = state()
+    flow.fin_received()
+    flow.fin_delivered()
+    flow.take_ack()
+    flow.fin_sent()
+    assert flow.is_delivered
+    flow.resumed(0, WINDOW)
+    assert flow.is_delivered  # it is owed, but the program has ended its side
+    flow.fin_sent()
+    flow.acknowledged(1)
+    assert not flow.is_complete
+    flow.take_ack()
+    assert flow.is_complete
+
+
+def test_what_a_reset_flow_owed_is_forgotten() -> None:
+    flow = state()
+    flow.sent(piece(BIG))
+    flow.resumed(0, WINDOW)
+    flow.forget()
+    assert flow.kept_bytes == 0
+    assert not flow.is_owing
