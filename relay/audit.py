@@ -14,9 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
-
 from ztna.errors import ConfigError
+from ztna.jsontypes import to_json
 from ztna.telemetry import dropped, logger, utc
 
 LINES_WAITING_MAX = 10_000
@@ -49,7 +48,7 @@ class AuditLog:
 
     def write(self, event: str, fields: Mapping[str, object]) -> None:
         """Have a line written; never waits."""
-        line = msgspec.json.encode({"time": utc(time.time()), "event": event, **fields}) + b"\n"
+        line = to_json({"time": utc(time.time()), "event": event, **fields}) + b"\n"
         if not self._put(line):
             self._lose(1, "queue_full")
 

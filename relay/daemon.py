@@ -53,7 +53,7 @@ from ztna import quic, udp
 from ztna.config import RelayConfig
 from ztna.credentials import Credentials
 from ztna.dns_keys import load_key
-from ztna.errors import ZtnaError
+from ztna.errors import BadName, ZtnaError
 from ztna.identity import Identity
 from ztna.names import SessionId, Zone
 from ztna.reasons import Reason
@@ -100,6 +100,7 @@ async def run(daemon: Daemon) -> None:
             accept=relay.server.use_credentials,
         )
         daemon.on_reload.append(renewal.reload)
+        daemon.actions["close-session"] = relay.close_session
         if relay.reports.audit is not None:
             daemon.on_reload.append(relay.reports.audit.reopen)
         daemon.status_sources["certificate"] = renewal.status
@@ -388,9 +389,12 @@ class Relay:
 
     # What is told.
 
-    def close_session(self, session: SessionId) -> bool:
+    def close_session(self, session: str) -> bool:
         """End a session for an operator; False when there is no such session."""
-        commands = self._sessions.close(session, time.monotonic())
+        try:
+            commands = self._sessions.close(SessionId(session), time.monotonic())
+        except BadName:
+            return False
         self.carry_out(commands)
         return bool(commands)
 

@@ -18,7 +18,7 @@ from ztna.telemetry import RELAY_SIZES, SRV_AGE
 if TYPE_CHECKING:
     from relay.daemon import Relay
 
-SESSIONS_MAX = 1_000
+SESSIONS_MAX = 5_000
 TASKS_MAX = 200
 DAY_SECONDS = 86_400
 
@@ -31,6 +31,7 @@ def sources(relay: Relay) -> dict[str, Callable[[], object]]:
             "address": "{}:{}".format(*relay.address),
             "draining": relay.draining,
             "half_open": relay.server.half_open,
+            "sessions": len(relay.sessions.sessions),
         },
         "connections": lambda: connections(relay),
         "sessions": lambda: _sessions(relay),

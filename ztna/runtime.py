@@ -21,24 +21,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import msgspec
 import uvloop
-from aiohttp import web
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from ztna import config as configuration
 from ztna import telemetry
+from ztna.admin import serving
 from ztna.config import Config, Endpoint
 from ztna.errors import ConfigError, ZtnaError
-from ztna.jsontypes import Secret, encode_hook
-from ztna.listening import bind_error, endpoint_text
+from ztna.listening import endpoint_text
 
 EXIT_FINE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-
-# A scrape or probe that does not end by then is cut off when the daemon stops.
-ADMIN_SHUTDOWN_SECONDS = 0.5
 
 _log = telemetry.logger(__name__)
 
@@ -94,6 +88,8 @@ class Daemon:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     on_reload: list[Callable[[], None]] = field(default_factory=list)
     status_sources: dict[str, Callable[[], object]] = field(default_factory=dict)
+    actions: dict[str, Callable[[str], bool]] = field(default_factory=dict)
+    """What the admin socket can do to a subject, by name; each says whether there was such a subject."""
     admin_address: tuple[str, int] = ("", 0)
     started_at: float = field(default_factory=time.monotonic)
     reread: Callable[[], Config] | None = None
@@ -135,7 +131,8 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
         except ConfigError as error:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(EXIT_USAGE)
-        sys.exit(run(name, body, config=config, admin=own.admin, reread=read))
+        admin_socket = getattr(own, "admin_socket", None)
+        sys.exit(run(name, body, config=config, admin=own.admin, admin_socket=admin_socket, reread=read))
 
     command.help = f"Run {name} until SIGTERM; SIGHUP reads certificates, or dnsd's pool, again."
     return command
@@ -147,6 +144,7 @@ def run(
     *,
     config: Config,
     admin: Endpoint,
+    admin_socket: str | None = None,
     reread: Callable[[], Config] | None = None,
 ) -> int:
     """Run a daemon until its body returns; return the exit status.
@@ -158,7 +156,7 @@ def run(
     telemetry.BUILD.labels(daemon_name, version("ztna-mesh")).set(1)
     raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(daemon_name, body, config, admin, reread))
+        return runner.run(_run(daemon_name, body, config, admin, admin_socket, reread))
 
 
 async def sleep_or_stop(daemon: Daemon, seconds: float) -> bool:
@@ -176,7 +174,12 @@ def raise_file_limit() -> None:
 
 
 async def _run(
-    daemon_name: str, body: Body, config: Config, admin: Endpoint, reread: Callable[[], Config] | None
+    daemon_name: str,
+    body: Body,
+    config: Config,
+    admin: Endpoint,
+    admin_socket: str | None,
+    reread: Callable[[], Config] | None,
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_unexpected)
@@ -184,12 +187,9 @@ async def _run(
         async with asyncio.TaskGroup() as tasks:
             daemon = Daemon(daemon_name, config, tasks, reread=reread)
             _install_signals(loop, daemon)
-            runner = await _serve_admin(daemon, admin)
-            _log.info("started", daemon=daemon_name, admin=endpoint_text(daemon.admin_address))
-            try:
+            async with serving(daemon, admin, admin_socket):
+                _log.info("started", daemon=daemon_name, admin=endpoint_text(daemon.admin_address))
                 await body(daemon)
-            finally:
-                await runner.cleanup()
             raise _Finished
     except BaseExceptionGroup as group:
         return _exit_status(daemon_name, group)
@@ -261,69 +261,6 @@ def _unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
 def _log_unexpected(message: str, error: BaseException | None) -> None:
     telemetry.UNEXPECTED.inc()
     _log.exception("unexpected", error, message=message)
-
-
-async def _serve_admin(daemon: Daemon, admin: Endpoint) -> web.AppRunner:
-    app = web.Application()
-    pages = _AdminPages(daemon)
-    app.router.add_get("/metrics", pages.metrics)
-    app.router.add_get("/healthz", pages.healthz)
-    app.router.add_get("/readyz", pages.readyz)
-    app.router.add_get("/status", pages.status)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        handle_signals=False,
-        shutdown_timeout=ADMIN_SHUTDOWN_SECONDS,
-    )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, admin.host, admin.port).start()
-    except OSError as error:
-        await runner.cleanup()
-        raise bind_error(admin, error) from None
-    host, port = runner.addresses[0][:2]
-    daemon.admin_address = (host, port)
-    return runner
-
-
-class _AdminPages:
-    """The four pages; they only read."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
-
-    async def metrics(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(telemetry.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
-
-    async def healthz(self, request: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def readyz(self, request: web.Request) -> web.Response:
-        readiness = self._daemon.readiness
-        return _json(readiness.report(), 200 if readiness.ready else 503)
-
-    async def status(self, request: web.Request) -> web.Response:
-        daemon = self._daemon
-        own = {
-            "daemon": daemon.name,
-            "version": version("ztna-mesh"),
-            "pid": os.getpid(),
-            "uptime_s": round(time.monotonic() - daemon.started_at, 1),
-            "readiness": daemon.readiness.report(),
-        }
-        return _json(own | {name: source() for name, source in daemon.status_sources.items()}, 200)
-
-
-def _json(value: object, status: int) -> web.Response:
-    body = msgspec.json.format(msgspec.json.encode(value, enc_hook=_shown), indent=2)
-    return web.Response(body=body + b"\n", status=status, content_type="application/json")
-
-
-def _shown(value: Any) -> str:
-    return telemetry.HIDDEN if isinstance(value, Secret) else encode_hook(value)
 
 
 def _pairs(settings: tuple[str, ...], log_level: str | None) -> Iterator[tuple[str, str]]:

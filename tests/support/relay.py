@@ -19,7 +19,7 @@ from ztna.reasons import Reason
 from ztna.renewal import Renewal
 from ztna.runtime import Readiness
 from ztna.telemetry import REFUSALS
-from ztna.wire import control
+from ztna.wire import control, forwarder
 
 WAIT_SECONDS = 10.0
 SERVICE = ServiceName("echo-service")
@@ -176,6 +176,35 @@ class RunningRelay:
     def close(self) -> None:
         for peer in self._peers:
             peer.close()
+
+
+class Dialled:
+    """A TCP peer of the forwarder."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def dial(cls, mesh: RunningRelay, token: bytes) -> Dialled:
+        self = cls(*await asyncio.open_connection(*mesh.relay.splicer.address))
+        self.writer.write(forwarder.dial_in(token))
+        return self
+
+    async def bound(self) -> None:
+        start = await asyncio.wait_for(self.reader.readexactly(13), 8)
+        rest = await self.reader.readexactly(forwarder.bound_bytes(start) - 13)
+        bound = forwarder.decode(start + rest)
+        assert isinstance(bound, forwarder.Bound) and bound.nonce == forwarder.NO_NONCE
+        assert bound.address == control.Address(*self.writer.get_extra_info("sockname"))
+
+    async def closed_without_a_byte(self) -> None:
+        assert await asyncio.wait_for(self.reader.read(1), 8) == b""
+        self.writer.close()
+
+
+async def token_of(agent: Peer, opened: control.Opened) -> bytes:
+    agent.say(control.Dial(opened.session))
+    return (await agent.expect(control.DialToken, session=opened.session)).token
 
 
 @asynccontextmanager

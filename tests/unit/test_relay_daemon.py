@@ -14,7 +14,16 @@ from relay import daemon as relay_daemon
 from relay import looking_in, startup
 from tests.support.certificates import Pki
 from tests.support.quic import Dialling, settings
-from tests.support.relay import SERVICE, Peer, RunningRelay, forged_session, refusals, running_relay
+from tests.support.relay import (
+    SERVICE,
+    Dialled,
+    Peer,
+    RunningRelay,
+    forged_session,
+    refusals,
+    running_relay,
+    token_of,
+)
 from ztna import quic
 from ztna.config import Endpoint, RelayConfig, TsigKeyConfig
 from ztna.errors import ConfigError, LinkError
@@ -493,35 +502,6 @@ async def test_quic_is_copied_between_the_bound_sides_only(mesh: RunningRelay) -
     a.send(packet)
     await agent.nothing_of(control.Closed)
     assert c.got_nothing() and a.got_nothing()
-
-
-class Dialled:
-    """A TCP peer of the forwarder."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-
-    @classmethod
-    async def dial(cls, mesh: RunningRelay, token: bytes) -> Dialled:
-        self = cls(*await asyncio.open_connection(*mesh.relay.splicer.address))
-        self.writer.write(forwarder.dial_in(token))
-        return self
-
-    async def bound(self) -> None:
-        start = await asyncio.wait_for(self.reader.readexactly(13), 8)
-        rest = await self.reader.readexactly(forwarder.bound_bytes(start) - 13)
-        bound = forwarder.decode(start + rest)
-        assert isinstance(bound, forwarder.Bound) and bound.nonce == forwarder.NO_NONCE
-        assert bound.address == control.Address(*self.writer.get_extra_info("sockname"))
-
-    async def closed_without_a_byte(self) -> None:
-        assert await asyncio.wait_for(self.reader.read(1), 8) == b""
-        self.writer.close()
-
-
-async def token_of(agent: Peer, opened: control.Opened) -> bytes:
-    agent.say(control.Dial(opened.session))
-    return (await agent.expect(control.DialToken, session=opened.session)).token
 
 
 async def test_tcp_is_spliced_with_half_close(mesh: RunningRelay) -> None:

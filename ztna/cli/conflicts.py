@@ -5,17 +5,15 @@ Knows nothing of the command line; ztna.cli.leases has the command.
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from ztna.cli.admin import ask
 from ztna.conflicts import CONFLICT_PREFIX, Report
 from ztna.consul.client import ConsulClient
-from ztna.errors import ProtocolError, ZtnaError
+from ztna.errors import ProtocolError
 from ztna.jsontypes import from_json
-
-RELAY_SECONDS = 5.0
 
 
 class Told(msgspec.Struct, frozen=True, order=True):
@@ -47,12 +45,8 @@ async def from_consul(client: ConsulClient) -> list[Told]:
 
 
 def from_relay(admin: str) -> list[Told]:
-    """Return what agents told the relay with this admin address (host:port). Raises ZtnaError."""
-    try:
-        with urllib.request.urlopen(f"http://{admin}/status", timeout=RELAY_SECONDS) as answer:
-            status = from_json(answer.read(), _RelayStatus)
-    except (OSError, ValueError, ProtocolError) as error:
-        raise ZtnaError(f"relay at {admin}: {error}") from None
+    """Return what agents told the relay with this admin address (host:port or socket). Raises ZtnaError."""
+    _, status = ask(admin, "/status", _RelayStatus)
     return [
         Told(each.agent.rpartition("/")[2], each.cidr, each.with_, each.detail, (admin,))
         for each in status.conflicts

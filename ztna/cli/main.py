@@ -13,6 +13,7 @@ from ztna.errors import ZtnaError
 _COMMANDS = {
     "up": "ztna.cli.up:up",
     "ca": "ztna.cli.ca:ca",
+    "sessions": "ztna.cli.sessions:sessions",
     "leases": "ztna.cli.leases:leases",
     "dns": "ztna.cli.dns:dns",
     "doctor": "ztna.cli.doctor:doctor",

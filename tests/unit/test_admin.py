@@ -1,0 +1,105 @@
+"""Who may look and who may act: the port for this host alone, the socket for its owner."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from ztna import admin
+from ztna.admin import serving
+from ztna.config import Config, Endpoint
+from ztna.errors import ConfigError, ZtnaError
+from ztna.runtime import Daemon
+
+FREE = Endpoint("127.0.0.1", 0)
+
+
+@asynccontextmanager
+async def running(path: Path | None) -> AsyncIterator[tuple[Daemon, str]]:
+    async with asyncio.TaskGroup() as tasks:
+        daemon = Daemon("ztna-test", Config(), tasks)
+        daemon.status_sources["things"] = lambda: [{"name": "<b>thing</b>"}]
+        daemon.actions["close-session"] = lambda subject: subject == "there"
+        async with serving(daemon, FREE, str(path) if path else None):
+            yield daemon, "http://{}:{}".format(*daemon.admin_address)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def test_the_page_shows_the_sections_and_forbids_everything_else(client: aiohttp.ClientSession) -> None:
+    async with running(None) as (_, url), client.get(f"{url}/") as answer:
+        text = await answer.text()
+        assert answer.status == 200 and answer.content_type == "text/html"
+        assert "<h2>things</h2>" in text and "&lt;b&gt;thing" in text and "<h2>readiness</h2>" in text
+        assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/", "/status"])
+async def test_a_name_that_leads_here_shows_nothing(client: aiohttp.ClientSession, path: str) -> None:
+    async with running(None) as (_, url):
+        for host, status in (("evil.example", 403), ("localhost:1", 200), ("127.0.0.1", 200)):
+            async with client.get(url + path, headers={"Host": host}) as answer:
+                assert answer.status == status, host
+
+
+async def test_others_than_this_host_see_no_more_than_metrics_and_health(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "_is_loopback", lambda remote: False)
+    async with running(None) as (_, url):
+        for path, status in (("/", 403), ("/status", 403), ("/metrics", 200), ("/healthz", 200)):
+            async with client.get(url + path) as answer:
+                assert answer.status == status, path
+
+
+async def test_only_the_socket_takes_actions(client: aiohttp.ClientSession, tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    async with running(path) as (_, url):
+        async with client.post(f"{url}/close-session/there") as answer:
+            assert answer.status == 403
+        assert path.stat().st_mode & 0o777 == 0o600
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as owner:
+            asked = {"close-session/there": 200, "close-session/not": 404, "other/there": 404}
+            for what, status in asked.items():
+                async with owner.post(f"http://socket/{what}") as answer:
+                    assert answer.status == status
+            async with owner.get("http://socket/status") as answer:
+                assert (await answer.json())["things"] == [{"name": "<b>thing</b>"}]
+    assert not path.exists()
+
+
+async def test_a_socket_left_behind_is_replaced_and_one_in_use_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    async with running(path):
+        with pytest.raises(ConfigError, match="another daemon"):
+            async with serving(Daemon("other", Config(), asyncio.TaskGroup()), FREE, str(path)):
+                pass
+        assert path.exists()
+    path.write_text("not a socket")
+    with pytest.raises(ConfigError, match="something else"):
+        async with serving(Daemon("other", Config(), asyncio.TaskGroup()), FREE, str(path)):
+            pass
+    assert path.read_text() == "not a socket"
+
+
+async def test_a_place_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    daemon = Daemon("other", Config(), asyncio.TaskGroup())
+    with pytest.raises(ConfigError, match="nowhere"):
+        async with serving(daemon, FREE, str(tmp_path / "nowhere" / "admin.sock")):
+            pass
+    with pytest.raises(ZtnaError, match=r"192\.0\.2\.1"):
+        async with serving(daemon, Endpoint("192.0.2.1", 1), None):
+            pass

@@ -1,0 +1,200 @@
+"""The admin port of a daemon: metrics, health, its state as JSON and as a page; and a unix socket that changes things.
+
+What shows peers and sessions is for this host alone, whatever address the port has, and never for a browser's page
+that calls it by a name of its own (DNS rebinding). Only the unix socket, which is its owner's, takes actions.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from importlib.metadata import version
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from ztna import admin_page, telemetry
+from ztna.config import Endpoint
+from ztna.errors import ConfigError
+from ztna.jsontypes import Secret, encode_hook
+from ztna.listening import bind_error
+
+if TYPE_CHECKING:
+    from ztna.runtime import Daemon
+
+SHUTDOWN_SECONDS = 0.5
+"""A scrape or probe that does not end by then is cut off when the daemon stops."""
+SOCKET_MODE = 0o600
+SOCKET_BACKLOG = 16
+_OPEN_PATHS = frozenset({"/metrics", "/healthz", "/readyz"})
+"""What load balancers and Prometheus read from wherever the port is reached."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def serving(daemon: Daemon, admin: Endpoint, socket_path: str | None) -> AsyncIterator[None]:
+    """Serve for as long as the context lasts. Raises ZtnaError for an address or path that cannot be had."""
+    app = web.Application(middlewares=[_guard])
+    pages = _Pages(daemon)
+    app.router.add_get("/", pages.page)
+    app.router.add_get("/metrics", pages.metrics)
+    app.router.add_get("/healthz", pages.healthz)
+    app.router.add_get("/readyz", pages.readyz)
+    app.router.add_get("/status", pages.status)
+    app.router.add_post("/{action}/{subject}", pages.act)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
+    with ExitStack() as made:
+        listener = made.enter_context(_unix_socket(Path(socket_path))) if socket_path else None
+        await runner.setup()
+        try:
+            await _start(runner, admin)
+            daemon.admin_address = runner.addresses[0][:2]
+            if listener is not None:
+                await web.SockSite(runner, listener).start()
+            yield
+        finally:
+            await runner.cleanup()
+
+
+async def _start(runner: web.AppRunner, admin: Endpoint) -> None:
+    try:
+        await web.TCPSite(runner, admin.host, admin.port).start()
+    except OSError as error:
+        raise bind_error(admin, error) from None
+
+
+@contextmanager
+def _unix_socket(path: Path) -> Iterator[socket.socket]:
+    """Listen at the path, where one that a dead daemon left is replaced. Raises ConfigError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+        try:
+            _clear(path)
+            mask = os.umask(0o777 & ~SOCKET_MODE)
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(mask)
+            listener.listen(SOCKET_BACKLOG)
+            inode = path.stat().st_ino
+        except OSError as error:
+            raise ConfigError(f"admin_socket: {path}: {error.strerror or error}") from None
+        try:
+            yield listener
+        finally:
+            with suppress(OSError):
+                if path.stat().st_ino == inode:
+                    path.unlink()
+
+
+def _clear(path: Path) -> None:
+    """Remove the socket of a daemon that is dead. Raises ConfigError when it lives, or it is no socket."""
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise ConfigError(f"admin_socket: {path}: there is something else, which is not replaced")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise ConfigError(f"admin_socket: {path}: another daemon serves it")
+
+
+def _is_unix(request: web.Request) -> bool:
+    own = request.transport.get_extra_info("socket") if request.transport is not None else None
+    return own is not None and own.family == socket.AF_UNIX
+
+
+@web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if not _is_unix(request):
+        if request.method not in ("GET", "HEAD"):
+            return _said("only the admin socket takes actions", 403)
+        if request.path not in _OPEN_PATHS and not (_is_loopback(request.remote) and _names_address(request)):
+            return _said("this is for http://127.0.0.1 of the host itself, or the admin socket", 403)
+    response = await handler(request)
+    response.headers.update(admin_page.HEADERS)
+    return response
+
+
+def _is_loopback(remote: str | None) -> bool:
+    try:
+        return remote is not None and ip_address(remote).is_loopback
+    except ValueError:
+        return False
+
+
+def _names_address(request: web.Request) -> bool:
+    """Say whether the request calls this host by an address: a page of a browser can make any name lead here."""
+    host = request.url.host or ""
+    return host == "localhost" or _is_loopback(host)
+
+
+class _Pages:
+    """What is served; all but `act` only reads."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(telemetry.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        readiness = self._daemon.readiness
+        return _json(readiness.report(), 200 if readiness.ready else 503)
+
+    async def status(self, request: web.Request) -> web.Response:
+        return _json(self._state(), 200)
+
+    async def page(self, request: web.Request) -> web.Response:
+        state = msgspec.json.decode(msgspec.json.encode(self._state(), enc_hook=_shown))
+        text = admin_page.page(self._daemon.name, state)
+        return web.Response(text=text, content_type="text/html", charset="utf-8")
+
+    async def act(self, request: web.Request) -> web.Response:
+        action = self._daemon.actions.get(request.match_info["action"])
+        if action is None:
+            return _said("no such action", 404)
+        done = action(request.match_info["subject"])
+        return _json({"done": done}, 200 if done else 404)
+
+    def _state(self) -> dict[str, object]:
+        daemon = self._daemon
+        own = {
+            "daemon": daemon.name,
+            "version": version("ztna-mesh"),
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - daemon.started_at, 1),
+            "readiness": daemon.readiness.report(),
+        }
+        return own | {name: source() for name, source in daemon.status_sources.items()}
+
+
+def _said(text: str, status: int) -> web.Response:
+    return _json({"error": text}, status)
+
+
+def _json(value: object, status: int) -> web.Response:
+    body = msgspec.json.format(msgspec.json.encode(value, enc_hook=_shown), indent=2)
+    return web.Response(body=body + b"\n", status=status, content_type="application/json")
+
+
+def _shown(value: Any) -> str:
+    return telemetry.HIDDEN if isinstance(value, Secret) else encode_hook(value)
