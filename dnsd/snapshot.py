@@ -50,10 +50,12 @@ _ENTRY = msgspec.json.Decoder(Entry, dec_hook=decode_hook)
 
 def entries(services: Mapping[str, Service], leases: Mapping[str, Lease]) -> Iterator[bytes]:
     """Yield the lines of a snapshot after its first."""
-    for name in sorted(services.keys() | leases.keys()):
-        service = services.get(name)
-        entry = Entry(name, service.instances if service else (), leases.get(name))
-        yield to_json(entry) + b"\n"
+    # In no order: to sort 100,000 names would take 0.1 s in which no other thread runs.
+    for name, service in services.items():
+        yield to_json(Entry(name, service.instances, leases.get(name))) + b"\n"
+    for name, lease in leases.items():
+        if name not in services:
+            yield to_json(Entry(name, (), lease)) + b"\n"
 
 
 def encode(domain: Zone, serial: int, confirmed_at: float, lines: Iterable[bytes]) -> bytes:
