@@ -73,6 +73,7 @@ def relayed_mesh(
     relays: Sequence[str] = ("east", "west"),
     *,
     found: Sequence[str] | None = None,
+    drain_s: float = DRAIN_SECONDS,
 ) -> Iterator[Mesh]:
     """A mesh with these relays, each on the host of its name; all of it is ready.
 
@@ -90,7 +91,7 @@ def relayed_mesh(
         keys: dict[str, Any] = {
             "resolvers": (Endpoint(core.address, 5533),),
             "dns_insecure": True,
-            "drain_s": DRAIN_SECONDS,
+            "drain_s": drain_s,
         }
         services = [str(route.service) for route in routes]
         told: dict[str, Any] = {"relays": tuple(made.target(name, host=name) for name in relays)}
