@@ -382,8 +382,9 @@ class _Dnsd:
         UNLEASED.set(sum(1 for problem in problems if problem.kind in WITHOUT_LEASE))
 
     def _dns_status(self) -> Mapping[str, object]:
+        own = self._server.status
         return {
-            **(self._workers.status() if self._workers else self._server.status),
+            **(self._workers.status(own) if self._workers else own),
             "zone": self._zone.settings.domain,
             "serial": self._zone.serial,
             "services": len(self._zone.services),

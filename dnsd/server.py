@@ -168,6 +168,8 @@ class Server:
         packed = source[4:8]
         if not self._is_within_limit(packed):
             return self._answer_limited(data, packed)
+        if self._is_allowed.get(packed) and (ready := self.answers.ready.get(data[2:])) is not None:
+            return data[:2] + ready
         answer = next(self._answers_to(data, packed, over_tcp=False), None)
         if answer is None:
             self._no_answer.inc()

@@ -88,9 +88,9 @@ class Workers:
         finally:
             os.close(self._table)
 
-    def status(self) -> Mapping[str, object]:
-        """Return what each worker reports, and the sum of what all have counted in their present lives."""
-        summed: Counter[str] = Counter()
+    def status(self, own: Mapping[str, int]) -> Mapping[str, object]:
+        """Return what each worker reports, and the sum of our own counts and of theirs in their present lives."""
+        summed = Counter(own)
         for worker in self._workers:
             summed.update({key: value for key, value in worker.status.items() if key not in _OWN})
         return {**summed, "workers": [dict(worker.status) for worker in self._workers]}

@@ -63,14 +63,14 @@ def serving_by(workers: int, served: Mapping[str, Served]) -> Iterator[dict[str,
     with _running(*parts):
         deadline = time.monotonic() + START_SECONDS
         while not all(len(pids(each)) == workers for each in made.values()):
-            assert time.monotonic() < deadline, [each.status() for each in made.values()]
+            assert time.monotonic() < deadline, [each.status({}) for each in made.values()]
             time.sleep(0.05)
         yield {name: each.address[1] for name, each in made.items()}
 
 
 def pids(workers: Workers) -> list[int]:
     """Return the processes that answer."""
-    statuses = workers.status()["workers"]
+    statuses = workers.status({})["workers"]
     assert isinstance(statuses, list)
     return [each["pid"] for each in statuses if each.get("listening")]
 
