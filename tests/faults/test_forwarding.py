@@ -21,11 +21,11 @@ STOP_SECONDS = 1.0
 PACKET = b"\x40" + bytes(999)
 
 
-@pytest.fixture(params=["user", "workers", "kernel"])
+@pytest.fixture(params=["user", "user-workers", "kernel", "kernel-ipv6"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ground]:
-    """User space with one worker and with three, and the kernel."""
-    workers = 3 if request.param == "workers" else 1
-    with ground("kernel" if request.param == "kernel" else "user", tmp_path, workers) as made:
+    """User space with one worker and with three, and the kernel over both kinds of addresses."""
+    forwarding, _, variant = request.param.partition("-")
+    with ground(forwarding, tmp_path, 3 if variant == "workers" else 1, ipv6=variant == "ipv6") as made:
         yield made
 
 

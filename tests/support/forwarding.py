@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import select
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 
 from tests.support.forwarder_process import ticket
 from tests.support.lab import until
-from tests.support.namespaces import Host, Network, network
+from tests.support.namespaces import Host, network, run
 from ztna.udp import RawSocket, decode_address, encode_address
 from ztna.wire import forwarder as wire
 from ztna.wire.control import Address
@@ -41,7 +42,8 @@ class ForwarderProcess:
         **first: Any,
     ) -> None:
         self.host = host
-        argv = [sys.executable, "-m", "tests.support.forwarder_process", "0.0.0.0", str(port), forwarding]
+        wildcard = "::" if ":" in host.address else "0.0.0.0"
+        argv = [sys.executable, "-m", "tests.support.forwarder_process", wildcard, str(port), forwarding]
         self._process = subprocess.Popen(
             [*host.prefix, *prefix, *argv],
             stdin=subprocess.PIPE,
@@ -117,7 +119,8 @@ class LinkPeer:
 
 def udp_socket(host: Host) -> RawSocket:
     """Return a bound socket of a host with room for what a test or bench has in flight."""
-    sock = host.socket(socket.SOCK_DGRAM)
+    family = socket.AF_INET6 if ":" in host.address else socket.AF_INET
+    sock = host.socket(socket.SOCK_DGRAM, family)
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
     sock.bind((host.address, 0))
@@ -127,9 +130,9 @@ def udp_socket(host: Host) -> RawSocket:
 class Ground:
     """A relay host with a forwarder, and two more hosts for peers."""
 
-    def __init__(self, net: Network, forwarding: str, directory: Path, workers: int) -> None:
+    def __init__(self, hosts: Sequence[Host], forwarding: str, directory: Path, workers: int) -> None:
         self.forwarding, self._directory, self._workers = forwarding, directory, workers
-        self.relay, self.left, self.right = (net.hosts[name] for name in ("relay", "left", "right"))
+        self.relay, self.left, self.right = hosts
         self._processes: list[ForwarderProcess] = []
         self._peers: list[LinkPeer] = []
 
@@ -166,15 +169,25 @@ class Ground:
 
 
 @contextlib.contextmanager
-def ground(forwarding: str, directory: Path, workers: int = 1) -> Iterator[Ground]:
+def ground(forwarding: str, directory: Path, workers: int = 1, *, ipv6: bool = False) -> Iterator[Ground]:
     """Three hosts, of which the relay's routes."""
     with network("relay", "left", "right") as net:
-        made = Ground(net, forwarding, directory, workers)
-        made.relay.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        hosts = list(net.hosts.values())
+        if ipv6:
+            hosts = [_with_ipv6(host, number) for number, host in enumerate(hosts, 1)]
+        made = Ground(hosts, forwarding, directory, workers)
+        for key in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
+            made.relay.run("sysctl", "-qw", f"{key}=1")
         try:
             yield made
         finally:
             made.close()
+
+
+def _with_ipv6(host: Host, number: int) -> Host:
+    address = f"fd91::{number}"
+    run("ip", "-n", host.namespace, "addr", "add", f"{address}/64", "dev", "eth0", "nodad")
+    return dataclasses.replace(host, address=address)
 
 
 def passes(source: LinkPeer, target: LinkPeer, data: bytes = QUIC) -> bool:

@@ -74,12 +74,15 @@ def relayed_mesh(
     *,
     found: Sequence[str] | None = None,
     drain_s: float = DRAIN_SECONDS,
+    **relay_keys: Any,
 ) -> Iterator[Mesh]:
-    """A mesh with these relays, each on the host of its name; all of it is ready.
+    """A mesh with these relays, each on the host of its name, which routes; all of it is ready.
 
     With `found` nobody is told of relays but by DNS, which at first names these.
     """
     with lab("core", "laptop", *relays) as made:
+        for name in relays:
+            made.host(name).run("sysctl", "-qw", "net.ipv4.ip_forward=1")
         made.start_consul(kind)
         core = made.host("core")
         listen: dict[str, Any] = {
@@ -92,6 +95,7 @@ def relayed_mesh(
             "resolvers": (Endpoint(core.address, 5533),),
             "dns_insecure": True,
             "drain_s": drain_s,
+            **relay_keys,
         }
         services = [str(route.service) for route in routes]
         told: dict[str, Any] = {"relays": tuple(made.target(name, host=name) for name in relays)}
