@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from dnsd import local
 from dnsd.answer import Options
 from dnsd.cookies import SECRET_BYTES
 from dnsd.feed import Setup
@@ -96,6 +97,7 @@ class _Dnsd:
         self._daemon = daemon
         self._server = server
         self._workers = workers
+        self._socket = config.socket
         self._secondaries = secondaries
         self._client = client
         self._catalog = CatalogWatch(client)
@@ -149,6 +151,8 @@ class _Dnsd:
                 group.create_task(self._tick(), name="tick"),
                 group.create_task(self._secondaries.run(self._serve), name="secondaries"),
             ]
+            if self._socket is not None:
+                tasks.append(group.create_task(local.run(Path(self._socket), self._server), name="dns-local"))
             if self._workers is not None:
                 tasks.append(group.create_task(self._workers.run(), name="workers"))
             if await self._schema_is_known():

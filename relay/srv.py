@@ -34,6 +34,12 @@ FAILURE_SECONDS_MAX = 5.0
 FRESH_SECONDS_MAX = 10.0
 LINGER_SECONDS = 60.0
 """How long a name is still known after its last connector has gone: `no_healthy_connector` meanwhile."""
+TURN_SECONDS = 0.01
+QUESTIONS_PER_TURN_MIN = 8
+TURNS_PER_ROUND_MAX = 128
+"""All names are asked for within so many turns, however many there are, and few in each: no bursts."""
+ASK_SOON_SECONDS = 0.2
+"""A name that is registered again and again is not asked for more often."""
 PUBLISH_SECONDS = 0.02
 """Answers that come together are published together."""
 
@@ -59,6 +65,7 @@ class _Name:
     drop_at: float | None = None
     due_at: float = 0.0
     asking: bool = False
+    asked_at: float = -ASK_SOON_SECONDS
     again: bool = False
     """There was news while it was being asked for."""
 
@@ -117,7 +124,7 @@ class SrvPuller:
         if name is not None:
             name.repeats = 0
             name.again = name.asking
-            self._schedule(service, name, 0.0)
+            self._schedule(service, name, max(0.0, name.asked_at + ASK_SOON_SECONDS - self._clock()))
 
     def ask_all_soon(self) -> None:
         """Ask for everything again at once: the zone has changed."""
@@ -152,7 +159,11 @@ class SrvPuller:
 
     async def _ask_due(self, tasks: asyncio.TaskGroup) -> None:
         now = self._clock()
+        left = max(QUESTIONS_PER_TURN_MIN, len(self._names) // TURNS_PER_ROUND_MAX)
         while self._queue and self._queue[0][0] <= now:
+            if not left:
+                await asyncio.sleep(TURN_SECONDS)
+                return
             due_at, service = heapq.heappop(self._queue)
             name = self._names.get(service)
             if name is None or name.asking or name.due_at != due_at:
@@ -160,7 +171,8 @@ class SrvPuller:
             if name.drop_at is not None and name.drop_at <= now:
                 self._forget(service)
                 continue
-            name.asking = True
+            left -= 1
+            name.asking, name.asked_at = True, now
             tasks.create_task(self._ask(service, name), name=f"srv {service}")
         self._woken.clear()
         try:

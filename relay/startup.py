@@ -29,17 +29,18 @@ def check_resolvers(config: RelayConfig, readiness: Readiness) -> None:
     """Refuse resolvers that somebody in between could answer for: DNS decides permission (design.md 2.2)."""
     for resolver in config.resolvers:
         try:
-            local = ip_address(resolver.host).is_loopback
+            local = resolver.is_unix or ip_address(resolver.host).is_loopback
         except ValueError:
             raise ConfigError(
-                f"relay.resolvers: {resolver}: expected a numeric IP address and a port"
+                f"relay.resolvers: {resolver}: expected a numeric IP address and a port, or unix:/path"
             ) from None
         if local or config.dns_key is not None:
             continue
         if not config.dns_insecure:
             raise ConfigError(
-                f"relay.resolvers: {resolver} is not on loopback, and whoever answers DNS decides permission; "
-                "run a dnsd or a secondary here, sign with relay.dns_key, or set relay.dns_insecure: true"
+                f"relay.resolvers: {resolver} is neither on loopback nor a unix socket, and whoever answers DNS "
+                "decides permission; run a dnsd or a secondary here, sign with relay.dns_key, or set "
+                "relay.dns_insecure: true"
             )
         readiness.warn("dns_insecure", f"unauthenticated DNS from {resolver} decides permission")
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
 from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,9 +22,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from ztna import admin_page, telemetry
 from ztna.config import Endpoint
-from ztna.errors import ConfigError
 from ztna.jsontypes import Secret, encode_hook
-from ztna.listening import bind_error
+from ztna.listening import bind_error, unix_socket
 
 if TYPE_CHECKING:
     from ztna.runtime import Daemon
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 SHUTDOWN_SECONDS = 0.5
 """A scrape or probe that does not end by then is cut off when the daemon stops."""
 SOCKET_MODE = 0o600
-SOCKET_BACKLOG = 16
 _OPEN_PATHS = frozenset({"/metrics", "/healthz", "/readyz"})
 """What load balancers and Prometheus read from wherever the port is reached."""
 
@@ -53,7 +50,9 @@ async def serving(daemon: Daemon, admin: Endpoint, socket_path: str | None) -> A
     app.router.add_post("/{action}/{subject}", pages.act)
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
     with ExitStack() as made:
-        listener = made.enter_context(_unix_socket(Path(socket_path))) if socket_path else None
+        listener = None
+        if socket_path is not None:
+            listener = made.enter_context(unix_socket(Path(socket_path), SOCKET_MODE, "admin_socket"))
         await runner.setup()
         try:
             await _start(runner, admin)
@@ -70,46 +69,6 @@ async def _start(runner: web.AppRunner, admin: Endpoint) -> None:
         await web.TCPSite(runner, admin.host, admin.port).start()
     except OSError as error:
         raise bind_error(admin, error) from None
-
-
-@contextmanager
-def _unix_socket(path: Path) -> Iterator[socket.socket]:
-    """Listen at the path, where one that a dead daemon left is replaced. Raises ConfigError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
-        try:
-            _clear(path)
-            mask = os.umask(0o777 & ~SOCKET_MODE)
-            try:
-                listener.bind(str(path))
-            finally:
-                os.umask(mask)
-            listener.listen(SOCKET_BACKLOG)
-            inode = path.stat().st_ino
-        except OSError as error:
-            raise ConfigError(f"admin_socket: {path}: {error.strerror or error}") from None
-        try:
-            yield listener
-        finally:
-            with suppress(OSError):
-                if path.stat().st_ino == inode:
-                    path.unlink()
-
-
-def _clear(path: Path) -> None:
-    """Remove the socket of a daemon that is dead. Raises ConfigError when it lives, or it is no socket."""
-    try:
-        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        raise ConfigError(f"admin_socket: {path}: there is something else, which is not replaced")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise ConfigError(f"admin_socket: {path}: another daemon serves it")
 
 
 def _is_unix(request: web.Request) -> bool:

@@ -19,7 +19,7 @@ from ztna import sections
 from ztna.leases import Protocol
 from ztna.names import ConnectorId, ServiceName, Zone
 from ztna.sections import Endpoint as Endpoint
-from ztna.sections import Section, about
+from ztna.sections import Section, Server, about
 from ztna.wire.control import Address
 
 DAEMON_SECTIONS = ("relay", "dnsd", "connector", "agent")
@@ -172,6 +172,13 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
         Annotated[int, msgspec.Meta(ge=1, le=64)],
         about("Processes that answer; two or more share the port beside one that keeps the names."),
     ] = 1
+    socket: Annotated[
+        str | None,
+        about(
+            "Unix socket that answers whoever may open it; its directory must be dnsd's.",
+            "/run/ztna/dns.sock",
+        ),
+    ] = None
     allow: Annotated[tuple[IPv4Network, ...], about("Who may ask; everybody else is refused.")] = (
         IPv4Network("127.0.0.0/8"),
     )
@@ -264,11 +271,12 @@ class RelayConfig(Section, frozen=True, kw_only=True):
         "127.0.0.1", 9431
     )
     resolvers: Annotated[
-        tuple[Endpoint, ...],
+        tuple[Server, ...],
         about(
-            "The dnsd's (or secondaries) asked for SRV records; on loopback unless dns_key or dns_insecure."
+            "The dnsd's (or secondaries) asked for SRV records: on loopback, or unix:/path of a dnsd.socket, "
+            "unless dns_key or dns_insecure."
         ),
-    ] = (Endpoint("127.0.0.1", 5533),)
+    ] = (Server("127.0.0.1", 5533),)
     dns_key: Annotated[
         TsigKeyConfig | None, about("Signs what is asked; only answers signed with it are believed.")
     ] = None

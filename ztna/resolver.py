@@ -1,4 +1,4 @@
-"""Ask DNS servers for SRV and TXT records, with failover, a deadline, and TCP when UDP is too small.
+"""Ask DNS servers for SRV and TXT records, with failover, a deadline, and TCP when UDP is too small; or a unix socket.
 
 Keeps nothing: who holds answers for their TTL is the caller. Chooses nothing: see ztna.dns.order.
 """
@@ -66,7 +66,10 @@ class TxtAnswer(msgspec.Struct, frozen=True):
 
 
 class Resolver:
-    """Asks the servers in turn, beginning with the one that answered last."""
+    """Asks the servers in turn, beginning with the one that answered last.
+
+    One that says its answer is stale (EDE 3) is passed over as long as another knows better.
+    """
 
     def __init__(self, servers: Sequence[Endpoint], timeout_s: float, key: Key | None = None) -> None:
         """`timeout_s` bounds a whole question, all servers and rounds together; servers are numeric.
@@ -136,10 +139,15 @@ class Resolver:
 
     async def _ask(self, name: str, kind: Type) -> Message:
         failures: list[str] = []
+        stale: Message | None = None
         patience_s = self._timeout_s / (ROUNDS * max(1, len(self._servers)))
         async with self._slots:
+            first = self._first
             for attempt in range(ROUNDS * len(self._servers)):
-                place = (self._first + attempt) % len(self._servers)
+                if stale is not None and attempt >= len(self._servers):
+                    # Every server has had its turn, and none knows better.
+                    return stale
+                place = (first + attempt) % len(self._servers)
                 server = self._servers[place]
                 disbelieved: list[str] = []
                 try:
@@ -152,16 +160,23 @@ class Resolver:
                     failures.append(f"{server}: {str(error) or type(error).__name__}")
                 else:
                     if message.code in (Code.NOERROR, Code.NXDOMAIN):
-                        self._first = place
-                        return message
+                        if not message.stale:
+                            self._first = place
+                            return message
+                        stale = stale or message
+                        continue
                     failures.append(f"{server}: answered with code {message.code}")
+        if stale is not None:
+            return stale
         raise ResolverUnavailable(
             f"{kind.name} of {name}: no DNS server answered ({'; '.join(failures) or 'none is configured'})"
         )
 
     async def _exchange(self, server: Endpoint, name: str, kind: Type, disbelieved: list[str]) -> Message:
+        if server.is_unix:
+            return await self._over_stream(server, name, kind)
         message = await self._over_udp(server, name, kind, disbelieved)
-        return await self._over_tcp(server, name, kind) if message.truncated else message
+        return await self._over_stream(server, name, kind) if message.truncated else message
 
     def _signed(self, query: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
         """Return the query as it is sent, and what takes the signature off its answer or raises ProtocolError."""
@@ -190,10 +205,13 @@ class Resolver:
         finally:
             transport.close()
 
-    async def _over_tcp(self, server: Endpoint, name: str, kind: Type) -> Message:
+    async def _over_stream(self, server: Endpoint, name: str, kind: Type) -> Message:
         message_id = secrets.randbits(16)
         query, unsigned = self._signed(encode_query(message_id, name, kind, UDP_PAYLOAD_BYTES))
-        reader, writer = await asyncio.open_connection(server.host, server.port)
+        if server.is_unix:
+            reader, writer = await asyncio.open_unix_connection(server.host)
+        else:
+            reader, writer = await asyncio.open_connection(server.host, server.port)
         try:
             writer.write(_LENGTH.pack(len(query)) + query)
             (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
@@ -201,7 +219,7 @@ class Resolver:
         finally:
             writer.close()
         if message.truncated:
-            raise ProtocolError("a truncated answer over TCP")
+            raise ProtocolError("a truncated answer over a stream")
         return message
 
 

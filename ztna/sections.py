@@ -24,6 +24,7 @@ from ztna.wire.control import Address
 ENVIRONMENT_PREFIX = "ZTNA_"
 CONFIG_BYTES_MAX = 4 * 1024 * 1024
 HIDDEN = "***"
+UNIX_PREFIX = "unix:"
 
 
 class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=False):
@@ -39,8 +40,19 @@ class Endpoint(msgspec.Struct, frozen=True, order=True):
     host: str
     port: int
 
+    @property
+    def is_unix(self) -> bool:
+        """Whether it is a socket on this host."""
+        return self.host.startswith("/")
+
     def __str__(self) -> str:
+        if self.is_unix:
+            return f"{UNIX_PREFIX}{self.host}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Server(Endpoint, frozen=True, order=True):
+    """`host:port`, or `unix:/path` of a socket on this host: then the host is the path, and the port 0."""
 
 
 S = TypeVar("S", bound=Section)
@@ -218,6 +230,8 @@ def _shaped(value: Any, annotation: Any, path: str) -> Any:
     type_ = _bare(annotation)
     if value is None and NoneType in get_args(_unannotated(annotation)):
         return None
+    if type_ is Server and isinstance(value, str) and value.startswith(UNIX_PREFIX + "/"):
+        return {"host": value.removeprefix(UNIX_PREFIX), "port": 0}
     if type_ in _ENDPOINT_KEYS:
         return _endpoint(value, _ENDPOINT_KEYS[type_], path)
     if _is_section(type_):
@@ -316,5 +330,5 @@ def _example_value(field: msgspec.structs.FieldInfo) -> Any:
 
 
 _ENDPOINT = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
-_ENDPOINT_KEYS = {Endpoint: "host", Address: "ip"}
+_ENDPOINT_KEYS = {Endpoint: "host", Server: "host", Address: "ip"}
 _SECRET_KEYS = frozenset({"token"})

@@ -46,6 +46,7 @@ from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.packet import Packet, build_udp, parse
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon
+from ztna.sections import Server
 from ztna.wire import control
 from ztna.wire.control import Address, LeaseRef
 from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame
@@ -163,6 +164,7 @@ class WholeMesh:
     ) -> None:
         self.pki = Pki(directory)
         self.consul = client
+        self.dns_socket = directory / "dns.sock"
         self.pool = IPv4Network((f"127.{random.randrange(110, 250)}.{random.randrange(256)}.0", 24))
         self._consul_config = consul
         self._tasks = tasks
@@ -172,16 +174,17 @@ class WholeMesh:
         self.resolver: Resolver
         self.relay: Running
 
-    async def start(self) -> None:
-        """Start dnsd and the relay."""
+    async def start(self, **relay_keys: Any) -> None:
+        """Start dnsd and the relay, which asks it over loopback unless it is told another way."""
         dns = _free_port()
         await self._body(
-            "dnsd", dnsd.run, dnsd=DnsdConfig(listen=dns, pool=PoolConfig(cidr=self.pool))
+            "dnsd",
+            dnsd.run,
+            dnsd=DnsdConfig(listen=dns, socket=str(self.dns_socket), pool=PoolConfig(cidr=self.pool)),
         ).ready()
         self.resolver = Resolver((dns,), 2.0)
-        own = RelayConfig(
-            name="relay-1", tls=self.pki.relay(), listen=FREE, forwarder=FREE, resolvers=(dns,), drain_s=0.1
-        )
+        keys = {"resolvers": (Server(dns.host, dns.port),), "drain_s": 0.1} | relay_keys
+        own = RelayConfig(name="relay-1", tls=self.pki.relay(), listen=FREE, forwarder=FREE, **keys)
         self.relay = await self._body("relay", relay.run, relay=own).ready()
 
     @property
@@ -408,12 +411,12 @@ async def ask_on(program: socket.socket, line: bytes) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def whole_mesh(directory: Path, consul: ConsulConfig) -> AsyncIterator[WholeMesh]:
+async def whole_mesh(directory: Path, consul: ConsulConfig, **relay_keys: Any) -> AsyncIterator[WholeMesh]:
     """Run a mesh on a Consul of its own until the block ends; a clean end of every daemon is part of the test."""
     async with ConsulClient(consul) as client, asyncio.TaskGroup() as tasks:
         mesh = WholeMesh(directory, tasks, consul, client)
         try:
-            await mesh.start()
+            await mesh.start(**relay_keys)
             yield mesh
         finally:
             await mesh.close()

@@ -9,6 +9,7 @@ import pytest
 
 from ztna.config import DAEMON_SECTIONS, Config, ConsulConfig, Endpoint, dump, example, load
 from ztna.errors import ConfigError
+from ztna.sections import Server
 from ztna.wire.control import Address
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -91,7 +92,7 @@ def test_every_kind_of_value_can_come_from_the_environment() -> None:
     assert relay is not None
     assert (config.domain, config.consul.token_file, config.consul.ca) == ("mesh.example", "/t", None)
     assert (config.log.level, relay.name, relay.tls.key, relay.dns_insecure) == ("debug", "123", "b", True)
-    assert relay.resolvers == (Endpoint("127.0.0.1", 53), Endpoint("::1", 53))
+    assert relay.resolvers == (Server("127.0.0.1", 53), Server("::1", 53))
     assert (relay.srv_hold_s, relay.sessions_total) == (1000.0, 7)
     assert config.dnsd is not None
     assert config.dnsd.pool.reserved == (IPv4Network("10.0.0.0/24"),)
@@ -133,6 +134,11 @@ def test_an_advertised_address_is_numeric(tmp_path: Path) -> None:
         (RELAY % "listen: 'a:65536'", "relay.listen: expected host:port, got 'a:65536'"),
         (RELAY % "listen: '::1:53'", "relay.listen: expected host:port"),
         (RELAY % "resolvers: ['a:1', b]", "relay.resolvers[1]: expected host:port, got 'b'"),
+        (
+            RELAY % "resolvers: ['unix:relative']",
+            "relay.resolvers[0]: expected host:port, got 'unix:relative'",
+        ),
+        (RELAY % "listen: unix:/run/x", "relay.listen: expected host:port, got 'unix:/run/x'"),
         (RELAY % "resolvers: a", "relay.resolvers: expected array, got 'a'"),
         (RELAY % "srv_hold_s: 0", "relay.srv_hold_s: expected float > 0.0, got 0"),
         (RELAY % "retry: 1", "relay.retry: expected bool, got 1"),
@@ -203,3 +209,11 @@ def test_a_flag_cannot_go_through_what_is_no_section(tmp_path: Path) -> None:
     file.write_text("dnsd: 5")
     with pytest.raises(ConfigError, match="dnsd: expected keys and values, got 5"):
         load(file, {}, {"dnsd.ttl_s": "1"})
+
+
+def test_a_resolver_may_be_a_unix_socket(tmp_path: Path) -> None:
+    config = read(tmp_path, RELAY % "resolvers: ['unix:/run/ztna/dns.sock', '127.0.0.1:53']")
+    assert config.relay is not None
+    unix, loopback = config.relay.resolvers
+    assert (unix.is_unix, loopback.is_unix) == (True, False)
+    assert str(unix) == "unix:/run/ztna/dns.sock"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from relay import srv
 from relay.policy import EMPTY_TABLE, SrvTable
 from relay.srv import SrvPuller
 from tests.support.dns_server import DnsServer
 from ztna.names import ServiceName, Zone
-from ztna.resolver import Resolver
+from ztna.resolver import Resolver, SrvAnswer, SrvRecord, TxtAnswer
 
 WEB, DB = ServiceName("web"), ServiceName("db")
 HOLD_S = 60.0
@@ -57,6 +59,33 @@ class Pulling:
     def connectors(self, service: ServiceName = WEB) -> list[str] | None:
         entry = self.table.entries.get(service)
         return None if entry is None else [route.connector_id for route in entry.routes]
+
+
+class Counting:
+    """Answers at once and for long, and counts the questions of each turn of the loop."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.turns: Counter[int] = Counter()
+        self._turn = 0
+        self._is_counting = False
+
+    async def srv(self, name: str) -> SrvAnswer:
+        self.asked.append(name)
+        self.turns[self._turn] += 1
+        if not self._is_counting:
+            self._is_counting = True
+            asyncio.get_running_loop().call_soon(self._next)
+        return SrvAnswer(
+            (SrvRecord(0, 1, 1, "con-x.connector.ztna.local"),), 300, negative=False, stale=False
+        )
+
+    async def txt(self, name: str) -> TxtAnswer:
+        return TxtAnswer((), 300, stale=False)
+
+    def _next(self) -> None:
+        self._turn += 1
+        self._is_counting = False
 
 
 @pytest.fixture
@@ -172,6 +201,41 @@ async def test_everything_is_asked_again_at_once_when_the_zone_changed(pulling: 
     pulling.dns.routes = {"web": [(0, 1, "con-y")], "db": [(0, 1, "con-y")]}
     pulling.puller.ask_all_soon()
     await pulling.until(lambda: pulling.connectors() == pulling.connectors(DB) == ["con-y"])
+
+
+async def test_a_thousand_names_make_no_burst() -> None:
+    """However many are due at once, few are asked for in each turn, and all of them soon."""
+    services = [ServiceName(f"svc-{number}") for number in range(1_000)]
+    dns = Counting()
+    puller = SrvPuller(dns, Zone("ztna.local"), HOLD_S, lambda table: None)
+    task = asyncio.ensure_future(puller.run())
+    for _ in range(2):
+        dns.asked.clear()
+        dns.turns.clear()
+        puller.watch(services)
+        puller.ask_all_soon()
+        async with asyncio.timeout(DEADLINE_S):
+            while len(set(dns.asked)) < len(services):
+                await asyncio.sleep(0.005)
+        assert max(dns.turns.values()) <= srv.QUESTIONS_PER_TURN_MIN
+        assert len(dns.asked) == len(services), "and none of them twice"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_name_registered_again_and_again_is_asked_for_a_few_times_a_second() -> None:
+    dns = Counting()
+    puller = SrvPuller(dns, Zone("ztna.local"), HOLD_S, lambda table: None)
+    task = asyncio.ensure_future(puller.run())
+    puller.watch([WEB])
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    while (churned := loop.time() - start) < 3 * srv.ASK_SOON_SECONDS:
+        puller.ask_soon(WEB)
+        await asyncio.sleep(0.001)
+    assert 1 <= len(dns.asked) <= churned / srv.ASK_SOON_SECONDS + 2
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_news_while_a_name_is_asked_for_is_not_lost(pulling: Pulling) -> None:

@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.consul import free_ports
 from ztna.config import Endpoint
 from ztna.errors import ResolverUnavailable
 from ztna.resolver import Resolver, SrvRecord
+from ztna.sections import Server
 
 Reply = Callable[[DNSRecord], list[bytes]]
 
@@ -177,6 +179,44 @@ async def test_a_truncated_answer_is_asked_for_over_tcp() -> None:
         lambda q: [reply_with(q, tc=1).pack()], tcp=lambda q: [reply_with(q, answers=WEB, extra=C1).pack()]
     ) as (endpoint, _):
         assert len((await Resolver([endpoint], 2.0).srv("web.ztna.local")).records) == 1
+
+
+async def test_a_stale_answer_is_used_only_when_no_server_knows_better() -> None:
+    from dnslib import EDNSOption
+
+    def stale(query: DNSRecord) -> list[bytes]:
+        answer = reply_with(query, answers=WEB.replace("4435", "1111"), extra=C1)
+        answer.add_ar(EDNS0(udp_len=1232, opts=[EDNSOption(15, b"\0\3")]))
+        return [answer.pack()]
+
+    async with (
+        server(stale) as (old, old_protocol),
+        server(lambda q: [reply_with(q, answers=WEB, extra=C1).pack()]) as (good, _),
+    ):
+        resolver = Resolver([old, good], 5.0)
+        for _ in range(2):
+            answer = await resolver.srv("web.ztna.local")
+            assert (answer.records[0].port, answer.stale) == (4435, False)
+        assert len(old_protocol.asked) == 1, "the one that knows is asked first from then on"
+        for servers in ([old], [old, closed_port()]):
+            answer = await Resolver(servers, 5.0).srv("web.ztna.local")
+            assert (answer.records[0].port, answer.stale) == (1111, True)
+
+
+async def test_a_unix_socket_is_asked_like_any_other(tmp_path: Path) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        (length,) = struct.unpack("!H", await reader.readexactly(2))
+        packet = reply_with(DNSRecord.parse(await reader.readexactly(length)), answers=WEB, extra=C1).pack()
+        writer.write(struct.pack("!H", len(packet)) + packet)
+        writer.close()
+
+    path = str(tmp_path / "dns.sock")
+    listener = await asyncio.start_unix_server(answer, path)
+    missing = Server(str(tmp_path / "nobody.sock"), 0)
+    assert (await Resolver([missing, Server(path, 0)], 5.0).srv("web.ztna.local")).records
+    listener.close()
+    with pytest.raises(ResolverUnavailable, match=r"unix:.*nobody\.sock"):
+        await Resolver([missing], 1.0).srv("web.ztna.local")
 
 
 async def test_a_server_that_truncates_tcp_too_or_hangs_up_has_not_answered() -> None:

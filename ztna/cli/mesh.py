@@ -41,6 +41,7 @@ from ztna.errors import ConsulUnavailable, ZtnaError
 from ztna.jsontypes import from_json
 from ztna.leases import SERVICE_PREFIX, Lease
 from ztna.names import ConnectorId, ServiceName
+from ztna.sections import Server
 from ztna.wire.control import Address
 
 START_SECONDS = 30.0
@@ -185,7 +186,7 @@ class Mesh:
             listen=Endpoint("127.0.0.1", self.relay_port),
             forwarder=Endpoint("127.0.0.1", self.forwarder_port),
             admin=self._admin("relay"),
-            resolvers=(Endpoint("127.0.0.1", self.dns_port),),
+            resolvers=(Server("127.0.0.1", self.dns_port),),
             drain_s=0.2,
         )
         dnsd_config = DnsdConfig(
