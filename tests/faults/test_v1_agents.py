@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.certificates import CLIENT, Presented
 from tests.support.relay import refusals, running_relay
-from tests.support.v1_agent import V1Agent, v1_agent
+from tests.support.v1_agent import INNER, TYPED_BY_HAND, V1Agent, ask_all, v1_agent
 from tests.support.whole_mesh import ECHO, WEB, WholeMesh, route, until, whole_mesh
 from ztna.config import ConsulConfig, RouteConfig
 from ztna.consul.embedded import EmbeddedConsul
@@ -27,10 +27,6 @@ from ztna.wire import control
 DATAGRAMS = 1000
 WAIT_SECONDS = 60.0
 AGAIN_SECONDS = 2.0
-AT_ONCE = 50
-"""Questions under way: no queue on the way is as short."""
-TYPED_BY_HAND = ("10.100.0.1", 7007)
-INNER = ("192.0.2.1", 5555)
 ECHO_ID, WEB_ID = ECHO.encode(), WEB.encode()
 
 
@@ -157,34 +153,16 @@ async def test_packets_are_as_large_as_v1_agents_take(mesh: WholeMesh) -> None:
 # Who is kept from whom
 
 
-async def ask_all(agent: V1Agent, name: bytes) -> set[bytes]:
-    """Ask every question until it was answered; return every answer that came."""
-    open_questions = {b"%s %d" % (name, number) for number in range(DATAGRAMS)}
-    answers: set[bytes] = set()
-    while open_questions:
-        asked = sorted(open_questions)[:AT_ONCE]
-        for payload in asked:
-            agent.send_packet(ECHO_ID, question(payload))
-        # One that the kernel lost under load is asked again.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                while open_questions.intersection(asked):
-                    packet = await answered(agent)
-                    assert (packet.source, packet.source_port) == TYPED_BY_HAND
-                    assert (packet.destination, packet.destination_port) == INNER
-                    said = packet.payload.removeprefix(ECHO_ID + b": ")
-                    open_questions.discard(said)
-                    answers.add(said)
-    return answers
-
-
 async def test_two_agents_with_one_inner_address_and_port(mesh: WholeMesh) -> None:
     async with agent(mesh, "alice") as alice, agent(mesh, "bob") as bob:
         await alice.registered(ECHO_ID)
         await bob.registered(ECHO_ID)
-        of_alice, of_bob = await asyncio.gather(ask_all(alice, b"alice"), ask_all(bob, b"bob"))
-        assert of_alice == {b"alice %d" % number for number in range(DATAGRAMS)}
-        assert of_bob == {b"bob %d" % number for number in range(DATAGRAMS)}
+        of_alice, of_bob = await asyncio.gather(
+            ask_all(alice, ECHO_ID, b"alice", DATAGRAMS), ask_all(bob, ECHO_ID, b"bob", DATAGRAMS)
+        )
+    for name, answers in ((b"alice", of_alice), (b"bob", of_bob)):
+        assert {question for question, _ in answers} == {b"%s %d" % (name, n) for n in range(DATAGRAMS)}
+        assert all(answer == ECHO_ID + b": " + question for question, answer in answers)
 
 
 async def test_sealed_agents_and_v1_agents_share_a_service(mesh: WholeMesh) -> None:

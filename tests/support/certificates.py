@@ -47,6 +47,13 @@ class Presented:
     chain: tuple[x509.Certificate, ...]
     key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
+    @classmethod
+    def load(cls, chain: str, key: str) -> Presented:
+        """Read a chain and its key, as files have them."""
+        private = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+        assert isinstance(private, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey)
+        return cls(tuple(x509.load_pem_x509_certificates(Path(chain).read_bytes())), private)
+
     @property
     def der(self) -> list[bytes]:
         return [each.public_bytes(serialization.Encoding.DER) for each in self.chain]

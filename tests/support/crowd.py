@@ -12,8 +12,6 @@ import sys
 import time
 
 from aioquic.quic.connection import QuicConnection
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tests.support.certificates import Presented
 from tests.support.hostile import client_connection
@@ -117,11 +115,7 @@ class Crowd:
 def main() -> None:
     """Connect, then obey."""
     host, port, chain, key, count = sys.argv[1:]
-    with open(chain, "rb") as file:
-        certificates = x509.load_pem_x509_certificates(file.read())
-    with open(key, "rb") as file:
-        private = load_pem_private_key(file.read(), None)
-    crowd = Crowd((host, int(port)), Presented(tuple(certificates), private))  # type: ignore[arg-type]
+    crowd = Crowd((host, int(port)), Presented.load(chain, key))
     crowd.gather(int(count))
     print("ready", flush=True)
     commands = selectors.DefaultSelector()

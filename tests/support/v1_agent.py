@@ -1,6 +1,10 @@
 """A small `ztna-v1` agent: the bytes of protocol.md on bare aioquic, CIDs of 16 bytes as the original has.
 
-Built without our driver and without our codec, so that it proves what existing agents see.
+Built without our driver and without our codec, so that it proves what existing agents see. As a program,
+
+    python -m tests.support.v1_agent HOST PORT CHAIN KEY SERVICE NAME COUNT
+
+asks COUNT questions `NAME n` from INNER at TYPED_BY_HAND and prints every answer as `question<TAB>answer`.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -17,11 +22,18 @@ from aioquic.quic.connection import QuicConnection
 from aioquic.quic.packet import QuicProtocolVersion
 
 from tests.support.certificates import Presented
+from ztna.packet import build_udp, parse
 
 ALPN = "ztna-v1"
 CID_BYTES = 16
 UDP_PAYLOAD_BYTES = 1350
 WAIT_SECONDS = 20.0
+INNER = ("192.0.2.1", 5555)
+TYPED_BY_HAND = ("10.100.0.1", 7007)
+"""The virtual address that its configuration has: whatever it likes."""
+AT_ONCE = 50
+"""Questions under way: no queue on the way is as short."""
+AGAIN_SECONDS = 5.0
 
 Address = tuple[str, int]
 
@@ -29,7 +41,8 @@ Address = tuple[str, int]
 class V1Agent(asyncio.DatagramProtocol):
     """One connection. Datagrams wait in `control` (QAD, ACK, NACK) or `packets` (raw IP) until they are taken."""
 
-    def __init__(self, relay: Address, presented: Presented | None) -> None:
+    def __init__(self, relay: Address, presented: Presented | None, host: str = "127.0.0.1") -> None:
+        self._host = host
         self.control: list[bytes] = []
         self.packets: list[bytes] = []
         self.closed: tuple[int, str] | None = None
@@ -56,7 +69,7 @@ class V1Agent(asyncio.DatagramProtocol):
     async def start(self) -> None:
         """Begin to connect."""
         loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=("127.0.0.1", 0))
+        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=(self._host, 0))
         self.quic.connect(self._relay, time.monotonic())
         self.flush()
 
@@ -78,7 +91,7 @@ class V1Agent(asyncio.DatagramProtocol):
         """Go on from another port, as after a NAT rebinding."""
         assert self._transport is not None
         old, loop = self._transport, asyncio.get_running_loop()
-        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=("127.0.0.1", 0))
+        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=(self._host, 0))
         old.close()
 
     @property
@@ -156,12 +169,51 @@ class V1Agent(asyncio.DatagramProtocol):
 
 
 @contextlib.asynccontextmanager
-async def v1_agent(relay: Address, presented: Presented | None) -> AsyncIterator[V1Agent]:
+async def v1_agent(
+    relay: Address, presented: Presented | None, host: str = "127.0.0.1"
+) -> AsyncIterator[V1Agent]:
     """Connect while inside; the QAD has come, or the connection was refused."""
-    agent = V1Agent(relay, presented)
+    agent = V1Agent(relay, presented, host)
     await agent.start()
     try:
         await agent.until(lambda: agent.closed or agent.control)
         yield agent
     finally:
         agent.close()
+
+
+async def ask_all(
+    agent: V1Agent, service: bytes, name: bytes, count: int, to: Address = TYPED_BY_HAND
+) -> list[tuple[bytes, bytes]]:
+    """Ask `count` questions, each until it was answered; return question and answer of all that came back."""
+    questions = {b"%s %d" % (name, number) for number in range(count)}
+    answers: list[tuple[bytes, bytes]] = []
+    while questions:
+        asked = sorted(questions)[:AT_ONCE]
+        for payload in asked:
+            agent.send_packet(service, build_udp(*INNER, *to, payload))
+        # One that the kernel lost under load is asked again.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AGAIN_SECONDS):
+                while questions.intersection(asked):
+                    packet = parse(await agent.packet())
+                    assert (packet.source, packet.source_port) == to
+                    assert (packet.destination, packet.destination_port) == INNER
+                    question = packet.payload.rpartition(b": ")[2]
+                    questions.discard(question)
+                    answers.append((question, packet.payload))
+    return answers
+
+
+async def main() -> None:
+    """Be one agent that asks."""
+    host, port, chain, key, service, name, count = sys.argv[1:]
+    presented = Presented.load(chain, key)
+    async with v1_agent((host, int(port)), presented, "0.0.0.0") as agent:
+        await agent.registered(service.encode())
+        for question, answer in await ask_all(agent, service.encode(), name.encode(), int(count)):
+            print(question.decode(), answer.decode(), sep="\t")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
