@@ -32,7 +32,7 @@ from tests.support.dns_serving import LOOPBACK, serving
 from tests.unit.test_dnsd_daemon import consul as consul
 from tests.unit.test_dnsd_daemon import has, register, running, settings, until
 from ztna import config as configuration
-from ztna.config import ConsulConfig, Endpoint, NotifyConfig, TransferConfig, TsigKeyConfig
+from ztna.config import ConsulConfig, Endpoint, NotifyConfig, PoolConfig, TransferConfig, TsigKeyConfig
 from ztna.dns import Code, SoaData, Type, decode
 from ztna.names import Zone
 from ztna.runtime import Daemon
@@ -118,7 +118,7 @@ async def test_a_worker_that_is_killed_or_stands_still_is_started_again(
 ) -> None:
     async with running(NOBODY, workers=WORKERS, snapshot=names_file(tmp_path)) as here:
         await until("ready", lambda: here.daemon.readiness.ready)
-        monkeypatch.setattr(dnsd.workers, "SILENT_SECONDS", 3.0)
+        monkeypatch.setattr(dnsd.workers, "SILENT_SECONDS", 8.0)
         for number in (signal.SIGKILL, signal.SIGSTOP):
             before, ends = pids(here.daemon), metric("ztna_dns_worker_ends_total")
             os.kill(before[0], number)
@@ -150,17 +150,43 @@ async def test_without_any_worker_dnsd_is_not_ready(monkeypatch: pytest.MonkeyPa
 
 
 async def test_names_from_disk_are_stale_and_end_by_all_workers(tmp_path: Path) -> None:
-    kept = names_file(tmp_path, age_s=5.0)
-    async with running(NOBODY, workers=WORKERS, snapshot=kept, stale_max_s=12.0) as here:
-        await until("ready", lambda: len(pids(here.daemon)) == WORKERS)
+    ends_at = time.time() + 8.0
+    async with running(
+        NOBODY, workers=WORKERS, snapshot=names_file(tmp_path, 3600.0 - 8.0), stale_max_s=3600.0
+    ) as here:
+        await until("listening", lambda: len(pids(here.daemon)) == WORKERS)
         answer: Any = await here.ask("web.ztna.local", Type.A)
-        assert (answer.code, answer.edns.options, answer.answers[0].ttl_s) == (0, ((15, b"\0\3"),), 5)
+        if time.time() < ends_at - 1:
+            assert (answer.code, answer.edns.options, answer.answers[0].ttl_s) == (0, ((15, b"\0\3"),), 5)
 
         async def ended() -> bool:
             answers: list[Any] = [await here.ask("web.ztna.local", Type.A) for _ in range(16)]
             return all((each.code, each.edns.options) == (2, ((15, b"\0\x16"),)) for each in answers)
 
         await until("all say SERVFAIL", ended)
+        assert time.time() > ends_at - 1
+
+
+async def test_another_pool_is_known_to_every_worker_after_a_reload(tmp_path: Path) -> None:
+    async with running(NOBODY, workers=WORKERS, snapshot=names_file(tmp_path)) as here:
+        await until("listening", lambda: len(pids(here.daemon)) == WORKERS)
+
+        async def codes() -> set[int]:
+            return {
+                (await ask(here.port, query("2.3.101.127.in-addr.arpa", "PTR")))[3] & 15 for _ in range(16)
+            }
+
+        assert await codes() == {Code.REFUSED}
+        pool = PoolConfig(cidr=IPv4Network("127.101.0.0/16"))
+        here.daemon.reread = lambda: settings(NOBODY, here.port, workers=WORKERS, pool=pool)
+        for callback in here.daemon.on_reload:
+            callback()
+
+        async def all_know() -> bool:
+            return await codes() == {Code.NXDOMAIN}
+
+        await until("all know the reverse zone", all_know)
+        assert (await ask(here.port, query("web.ztna.local")))[3] & 15 == Code.NOERROR
 
 
 async def test_transfers_and_signed_queries(consul: ConsulUnderTest, tmp_path: Path) -> None:
