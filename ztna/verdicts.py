@@ -62,6 +62,8 @@ class Verdicts:
         self._expiries: list[tuple[datetime, int, Followed]] = []
         self._numbers = itertools.count()
         self._pending: deque[Followed] = deque()
+        self.on_refused: Callable[[Identity, IdentityError], None] = lambda identity, error: None
+        """Called beside a peer's own `end`, for what else hangs on its certificate."""
         self._judged: dict[tuple[str, tuple[Certificate, ...]], IdentityError | None] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._turn: asyncio.Handle | None = None
@@ -128,18 +130,27 @@ class Verdicts:
     def _judge_some(self) -> None:
         self._turn = None
         now = self._wall()
-        for _ in range(min(JUDGED_PER_TURN, len(self._pending))):
-            followed = self._pending.popleft()
-            error = self._judge(followed.identity, now)
-            if error is not None:
-                self._end(followed, error)
-        if self._pending:
-            self._turn = asyncio.get_running_loop().call_soon(self._judge_some)
+        try:
+            for _ in range(min(JUDGED_PER_TURN, len(self._pending))):
+                followed = self._pending.popleft()
+                error = self._judge(followed.identity, now)
+                if error is not None:
+                    self._end(followed, error)
+        finally:
+            # Whatever went wrong with one of them, the others are judged.
+            if self._pending:
+                self._turn = asyncio.get_running_loop().call_soon(self._judge_some)
 
     def _tick(self) -> None:
         """End those whose time is over; looked at often, as the wall clock may be set."""
         self._ticking = None
         now = self._wall()
+        try:
+            self._end_expired(now)
+        finally:
+            self._tick_again(now)
+
+    def _end_expired(self, now: datetime) -> None:
         for _ in range(JUDGED_PER_TURN):
             if not self._expiries or self._expiries[0][0] >= now:
                 break
@@ -147,6 +158,8 @@ class Verdicts:
             error = self._trust.judge(followed.identity, now)
             if error is not None:
                 self._end(followed, error)
+
+    def _tick_again(self, now: datetime) -> None:
         if len(self._expiries) > 2 * len(self._followed):
             self._expiries = [entry for entry in self._expiries if entry[2] in self._followed]
             heapq.heapify(self._expiries)
@@ -164,6 +177,7 @@ class Verdicts:
         _log.warning("peer_refused", peer=followed.identity.name, reason=error.reason, detail=error.detail)
         try:
             end(error)
+            self.on_refused(followed.identity, error)
         except ZtnaError as failure:
             # The others are ended all the same.
             _log.error("peer_not_ended", peer=followed.identity.name, error=failure)

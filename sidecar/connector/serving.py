@@ -21,7 +21,8 @@ from sidecar.link.budget import Budget
 from sidecar.link.control import RelayClient
 from sidecar.link.listener import StreamListener
 from ztna.credentials import Credentials
-from ztna.errors import LinkError, Refused
+from ztna.errors import IdentityError, LinkError, Refused
+from ztna.identity import Identity
 from ztna.leases import Lease
 from ztna.names import ServiceName
 from ztna.reasons import Reason
@@ -35,6 +36,7 @@ from ztna.wire.control import (
     Closed,
     LeaseRef,
     Offered,
+    PeerIdentity,
     StartPunching,
 )
 
@@ -96,6 +98,7 @@ class Serving:
             budget=Budget(),
         )
         self._verdicts = credentials.verdicts
+        self._verdicts.on_refused = self.peer_refused
         self._routes = routes
         self._leases = leases
         self._is_available = is_available
@@ -108,6 +111,15 @@ class Serving:
     def use_credentials(self, credentials: Credentials) -> None:
         """Prove ourselves with these from now on; what stands keeps what it had."""
         self.streams.credentials = credentials
+
+    def peer_refused(self, identity: Identity, error: IdentityError) -> None:
+        """End what was offered for an agent whose certificate does not stand any more."""
+        agent = PeerIdentity(identity.name, identity.fingerprint)
+        now = self._loop.time()
+        for session in [each for each in self.sessions.live() if each.agent == agent]:
+            self._tell_closed(session, error.reason)
+            self.sessions.close(*session.key, error.reason, now)
+            self._end(session, error.reason)
 
     # What relays say
 

@@ -5,6 +5,8 @@ Real processes: agent, connector and relay, all of which take their files up by 
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -138,12 +140,13 @@ def test_renewal_of_all_three_under_traffic_loses_nothing(mesh: Mesh) -> None:
 
     traffic.keep("short flows", ask, 0.02)
     traffic.keep("datagrams", echo, 0.05)
-    traffic.keep("a long flow", slow_download(mesh.laptop, mesh.vip["web-app"], 1 << 30), 0.05)
     try:
         for name in GRANTS:
             mesh.renew(name, BRIEF)
         ends = datetime.now(UTC) + BRIEF
         until("brief certificates are in use", lambda: max(mesh.shown()) <= ends + timedelta(seconds=1))
+        # Begun under certificates that it outlives by far.
+        traffic.keep("a long flow", slow_download(mesh.laptop, mesh.vip["web-app"], 1 << 30), 0.05)
         for name in GRANTS:
             before = dict(traffic.done)
             mesh.renew(name, timedelta(days=1))
@@ -162,3 +165,54 @@ def test_renewal_of_all_three_under_traffic_loses_nothing(mesh: Mesh) -> None:
     for daemon in mesh.daemons:
         assert daemon.metric("ztna_credential_reloads_total", what="certificate") == 2
         assert "certificate_expiring" not in daemon.status()["readiness"]["warnings"]
+
+
+def end_of(connection: socket.socket) -> float:
+    """Read until the connection is cut, and return when that was."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(1 << 16):
+            assert time.monotonic() < deadline, "it was not cut"
+    return time.monotonic()
+
+
+@pytest.mark.parametrize("who_knows", ["all", "connector"])
+def test_a_revoked_agent_loses_what_it_has_and_gets_no_more(who_knows: str) -> None:
+    """By the relay and the connector both, and by the connector alone where the relay has no CRL."""
+    with lab("core", "laptop", "remote") as made, made.host("remote").dropping("tcp dport 4435"):
+        made.start_consul("embedded")
+        made.revoke()
+        crl, made.crl_file = made.crl_file, made.crl_file if who_knows == "all" else None
+        backends = made.python(
+            "backends", made.host("core"), "-m", "tests.support.backends", "--http", str(HTTP_PORT)
+        )
+        made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),)).wait_ready()
+        relay = made.relay()
+        made.crl_file = crl
+        connector = made.connector("alpha", [tcp_route("web-app", Endpoint("127.0.0.1", HTTP_PORT))])
+        agents = {name: made.agent(name, ["web-app"], host=name) for name in ("laptop", "remote")}
+        for daemon in (relay, connector, *agents.values()):
+            daemon.wait_ready()
+        assert backends.alive
+        vip = made.address("web-app", "laptop", server=made.host("core").address)
+        flows = {}
+        for name in agents:
+            host = made.host(name)
+            until("it serves", lambda host=host: http_get(host, f"http://{vip}:8080/")[0] == 200)
+            flows[name] = host.socket()
+            flows[name].settimeout(30)
+            flows[name].connect((vip, 8080))
+            flows[name].sendall(b"GET /bytes/100000000000/7 HTTP/1.0\r\n\r\n")
+            assert flows[name].recv(100)
+        for name, others in (("laptop", ["remote"]), ("remote", [])):
+            made.revoke(name)
+            started = time.monotonic()
+            took = end_of(flows[name]) - started
+            # 2 s are promised; a machine that runs other tests beside may take longer.
+            assert took < 10, took
+            for other in others:
+                assert flows[other].recv(100), "somebody else was cut"
+            with pytest.raises((OSError, AssertionError)):
+                assert http_get(made.host(name), f"http://{vip}:8080/")[0] == 200
+        assert connector.metric("ztna_refusals_total", reason="revoked") > 0
+        until("no session is left", lambda: not connector.status()["connector"]["sessions"])

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography import x509
 
 from tests.support.consul import MANAGEMENT_TOKEN, POLICIES, free_ports, require_binary, server_argv
 from tests.support.namespaces import Host, LocalNetwork, Network
 from ztna import config as configuration
-from ztna.ca import Authority, write_private
+from ztna.ca import Authority, replace_file, write_private
 from ztna.cli.processes import console_script
 from ztna.config import (
     AgentConfig,
@@ -249,6 +250,8 @@ class Lab:
     pool: IPv4Network = IPv4Network("127.100.0.0/16")  # noqa: RUF009 - immutable
     running: list[Running] = field(default_factory=list)
     consul: ConsulConfig = field(default_factory=ConsulConfig)
+    crl_file: str | None = None
+    """The CRL that the daemons started from now on go by."""
     _acl: bool = False
     _next_port: int = 20_000
 
@@ -398,7 +401,22 @@ class Lab:
         certificate_file, key_file = self.directory / f"{name}.pem", self.directory / f"{name}.key"
         certificate_file.write_bytes(chain)
         write_private(key_file, key)
-        return TlsConfig(certificate=str(certificate_file), key=str(key_file), ca=str(self._ca_file))
+        return TlsConfig(
+            certificate=str(certificate_file),
+            key=str(key_file),
+            ca=str(self._ca_file),
+            crl_file=self.crl_file,
+        )
+
+    def revoke(self, *names: str) -> None:
+        """Write the CRL anew, with the certificates of these names and all before them."""
+        file = self.directory / "crl.pem"
+        leaves = [
+            x509.load_pem_x509_certificates((self.directory / f"{each}.pem").read_bytes())[0]
+            for each in names
+        ]
+        replace_file(file, self.authority.crl(file.read_bytes() if file.exists() else None, leaves))
+        self.crl_file = str(file)
 
     def daemon(self, name: str, host: Host, script: Sequence[str], config: Config, admin: Endpoint) -> Daemon:
         """Write a configuration and start a daemon with it; waits for nothing."""

@@ -129,6 +129,40 @@ async def test_one_that_cannot_be_ended_does_not_keep_the_others_in(pki: Pki) ->
     await until(lambda: len(guests.ended) == 2)
 
 
+async def test_nor_does_an_error_that_nobody_foresaw(pki: Pki) -> None:
+    guests = Guests(pki)
+    unforeseen: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unforeseen.append(context))
+
+    def fail(error: IdentityError) -> None:
+        raise RuntimeError
+
+    identity, presented = guests.enter("first")
+    brief, _ = guests.enter("brief", not_after=guests.now + timedelta(hours=1))
+    guests.verdicts.follow(identity, fail)
+    guests.verdicts.follow(brief, fail)
+    _, last = guests.enter("last")
+    guests.crl(presented, last)
+    await until(lambda: len(guests.ended) == 2)
+    guests.now += timedelta(hours=2)
+    await until(lambda: len(guests.ended) == 3)
+    guests.enter("later", not_after=guests.now + timedelta(hours=1))
+    guests.now += timedelta(hours=2)
+    await until(lambda: len(guests.ended) == 4)
+    assert len(unforeseen) == 2
+
+
+async def test_the_owner_hears_of_each_who_was_refused(pki: Pki) -> None:
+    guests = Guests(pki)
+    heard: list[tuple[str, Reason]] = []
+    guests.verdicts.on_refused = lambda identity, error: heard.append((identity.name, error.reason))
+    _, bad = guests.enter("bad")
+    guests.enter("good")
+    guests.crl(bad)
+    await until(lambda: heard)
+    assert heard == guests.ended == [("bad", Reason.REVOKED)]
+
+
 async def test_an_outdated_crl_keeps_new_peers_out_and_ends_nobody(pki: Pki) -> None:
     guests = Guests(pki)
     identity, presented = guests.enter("alice")
