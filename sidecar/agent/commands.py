@@ -61,9 +61,10 @@ class RelayUp:
 
 @dataclass(frozen=True, slots=True)
 class RelayDown:
-    """It has gone, and all its sessions with it."""
+    """It has gone, and all its sessions with it: by itself, or for what it found wrong with our certificate."""
 
     relay: str
+    reason: Reason = Reason.PEER_GONE
 
 
 @dataclass(frozen=True, slots=True)

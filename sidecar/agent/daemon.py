@@ -256,7 +256,7 @@ class Agent:
     def _lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
         log("relay_lost", relay=self._relays.label(client), detail=reason)
-        self._relay_event(RelayDown(self._relays.label(client)))
+        self._relay_event(RelayDown(self._relays.label(client), client.lost_by))
         if not self._relays.connected:
             self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
 

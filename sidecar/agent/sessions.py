@@ -278,7 +278,7 @@ class Sessions:
                 if self.relays.state(relay) is RelayState.SILENT:
                     self.relays.set(relay, RelayState.UP)
             case RelayDown():
-                self._relay_down(relay)
+                self._relay_down(relay, event.reason)
             case RelayForgotten():
                 self.relays.forget(relay)
             case _:
@@ -287,10 +287,11 @@ class Sessions:
         self._leave(now)
         self._advance_all(now)
 
-    def _relay_down(self, relay: str) -> None:
+    def _relay_down(self, relay: str, reason: Reason) -> None:
         self.relays.set(relay, RelayState.DOWN)
+        is_lost = reason is Reason.PEER_GONE
         for live in [live for key, live in self._live.items() if key[0] == relay]:
-            self._end(live, Reason.PEER_GONE, tell=False, relay_lost=True)
+            self._end(live, reason, tell=False, relay_lost=is_lost)
         for place in self._busy.values():
             if isinstance(place.state, Opening) and place.state.relay == relay:
                 place.state = IDLE

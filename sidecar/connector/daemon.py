@@ -249,7 +249,7 @@ class _Connector:
     def _relay_lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
         log("relay_lost", relay=client.target.name, reason=reason)
-        self._serving.relay_lost(client)
+        self._serving.relay_lost(client, client.lost_by)
 
     def _packet(self, client: RelayClient, session: SessionId, packet: bytes) -> None:
         try:

@@ -45,6 +45,9 @@ OFFERS_WAITING_MAX = 1000
 CARRYING_MAX = 1000
 """Dials at forwarders under way, each until its TLS handshake is over: no relay can ask for more."""
 
+FALLEN_MAX = 4_096
+"""Fingerprints of certificates that fell here: a relay with an older CRL may go on to offer their agents' sessions."""
+
 _WHERE = "connector"
 
 _log = logger(__name__)
@@ -99,6 +102,7 @@ class Serving:
         )
         self._verdicts = credentials.verdicts
         self._verdicts.on_refused = self.peer_refused
+        self._fallen: dict[str, Reason] = {}
         self._routes = routes
         self._leases = leases
         self._is_available = is_available
@@ -114,6 +118,10 @@ class Serving:
 
     def peer_refused(self, identity: Identity, error: IdentityError) -> None:
         """End what was offered for an agent whose certificate does not stand any more."""
+        if error.reason in (Reason.REVOKED, Reason.EXPIRED):  # which is for ever
+            if len(self._fallen) >= FALLEN_MAX:
+                del self._fallen[next(iter(self._fallen))]
+            self._fallen[identity.fingerprint] = error.reason
         agent = PeerIdentity(identity.name, identity.fingerprint)
         now = self._loop.time()
         for session in [each for each in self.sessions.live() if each.agent == agent]:
@@ -127,9 +135,13 @@ class Serving:
         """Take sessions from this connection."""
         self._relays[client.connection] = client
 
-    def relay_lost(self, client: RelayClient) -> None:
-        """Detach the sessions of the connection."""
+    def relay_lost(self, client: RelayClient, reason: Reason) -> None:
+        """Detach the sessions of the connection; end them when the relay found something wrong with our certificate."""
         self._relays.pop(client.connection, None)
+        if reason is not Reason.PEER_GONE:
+            for session in [each for each in self.sessions.live() if each.key[0] == client.connection]:
+                self.sessions.close(*session.key, reason, self._loop.time())
+                self._end(session, reason)
         self.sessions.connection_lost(client.connection, self._loop.time())
 
     def offered(self, client: RelayClient, offer: Offered) -> None:
@@ -259,6 +271,8 @@ class Serving:
             return Reason.DRAINING
         if client.peer is not None and self._verdicts.unknown(client.peer):
             return Reason.POLICY_UNKNOWN
+        if offer.agent.fingerprint in self._fallen:
+            return self._fallen[offer.agent.fingerprint]
         if offer.service not in self._routes.services:
             return Reason.NO_SUCH_SERVICE
         if offer.v1 and not self._routes.services[offer.service].allow_v1:

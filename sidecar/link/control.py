@@ -26,6 +26,7 @@ from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.names import ServiceName, SessionId
 from ztna.quic import CLOSE_OK, CLOSE_PROTOCOL_ERROR, RENEWED, Client, Connection, Settings
+from ztna.quic_engine import close_code
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
 from ztna.udp import SockAddr, UdpSocket
@@ -110,6 +111,8 @@ class RelayClient:
         self._is_busy = is_busy
         self.life = Life.UP
         self.rtt_s: float | None = None
+        self.lost_by = Reason.PEER_GONE
+        """Why the last connection ended: what the relay said of our certificate, else that it is gone."""
         self._number = 0
         self._hosts: frozenset[str] = frozenset()
         self._control: _Control | None = None
@@ -234,6 +237,7 @@ class RelayClient:
             return None if renewing is None else await renewing
         finally:
             if self._control is standing.control:
+                self.lost_by = _judgement(connection)
                 self._lose(_ending(connection) or "closed by us")
                 standing.close("")
             else:
@@ -271,6 +275,7 @@ class RelayClient:
     def greeted(self, control: _Control) -> None:
         """Take the control stream into use, in place of the one before (called by the connection's handler)."""
         if self._control is not None:
+            self.lost_by = Reason.PEER_GONE
             self._lose(RENEWED)
         self._control = control
         self._number, self._hosts, self.proven = control.number, control.hosts, control.credentials
@@ -444,6 +449,16 @@ def _renew_pause(relay: Identity) -> float:
 
 def _same_leaf(one: Credentials, other: Credentials) -> bool:
     return one.identity.fingerprint == other.identity.fingerprint
+
+
+def _judgement(connection: Connection) -> Reason:
+    """Return what the relay found wrong with our certificate, when that is why it closed the connection."""
+    if connection.closed.done() and connection.refusal is None:
+        code, phrase = connection.closed.result()
+        for reason in (Reason.REVOKED, Reason.EXPIRED, Reason.UNTRUSTED):
+            if (code, phrase) == (close_code(reason), str(reason)):
+                return reason
+    return Reason.PEER_GONE
 
 
 def _ending(connection: Connection) -> str | None:

@@ -282,6 +282,10 @@ class TestDenial:
 
 
 class TestRelays:
+    def test_what_a_relay_finds_wrong_with_our_certificate_ends_its_sessions_for_that(self) -> None:
+        agent, session = carrying()
+        assert agent(RelayDown("r1", Reason.REVOKED)) == [Ended(session, Reason.REVOKED)]
+
     def test_a_lost_relay_takes_its_sessions_along(self) -> None:
         agent, session = carrying()
         assert agent(RelayDown("r1")) == [Ended(session, Reason.PEER_GONE, relay_lost=True)]

@@ -18,7 +18,7 @@ from tests.support.certificates import Pki
 from tests.support.fake_relay import FakeRelay, fake_relay
 from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
-from ztna.errors import Refused
+from ztna.errors import IdentityError, Refused
 from ztna.identity import Identity
 from ztna.jsontypes import Binary, Secret
 from ztna.names import ServiceName, SessionId
@@ -334,3 +334,25 @@ async def test_what_comes_late_on_the_connection_before_is_nobodys(pki: Pki) -> 
         owner.client.received(before, Closed(SESSION, Reason.PEER_GONE))
         owner.client.packet_received(before, SESSION, b"E")
         assert owner.events.empty()
+
+
+@pytest.mark.parametrize("reason", [Reason.REVOKED, Reason.EXPIRED, Reason.UNTRUSTED])
+async def test_what_the_relay_finds_wrong_with_our_certificate_is_known_as_such(
+    pki: Pki, reason: Reason
+) -> None:
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        peer = await relay.peer()
+        await owner.next()
+        peer.connection.refuse(IdentityError(reason))
+        assert await owner.next() == ("lost", str(reason))
+        assert owner.client.lost_by is reason
+
+
+async def test_a_relay_that_is_refused_here_is_only_gone(pki: Pki) -> None:
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        await relay.peer()
+        await owner.next()
+        assert owner.client._control is not None
+        owner.client._control._connection.refuse(IdentityError(Reason.REVOKED))
+        assert await owner.next() == ("lost", "revoked")
+        assert owner.client.lost_by is Reason.PEER_GONE
