@@ -53,6 +53,8 @@ class Link:
         """Whether packets can be sent, as far as is known."""
         self.relays: dict[bytes, str] = {}
         """Which relay each way, by its bind id, goes by."""
+        self.added_at: dict[bytes, float] = {}
+        """When each way that was not heard yet was added."""
         self.heard: set[bytes] = set()
         """The ways on which the connector was heard when last looked."""
         self.lingers_until: float | None = None
@@ -248,6 +250,7 @@ class Links:
             _log.warning("way_failed", connector=link.key[0], relay=session.relay, detail=error)
             return
         link.relays[bytes(forwarder.bind_id)] = session.relay
+        link.added_at[bytes(forwarder.bind_id)] = self._loop.time()
 
     def _choose(self, link: Link) -> None:
         """Use the best way, give up those that nothing needs, and tell the flows when packets can be sent again."""
@@ -265,6 +268,7 @@ class Links:
         for bind_id in [each for each in made.ways if each not in needed and each != after]:
             made.remove_way(bind_id)
             del link.relays[bind_id]
+            link.added_at.pop(bind_id, None)
         was_ready, carrying = link.is_ready, self._way(link, made, after)
         link.is_ready = carrying.is_direct or self._relays.state(link.relay) is not RelayState.DOWN
         heard = {each for each in made.ways if made.is_heard(each)}
@@ -295,7 +299,8 @@ class Links:
         limit = SILENCE_DIRECT_SECONDS if made.path == "direct" else SILENCE_FORWARDED_SECONDS
         # While its relay is silent too, nothing is known of the connector.
         is_relay_up = self._relays.state(link.relay) in (RelayState.UP, RelayState.DRAINING)
-        if made.unanswered_s > limit and (is_relay_up or made.path == "direct"):
+        is_reachable = is_relay_up or made.path == "direct"
+        if made.unanswered_s > limit if is_reachable else self._is_disowned(link, made):
             _log.warning("link_silent", connector=link.key[0], relay=link.relay, path=made.path)
             made.close(Reason.PEER_GONE)
             return
@@ -303,6 +308,16 @@ class Links:
             _log.info("link_path", connector=link.key[0], relay=link.relay, path=made.path)
             link.path = made.path
         self._report(link, made)
+
+    def _is_disowned(self, link: Link, made: PacketLink) -> bool:
+        """Say whether the connector, reached over another relay, does not know this link: it was restarted."""
+        earliest = self._loop.time() - SILENCE_FORWARDED_SECONDS
+        return any(
+            added_at <= earliest
+            and not made.is_heard(bind_id)
+            and self._relays.state(link.relays[bind_id]) is RelayState.UP
+            for bind_id, added_at in link.added_at.items()
+        )
 
     def _offer(self, link: Link) -> None:
         """Begin to look for a direct path on the way that carries."""

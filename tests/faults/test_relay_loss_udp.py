@@ -159,3 +159,18 @@ def test_a_drained_relay_loses_nothing(mesh: Mesh, backend: Backend, asker: Aske
     assert len(backend.askers) == 1
     assert ended_s < 10, "it ends when it is empty, not at the deadline"
     print(f"the relay had drained in {ended_s:.2f} s")
+
+
+def test_a_connector_that_was_restarted_meanwhile_is_found_again(
+    mesh: Mesh, backend: Backend, asker: Asker
+) -> None:
+    with asker.asking():
+        until("it is answered", lambda: len(asker.answered) > 50)
+        with killed(mesh, mesh.carrier()):
+            mesh.connector.kill()
+            mesh.connector.start()
+            begun = time.monotonic()
+            until("it is answered again", lambda: asker.answers_after(begun) > 50, 30)
+    assert len(mesh.agent.events("link_opened")) == 2, (
+        "another link, as the old one was lost with the process"
+    )
