@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -44,6 +45,15 @@ async def crowd(mesh: RunningRelay, count: int) -> AsyncIterator[asyncio.subproc
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+@pytest.fixture(autouse=True)
+def own_garbage_only() -> Iterator[None]:
+    """What earlier tests of this process have left is not this relay's to sweep."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("how", "count"), [("peers", CONNECTIONS), ("relay", 300)])
