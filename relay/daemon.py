@@ -400,6 +400,7 @@ class Relay:
 
     def _measure(self) -> None:
         self.reports.tick(time.monotonic())
+        self.server.tell_left_out()
         looking_in.measure(self)
 
     def _tell(self, command: Refusal | Told | Event) -> None:

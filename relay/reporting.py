@@ -8,7 +8,7 @@ from __future__ import annotations
 from relay.audit import AuditLog
 from relay.commands import Event, Refusal, Told
 from relay.peers import WHERE
-from relay.quiet import Quiet
+from ztna.quiet import Quiet
 from ztna.reasons import Reason
 from ztna.telemetry import SESSION_ENDS, SESSIONS_OPENED, logger, refused
 

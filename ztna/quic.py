@@ -51,6 +51,7 @@ from ztna.quic_engine import (
     new_cid,
     reset_token,
 )
+from ztna.quiet import Quiet
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS, logger, refused
 from ztna.udp import SockAddr
@@ -114,6 +115,7 @@ class _Endpoint(ABC):
         self.loop = asyncio.get_running_loop()
         self.settings = settings
         self.clock = clock
+        self._quiet = Quiet()
         self.credentials = credentials
         self._path = path
         self._factory = factory
@@ -135,13 +137,15 @@ class _Endpoint(ABC):
     def established(self, connection: Connection) -> Handler:
         """Make the handler of a connection whose identity stands."""
         host, port = connection.peer_address
-        _log.info(
-            "connection_opened",
-            where=self.settings.where,
-            peer=connection.identity.name,
-            address=f"{host}:{port}",
-            alpn=connection.alpn,
-        )
+        name = connection.identity.name
+        if self._quiet.allows(("connection_opened", name), self.clock()):
+            _log.info(
+                "connection_opened",
+                where=self.settings.where,
+                peer=name,
+                address=f"{host}:{port}",
+                alpn=connection.alpn,
+            )
         connection.followed = self.credentials.verdicts.follow(connection.identity, connection.refuse)
         return self._factory(connection)
 
@@ -150,15 +154,25 @@ class _Endpoint(ABC):
         if connection.followed is not None:
             connection.followed.forget()
         host, port = connection.peer_address
-        _log.info(
-            "connection_ended" if was_open else "connection_refused",
-            where=self.settings.where,
-            peer=connection.identity.name if was_open else "",
-            address=f"{host}:{port}",
-            code=code,
-            reason=reason,
-            detail=connection.refusal.detail if connection.refusal else "",
+        event, name = (
+            ("connection_ended", connection.identity.name) if was_open else ("connection_refused", "")
         )
+        if self._quiet.allows((event, name or host, reason), self.clock()):
+            _log.info(
+                event,
+                where=self.settings.where,
+                peer=name,
+                address=f"{host}:{port}",
+                code=code,
+                reason=reason,
+                detail=connection.refusal.detail if connection.refusal else "",
+            )
+        self.tell_left_out()
+
+    def tell_left_out(self) -> None:
+        """Log how many lines were left out of the log so that no peer fills it; every end of a connection does, too."""
+        for about, count in self._quiet.over(self.clock()):
+            _log.info("lines_left_out", where=self.settings.where, about=" ".join(about), count=count)
 
     @abstractmethod
     def cid_issued(self, cid: bytes, connection: Connection) -> None:

@@ -95,7 +95,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
         "relay": (
             "relay: {name: edge, tls: {certificate: relay.pem, key: relay.key, ca: ztna-ca/ca.pem}, "
             f"listen: 127.0.0.1:{relay}, forwarder: 127.0.0.1:{forwarder}, admin: 127.0.0.1:{admin[1]}, "
-            f"resolvers: [127.0.0.1:{dns}]}}"
+            f"resolvers: [127.0.0.1:{dns}], admin_socket: {tmp_path}/r.sock, audit_log: {tmp_path}/audit.log}}"
         ),
         "connector": (
             "connector: {id: alpha, tls: {certificate: connector.pem, key: connector.key, ca: ztna-ca/ca.pem}, "

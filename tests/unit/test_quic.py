@@ -22,6 +22,7 @@ from ztna.errors import IdentityError, LinkError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.quic import DATAGRAM_QUEUE_MAX, Connection
 from ztna.quic_engine import Engine, new_cid, reset_token
+from ztna.quiet import INTERVAL_SECONDS
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS, REFUSALS
 from ztna.verdicts import Verdicts
@@ -218,6 +219,35 @@ async def test_who_verified_may_still_not_be_admitted_here(dial: Any, serve: Any
     with pytest.raises(LinkError, match="no_grant: spiffe://ztna/agent-1 is no connector"):
         await dial(server.address).connect()
     assert server.handlers == []
+
+
+async def test_who_is_refused_again_and_again_does_not_fill_the_log(
+    dial: Any, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def admit(identity: Identity, alpn: str) -> None:
+        raise Refused(Reason.NO_GRANT, f"{identity.name} is no connector")
+
+    caplog.set_level("INFO", "ztna.quic")
+    server = serve(more={"admit": admit, "clock": (clock := Later())})
+    for _ in range(3):
+        with pytest.raises(LinkError):
+            await dial(server.address).connect()
+    await soon(lambda: server.server.connections == ())
+    refused = [each for each in caplog.records if each.getMessage() == "connection_refused"]
+    assert len(refused) == 1
+    clock.by = 2 * INTERVAL_SECONDS
+    server.server.tell_left_out()
+    (left_out,) = [each.fields for each in caplog.records if each.getMessage() == "lines_left_out"]  # type: ignore[attr-defined]
+    assert left_out["count"] == 2 and "no_grant" in left_out["about"]
+
+
+class Later:
+    """A clock that can be put forward."""
+
+    by = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.by
 
 
 async def test_another_alpn_is_refused(dial: Any, serve: Any) -> None:

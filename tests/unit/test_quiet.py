@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from relay import quiet as module
-from relay.quiet import INTERVAL_SECONDS, Quiet
+from ztna import quiet as module
+from ztna.quiet import INTERVAL_SECONDS, Quiet
 
 
 def test_one_line_then_a_count_then_one_line_again() -> None:
