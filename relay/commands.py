@@ -35,13 +35,6 @@ class Send(msgspec.Struct, frozen=True):
     message: AnyMessage
 
 
-class Disconnect(msgspec.Struct, frozen=True):
-    """Close a connection for the reason."""
-
-    to: ConnectionKey
-    reason: Reason
-
-
 class AddLink(msgspec.Struct, frozen=True):
     """Let both sides of a link bind at the forwarder."""
 
@@ -111,15 +104,4 @@ class Event(msgspec.Struct, frozen=True):
     fields: dict[str, str]
 
 
-Command = (
-    Send
-    | Disconnect
-    | AddLink
-    | RemoveLink
-    | AdmitAgent
-    | AdmitConnector
-    | EndSession
-    | Refusal
-    | Told
-    | Event
-)
+Command = Send | AddLink | RemoveLink | AdmitAgent | AdmitConnector | EndSession | Refusal | Told | Event

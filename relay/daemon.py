@@ -22,7 +22,6 @@ from relay.commands import (
     AdmitConnector,
     Command,
     ConnectionKey,
-    Disconnect,
     EndSession,
     Event,
     Refusal,
@@ -377,8 +376,6 @@ class Relay:
                     self._send(to, message)
             case EndSession(session):
                 self.splicer.end_session(session)
-            case Disconnect(to, reason):
-                self._peers[to].disconnect(reason)
             case _:
                 self._tell(command)
 
