@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from ztna.telemetry import logger
 
 TICK_SECONDS = 0.5
 JUDGED_PER_TURN = 100
+TURN_SECONDS = 0.005
 """Thousands may lose their certificates by one CRL: the loop gets its turns in between."""
 
 _log = logger(__name__)
@@ -131,7 +133,10 @@ class Verdicts:
         self._turn = None
         now = self._wall()
         try:
+            until = time.monotonic() + TURN_SECONDS
             for _ in range(min(JUDGED_PER_TURN, len(self._pending))):
+                if time.monotonic() >= until:
+                    break
                 followed = self._pending.popleft()
                 error = self._judge(followed.identity, now)
                 if error is not None:
@@ -151,8 +156,9 @@ class Verdicts:
             self._tick_again(now)
 
     def _end_expired(self, now: datetime) -> None:
+        until = time.monotonic() + TURN_SECONDS
         for _ in range(JUDGED_PER_TURN):
-            if not self._expiries or self._expiries[0][0] >= now:
+            if not self._expiries or self._expiries[0][0] >= now or time.monotonic() >= until:
                 break
             followed = heapq.heappop(self._expiries)[2]
             error = self._trust.judge(followed.identity, now)
