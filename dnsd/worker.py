@@ -7,6 +7,7 @@ its channel does, so it never outlives dnsd; signals are dnsd's to hear.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import mmap
 import os
 import signal
@@ -37,6 +38,7 @@ from ztna.errors import ProtocolError
 from ztna.telemetry import WORKER_CPU, WORKER_MEMORY
 
 REPORT_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -163,6 +165,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A terminal or an init system tells all of us; dnsd ends us once it has said why.
         signal.signal(number, signal.SIG_IGN)
+    # One that stands still does not see its channel end, and would keep its share of the port (prctl(2)).
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     channel, table = map(int, sys.argv[1:])
     limits = memoryview(mmap.mmap(table, TABLE_BYTES))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
