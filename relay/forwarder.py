@@ -57,6 +57,7 @@ class Forwarder:
         self._why_user = "configured"
         self._kernel: KernelForwarder | None = None
         self._pending: dict[RawAddress, RawAddress | None] = {}
+        self._following = False
         self._told: Counter[str] = Counter()
         self._loop = asyncio.get_running_loop()
         if forwarding != "user":
@@ -92,7 +93,8 @@ class Forwarder:
         """End a link. Harmless when it is not there."""
         with self._lock:
             self._table.remove(key)
-        self._follow()
+        # Many may end at once: the kernel hears of all in this turn together.
+        self._follow_soon()
 
     @property
     def links(self) -> int:
@@ -156,8 +158,8 @@ class Forwarder:
             if len(batch) < udp.BATCH_PACKETS:
                 return
 
-    def follow_soon(self) -> None:
-        """Have the loop's thread follow the table (from another one)."""
+    def tell_loop(self) -> None:
+        """Have the loop's thread follow the table (from a worker's)."""
         self._loop.call_soon_threadsafe(self._follow)
 
     # The kernel's share.
@@ -172,8 +174,14 @@ class Forwarder:
         else:
             _log.info("forwarding_in_kernel")
 
+    def _follow_soon(self) -> None:
+        if not self._following:
+            self._following = True
+            self._loop.call_soon(self._follow)
+
     def _follow(self) -> None:
         """Let the kernel forward what the table says now."""
+        self._following = False
         with self._lock:
             changes = self._table.take_changed()
         if self._kernel is not None:
@@ -281,4 +289,4 @@ class _Worker:
         for fd in (raw.fileno(), self._stop_reader):
             poll.register(fd, select.POLLIN)
         while all(fd != self._stop_reader for fd, _ in poll.poll()):
-            self._forwarder.serve(raw, time.monotonic(), self._forwarder.follow_soon)
+            self._forwarder.serve(raw, time.monotonic(), self._forwarder.tell_loop)
