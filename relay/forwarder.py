@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Literal
 
-from relay.kernel import CHANGES_PER_TRANSACTION_MAX, KernelForwarder, KernelRefused
+from relay.kernel import CHANGES_PER_TRANSACTION_MAX, Heard, KernelForwarder, KernelRefused
 from relay.links import Limits, Link, LinkTable, RawAddress, Side, Traffic
 from ztna import udp
 from ztna.jsontypes import Secret
@@ -25,7 +25,7 @@ from ztna.udp_bulk import BulkSocket
 from ztna.udp_kernel import bind_udp
 
 SWEEP_SECONDS = 1.0
-SWEEP_SHARE = 0.02
+SWEEP_SHARE = 0.05
 """With very many links a sweep takes long: it never takes more of the loop's time than this."""
 NONCE_KEY_BYTES = 32
 WHERE = "forwarder"
@@ -57,6 +57,8 @@ class Forwarder:
         self._why_user = "configured"
         self._kernel: KernelForwarder | None = None
         self._pending: dict[RawAddress, RawAddress | None] = {}
+        self._kernels: dict[RawAddress, Side] = {}
+        """The sides whose packets the kernel forwards, as it was last told."""
         self._following = False
         self._told: Counter[str] = Counter()
         self._loop = asyncio.get_running_loop()
@@ -194,25 +196,35 @@ class Forwarder:
             return
         some = {source: pending.pop(source) for source in list(pending)[:CHANGES_PER_TRANSACTION_MAX]}
         try:
-            kernel.change(some, self._loop.time())
+            self._credit(kernel.change(some, self._loop.time()))
         except KernelRefused as error:
             self._give_up(kernel, error)
+        for source in some:
+            side = self._table.side_at(source) if kernel.forwards(source) else None
+            if side is not None:
+                self._kernels[source] = side
+            else:
+                self._kernels.pop(source, None)
         if pending:
             # Many links ended at once: others are served between.
             self._loop.call_soon(self._apply)
 
     def _look_at_kernel(self, kernel: KernelForwarder) -> None:
         try:
-            counts = kernel.count()
-            with self._lock:
-                for source, packets, size in counts:
-                    self._table.counted(source, packets, size)
-            FORWARDED.labels("kernel").inc(sum(packets for _, packets, _ in counts))
+            self._credit(kernel.count())
             if over := kernel.watch():
                 self._table.drops["link_rate"] += over
             kernel.refresh(self._loop.time())
         except KernelRefused as error:
             self._give_up(kernel, error)
+
+    def _credit(self, heard: Heard) -> None:
+        """Count what the kernel passed on for the sides that were at these addresses when it did."""
+        with self._lock:
+            for source, packets, size in heard:
+                FORWARDED.labels("kernel").inc(packets)
+                if (side := self._kernels.get(source)) is not None:
+                    self._table.counted(side, packets, size)
 
     def _give_up(self, kernel: KernelForwarder, error: KernelRefused) -> None:
         self._why_user = str(error)
@@ -220,6 +232,7 @@ class Forwarder:
         FORWARDING_IN_KERNEL.set(0)
         self._kernel = None
         self._pending.clear()
+        self._kernels.clear()
         kernel.close()
 
     # Time.

@@ -14,20 +14,28 @@ from pathlib import Path
 
 from relay.links import Limits, RawAddress, address_of
 from relay.nft import Nft, NftError
-from relay.ruleset import ELEMENT_SECONDS, Ruleset, Way
+from relay.ruleset import ELEMENT_SECONDS, TOTALS, Ruleset, Way
 from ztna.errors import ZtnaError
 from ztna.telemetry import dropped
-from ztna.udp import SockAddr, encode_address
-from ztna.wire.control import Address
+from ztna.udp import SockAddr
 
 WHERE = "forwarder"
-WAYS_MAX = 4096
-"""Listing their counters takes about 12 us each, and the loop waits; what is more goes through user space."""
-CHANGES_PER_TRANSACTION_MAX = 256
+WAYS_MAX = 2048
+"""What is more goes through user space."""
+CHANGES_PER_TRANSACTION_MAX = 64
+"""The loop waits while a transaction runs: 40 to 100 us for each."""
+REFRESHES_PER_TRANSACTION_MAX = 128
+"""A second: WAYS_MAX in less than REFRESH_SECONDS."""
+COUNTERS_PER_READ_MAX = 512
+"""About 10 us each."""
 REFRESH_SECONDS = ELEMENT_SECONDS / 3
 BLOCKED_PACKETS = 64
 """So many packets given a way, and none that left: something here drops what is forwarded."""
 _FORWARDING = {"ip": "/proc/sys/net/ipv4/ip_forward", "ip6": "/proc/sys/net/ipv6/conf/all/forwarding"}
+
+
+Heard = list[tuple[RawAddress, int, int]]
+"""Sources, with the packets and the bytes that they sent."""
 
 
 class KernelRefused(ZtnaError):
@@ -49,8 +57,9 @@ class KernelForwarder:
         self._ways: dict[RawAddress, Way] = {}
         self._refreshed: OrderedDict[RawAddress, float] = OrderedDict()
         """When each way was refreshed, the oldest first."""
-        self._counted: dict[tuple[Address, Address], tuple[int, int]] = {}
-        self._totals: dict[str, int] = {}
+        self._uncounted: list[RawAddress] = []
+        """Whose counters are to be read before anyone's are read again."""
+        self._numbers = itertools.count()
         try:
             self._nft = Nft()
             self._nft.run(self._rules.create())
@@ -66,11 +75,15 @@ class KernelForwarder:
         """Whether the kernel forwards what comes from there."""
         return source in self._ways
 
-    def change(self, changes: Mapping[RawAddress, RawAddress | None], now: float) -> None:
-        """Let the sources go where they go now; at once, and all in one transaction. Raises KernelRefused."""
-        gone = [way for source in changes if (way := self._ways.pop(source, None)) is not None]
-        for source in changes:
-            self._refreshed.pop(source, None)
+    def change(self, changes: Mapping[RawAddress, RawAddress | None], now: float) -> Heard:
+        """Let the sources go where they go now; at once, and all in one transaction. Raises KernelRefused.
+
+        Return what was heard of those whose way ended, as `count` does.
+        """
+        gone = {source: way for source in changes if (way := self._ways.pop(source, None)) is not None}
+        for source in gone:
+            del self._refreshed[source]
+        heard = self._read(gone)
         new: dict[RawAddress, Way] = {}
         for source, onward in changes.items():
             way = None if onward is None else self._way(source, onward)
@@ -82,15 +95,14 @@ class KernelForwarder:
             new[source] = way
         self._ways |= new
         self._refreshed |= dict.fromkeys(new, now)
-        for way in gone:
-            self._counted.pop((way.source, way.onward), None)
         if gone or new:
-            self._commit(self._rules.delete(gone) + self._rules.add(new.values()), now)
+            self._commit(self._rules.delete(gone.values()) + self._rules.add(new.values()), now)
+        return heard
 
     def refresh(self, now: float) -> None:
         """Keep what is there alive; call it every second. Raises KernelRefused."""
         due = itertools.takewhile(lambda each: now - each[1] >= REFRESH_SECONDS, self._refreshed.items())
-        sources = [source for source, _ in itertools.islice(due, CHANGES_PER_TRANSACTION_MAX)]
+        sources = [source for source, _ in itertools.islice(due, REFRESHES_PER_TRANSACTION_MAX)]
         if not sources:
             return
         for source in sources:
@@ -98,33 +110,26 @@ class KernelForwarder:
             self._refreshed.move_to_end(source)
         self._commit(self._rules.refresh(self._ways[source] for source in sources), now)
 
-    def count(self) -> list[tuple[RawAddress, int, int]]:
-        """Return the sources that were heard since the last call, with packets and bytes. Raises KernelRefused."""
-        if not self._ways:
-            return []
-        listed = self._rules.counts(self._run(self._rules.list_counts()))
-        heard = []
-        for each in listed:
-            key = each.source, each.onward
-            packets, size = self._counted.get(key, (0, 0))
-            if each.packets != packets:
-                self._counted[key] = each.packets, each.bytes
-                raw = encode_address((each.source.ip, each.source.port))
-                heard.append((raw, each.packets - packets, each.bytes - size))
-        return heard
+    def count(self) -> Heard:
+        """Return the sources that were heard since they were read last, with packets and bytes.
+
+        With very many it takes several calls to read all of them. Raises KernelRefused.
+        """
+        if not self._uncounted:
+            self._uncounted = list(self._ways)
+        some = self._uncounted[-COUNTERS_PER_READ_MAX:]
+        del self._uncounted[-COUNTERS_PER_READ_MAX:]
+        return self._read({source: self._ways[source] for source in some if source in self._ways})
 
     def watch(self) -> int:
         """Return how many packets the rate limit took since the last call.
 
         Raises KernelRefused when what is forwarded does not get out, a firewall's doing for one.
         """
-        if not self._ways:
-            return 0
-        before, self._totals = self._totals, self._rules.totals(self._run(self._rules.list_totals()))
-        since = {name: count - before.get(name, 0) for name, count in self._totals.items()}
-        if since["translated"] >= BLOCKED_PACKETS and not since["left"]:
+        totals = self._rules.counts(self._run(self._rules.read(TOTALS)))
+        if totals["translated"].packets >= BLOCKED_PACKETS and not totals["left"].packets:
             raise KernelRefused("what is forwarded does not get out: does a firewall drop it?")
-        return since["over_rate"]
+        return totals["over_rate"].packets
 
     def close(self) -> None:
         """Take the table away; harmless twice."""
@@ -137,7 +142,17 @@ class KernelForwarder:
         ours = [self._host or _local_address_towards(each.ip) for each in (near, far)]
         if None in ours or near.ip == ours[0] or far.ip == ours[1] or _is_loopback(near.ip, far.ip):
             return None
-        return Way(near, far, str(ours[1]))
+        return Way(next(self._numbers), near, far, str(ours[1]))
+
+    def _read(self, ways: Mapping[RawAddress, Way]) -> Heard:
+        if not ways:
+            return []
+        counts = self._rules.counts(self._run(self._rules.read(way.counter for way in ways.values())))
+        return [
+            (source, count.packets, count.bytes)
+            for source, way in ways.items()
+            if (count := counts[way.counter]).packets
+        ]
 
     def _commit(self, commands: str, now: float) -> None:
         """Run the commands; where the table is not what we think (elements timed out), make it so."""
@@ -145,9 +160,9 @@ class KernelForwarder:
             self._nft.run(commands)
         except NftError:
             dropped(WHERE, "kernel_rebuilt")
-            self._counted.clear()
             self._refreshed = OrderedDict.fromkeys(self._ways, now)
-            self._run(self._rules.clear() + self._rules.add(self._ways.values()))
+            self._run(self._rules.drop())
+            self._run(self._rules.create() + self._rules.add(self._ways.values()))
 
     def _run(self, commands: str) -> str:
         try:

@@ -86,6 +86,8 @@ class Side:
     moves: int = 0
     challenge_second: int = -1
     challenges: int = 0
+    allowance: Allowance | None = None
+    """What is left of the quota it shares."""
     budget: int = UNLIMITED_BYTES
     """Bytes it may send before the limits are asked again."""
     filled_at: float = 0.0
@@ -97,11 +99,14 @@ class Link:
 
     agent: Side
     connector: Side
-    allowance: Allowance | None
 
     @property
     def sides(self) -> tuple[Side, Side]:
         return self.agent, self.connector
+
+    @property
+    def allowance(self) -> Allowance | None:
+        return self.agent.allowance
 
     @property
     def exhausted(self) -> bool:
@@ -157,9 +162,10 @@ class LinkTable:
 
         `peers` says between whom: their links share one quota, also one after the other.
         """
-        link = Link(Side(key, *agent), Side(key, *connector), self._allow(peers, now))
-        if self.limits.rate_bytes_per_s is not None or link.allowance is not None:
-            for side in link.sides:
+        link, allowance = Link(Side(key, *agent), Side(key, *connector)), self._allow(peers, now)
+        for side in link.sides:
+            side.allowance = allowance
+            if self.limits.rate_bytes_per_s is not None or allowance is not None:
                 side.budget = 0
         self._links[key] = link
         self._sides[link.agent.bind_id] = link.agent
@@ -185,17 +191,21 @@ class LinkTable:
         changed, self._changed = self._changed, set()
         return {source: self._onward(source) for source in changed}
 
-    def counted(self, source: RawAddress, packets: int, size: int) -> None:
-        """Hear what else was passed on for a source, by the kernel; its packets cost quota like any."""
-        side = self._routes.get(source)
-        if side is None:
-            return
+    def side_at(self, source: RawAddress) -> Side | None:
+        """Return the side that is bound at an address."""
+        return self._routes.get(source)
+
+    def counted(self, side: Side, packets: int, size: int) -> None:
+        """Hear what else was passed on for a side, by the kernel; its packets cost quota like any.
+
+        The side may have moved, or its link ended, since.
+        """
         side.packets += packets
         side.bytes += size
-        link = self._links[side.link]
-        if link.allowance is not None:
-            link.allowance.left -= size
-            if link.exhausted:
+        if side.allowance is not None:
+            side.allowance.left -= size
+            link = self._links.get(side.link)
+            if link is not None and link.exhausted:
                 self._way_changed(link)
 
     def handle(self, packets: Sequence[RawPacket], now: float) -> list[RawPacket]:

@@ -1,7 +1,7 @@
 """The nftables table that forwards the QUIC of bound links in the kernel, as text for nft.
 
     arrives at our port, byte 0 has 0x40 --> sides? --> destination from `onward_address`, `onward_port`
-    leaves                               --> `sources`: source is our address and port again, and counted
+    leaves                               --> `sources`: source is our address and port again
     anything else (binds, who is not bound) goes on to the socket of relay.forwarder
 
 Stateless on purpose: nothing is tracked (`notrack`), so no conntrack entry outlives its element, and a flow stops
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -25,24 +24,32 @@ PORT_ELEMENT_SECONDS = ELEMENT_SECONDS + 5
 """The port outlives its address, or a packet with the old destination would get the new port."""
 UDP_HEADER_BYTES = 8
 IP_HEADER_BYTES = {"ip": 20, "ip6": 40}
+TOTALS = ("translated", "left", "over_rate")
+_ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
 _NOT_QUIC = "@th,64,8 & 0x40 == 0"
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One direction of a link: packets from `source` go to `onward`, where they come from `ours`."""
+    """One direction of a link: packets from `source` go to `onward`, where they come from `ours`.
 
+    `number` is its own while the table lives: its counter is called by it.
+    """
+
+    number: int
     source: Address
     onward: Address
     ours: str
 
+    @property
+    def counter(self) -> str:
+        return f"way{self.number}"
+
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What the kernel passed on from a source to an address so far: packets (coalesced ones once), UDP payload."""
+    """What a counter has counted: packets (coalesced ones once), and their UDP payload."""
 
-    source: Address
-    onward: Address
     packets: int
     bytes: int
 
@@ -74,13 +81,17 @@ class Ruleset:
     }}
     map sources {{
         typeof {source} . {ip} daddr . udp dport : {ip} saddr
-        counter
+    }}
+    map tallies {{
+        type {_ADDRESS_TYPE[ip]} . inet_service : counter
     }}
     counter translated {{ }}
     counter left {{ }}
     counter over_rate {{ }}
     chain onward {{
-        {ip} daddr set {source} map @onward_address udp dport set {source} map @onward_port counter name translated
+        {ip} daddr set {source} map @onward_address \
+            counter name {source} map @tallies \
+            udp dport set {source} map @onward_port counter name translated
     }}
     chain arrived {{
         notrack
@@ -117,33 +128,24 @@ class Ruleset:
         ways = tuple(ways)
         return "".join((*self._lines("delete", ways, known=False), *self._lines("add", ways, known=False)))
 
-    def clear(self) -> str:
-        """Return what takes every way out."""
-        names = ["set sides", "map onward_address", "map onward_port", "map sources"]
-        if self._limits.rate_bytes_per_s is not None:
-            names.append("set paced")
-        return "".join(f"flush {name.replace(' ', f' {self._name} ')}\n" for name in names)
+    def drop(self) -> str:
+        """Return what takes the whole table away."""
+        return f"delete table {self._name}\n"
 
-    def list_counts(self) -> str:
-        """Return what lists the counters of the ways."""
-        return f"list map {self._name} sources"
+    def read(self, counters: Iterable[str]) -> str:
+        """Return what reads counters, and sets them back."""
+        return "".join(f"reset counter {self._name} {name}\n" for name in counters)
 
-    def list_totals(self) -> str:
-        """Return what lists the counters of the table."""
-        return f"list counters table {self._name}"
-
-    def counts(self, listed: str) -> list[Count]:
-        """Read what `list_counts` printed."""
+    def counts(self, printed: str) -> dict[str, Count]:
+        """Return what `read` printed by the counter's name."""
         header = IP_HEADER_BYTES[self._family] + UDP_HEADER_BYTES
-        return [
-            _count(element, header)
-            for entry in _entries(listed, "map")
-            for element, _ in entry.get("elem", ())
-        ]
-
-    def totals(self, listed: str) -> dict[str, int]:
-        """Read what `list_totals` printed: packets by the counter's name (translated, left, over_rate)."""
-        return {entry["name"]: entry["packets"] for entry in _entries(listed, "counter")}
+        counts = {}
+        for line in printed.splitlines():
+            for entry in msgspec.json.decode(line)["nftables"]:
+                if (counter := entry.get("counter")) is not None:
+                    packets = counter["packets"]
+                    counts[counter["name"]] = Count(packets, counter["bytes"] - packets * header)
+        return counts
 
     def _lines(self, verb: str, ways: Iterable[Way], *, known: bool) -> list[str]:
         """Return a command an element: `known` ones too, which have no timeout."""
@@ -152,6 +154,8 @@ class Ruleset:
         port_timeout = f" timeout {PORT_ELEMENT_SECONDS}s" if adds else ""
         lines = []
         for way in ways:
+            if known and adds:
+                lines.append(f"add counter {self._name} {way.counter}\n")
             source, onward = f"{way.source.ip} . {way.source.port}", way.onward
             elements = [
                 ("onward_address", f"{source}{address_timeout} : {onward.ip}"),
@@ -159,10 +163,13 @@ class Ruleset:
             ]
             if known:
                 elements.append(("sides", source))
+                elements.append(("tallies", f'{source} : "{way.counter}"'))
                 elements.append(("sources", f"{source} . {onward.ip} . {onward.port} : {way.ours}"))
                 if self._limits.rate_bytes_per_s is not None:
                     elements.append(("paced", source))
             lines += [f"{verb} element {self._name} {name} {{ {element} }}\n" for name, element in elements]
+            if known and not adds:
+                lines.append(f"delete counter {self._name} {way.counter}\n")
         return lines
 
     def _paced_set(self, source: str) -> str:
@@ -184,16 +191,3 @@ class Ruleset:
     def _redirects(self) -> str:
         """Return the rule against what a router says of packets that leave where they came in."""
         return "icmp type redirect @th,136,8 17 drop" if self._family == "ip" else ""
-
-
-def _entries(listed: str, kind: str) -> list[dict[str, Any]]:
-    document = msgspec.json.decode(listed)
-    return [entry[kind] for entry in document["nftables"] if kind in entry]
-
-
-def _count(element: dict[str, Any], header: int) -> Count:
-    inner = element["elem"]
-    source_ip, source_port, onward_ip, onward_port = inner["val"]["concat"]
-    packets = inner["counter"]["packets"]
-    size = inner["counter"]["bytes"] - packets * header
-    return Count(Address(source_ip, source_port), Address(onward_ip, onward_port), packets, size)

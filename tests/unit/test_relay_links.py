@@ -196,8 +196,9 @@ def test_what_was_passed_on_is_told_by_link() -> None:
     table = both_bound()
     passed(table, A, 3)
     passed(table, C, 2, size=10)
-    table.counted(A, 4, 400)
-    table.counted(THIEF, 1, 1)
+    side = table.side_at(A)
+    assert side is not None and table.side_at(THIEF) is None
+    table.counted(side, 4, 400)
     assert table.traffic("link") == Traffic(7, 3400, 2, 20)
     assert table.traffic("another") is None
 
@@ -288,10 +289,22 @@ def test_each_change_of_a_way_is_told_once() -> None:
 def test_a_link_that_the_kernel_used_up_goes_nowhere_until_the_next_period() -> None:
     table = both_bound(Limits(quota_bytes=1000, quota_period_s=1000.0))
     assert table.take_changed() == {A: C, C: A}
-    table.counted(A, 1, 400)
+    link = table.links()["link"]
+    table.counted(link.agent, 1, 400)
     assert table.take_changed() == {}
-    table.counted(C, 1, 600)
+    table.counted(link.connector, 1, 600)
     assert table.take_changed() == {A: None, C: None}
     table.add("other", (b"x" * 16, SECRETS[A]), (b"y" * 16, SECRETS[C]), "ann and con-x", NOW)
     table.sweep(NOW + 1000)
     assert table.take_changed() == {A: C, C: A}
+
+
+def test_what_the_kernel_counted_last_is_the_pairs_though_its_link_has_ended() -> None:
+    table = both_bound(Limits(quota_bytes=10_000))
+    side = table.links()["link"].agent
+    table.remove("link")
+    table.counted(side, 10, 10_000)
+    add(table)
+    bound(table, A)
+    bound(table, C)
+    assert passed(table, A, 1) == 0

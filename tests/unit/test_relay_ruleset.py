@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from relay.links import Limits
 from relay.ruleset import Count, Ruleset, Way
 from ztna.wire.control import Address
 
 A, C = Address("192.0.2.1", 1001), Address("192.0.2.2", 1002)
-WAY = Way(A, C, "192.0.2.9")
+WAY = Way(7, A, C, "192.0.2.9")
 RULES = Ruleset("ip", 4434, Limits())
 PACED = Ruleset("ip", 4434, Limits(rate_bytes_per_s=50_000))
 
@@ -41,33 +39,27 @@ def test_a_way_is_added_refreshed_and_taken_out() -> None:
     ]
     kept = [
         f"add element {name} sides {{ 192.0.2.1 . 1001 }}",
+        f'add element {name} tallies {{ 192.0.2.1 . 1001 : "way7" }}',
         f"add element {name} sources {{ 192.0.2.1 . 1001 . 192.0.2.2 . 1002 : 192.0.2.9 }}",
     ]
-    assert RULES.add([WAY]).splitlines() == [*steering, *kept]
+    assert RULES.add([WAY]).splitlines() == [f"add counter {name} way7", *steering, *kept]
     removed = [
         line.replace("add", "delete", 1).replace(" timeout 60s", "").replace(" timeout 65s", "")
         for line in (*steering, *kept)
     ]
-    assert RULES.delete([WAY]).splitlines() == removed
+    assert RULES.delete([WAY]).splitlines() == [*removed, f"delete counter {name} way7"]
     assert RULES.refresh([WAY]).splitlines() == [*removed[:2], *steering]
     assert PACED.add([WAY]).splitlines()[-1] == f"add element {name} paced {{ 192.0.2.1 . 1001 }}"
-
-
-@pytest.mark.parametrize(("rules", "count"), [(RULES, 4), (PACED, 5)])
-def test_clearing_names_every_set(rules: Ruleset, count: int) -> None:
-    lines = rules.clear().splitlines()
-    assert len(lines) == count and "flush map ip ztna_forwarder_4434 sources" in lines
+    assert RULES.drop() == f"delete table {name}\n"
 
 
 def test_counts_are_of_udp_payload() -> None:
-    element = {"val": {"concat": [A.ip, A.port, C.ip, C.port]}, "counter": {"packets": 2, "bytes": 256}}
-    listed = {"nftables": [{"metainfo": {}}, {"map": {"elem": [[{"elem": element}, "192.0.2.9"]]}}]}
-    assert RULES.counts(json.dumps(listed)) == [Count(A, C, 2, 200)]
-    assert RULES.counts(json.dumps({"nftables": [{"map": {}}]})) == []
-    assert RULES.list_counts() == "list map ip ztna_forwarder_4434 sources"
-
-
-def test_totals_by_name() -> None:
-    listed = {"nftables": [{"counter": {"name": "left", "packets": 3, "bytes": 9}}]}
-    assert RULES.totals(json.dumps(listed)) == {"left": 3}
-    assert RULES.list_totals() == "list counters table ip ztna_forwarder_4434"
+    assert RULES.read(["way7", "left"]).splitlines() == [
+        "reset counter ip ztna_forwarder_4434 way7",
+        "reset counter ip ztna_forwarder_4434 left",
+    ]
+    printed = [
+        json.dumps({"nftables": [{"metainfo": {}}, {"counter": {"name": name, "packets": 2, "bytes": 256}}]})
+        for name in ("way7", "left")
+    ]
+    assert RULES.counts("\n".join(printed) + "\n") == {"way7": Count(2, 200), "left": Count(2, 200)}
