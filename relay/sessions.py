@@ -44,6 +44,8 @@ PARK_SECONDS = 1.0
 """How long an `open` waits for the first SRV answer of a service that was only just registered."""
 PARKED_MAX = 1_000
 CONFLICTS_PER_CONNECTION_MAX = 16
+V1_IDLE_SECONDS = 300.0
+"""A session of a v1 agent without a packet for so long ends; the agents of v2 end their own unused ones."""
 BY_RELAY, BY_OPERATOR = "relay", "operator"
 """Who ended a session that neither of its ends did."""
 
@@ -63,6 +65,7 @@ class Sessions:
         self._offers: dict[SessionId, float] = {}
         self._parked: list[tuple[ConnectionKey, Attempt]] = []
         self._leaving = Leaving(rules)
+        self._of_v1: set[SessionId] = set()
         self._unvouched: frozenset[ConnectionKey] = frozenset()
 
     # What others read.
@@ -193,6 +196,7 @@ class Sessions:
         self._tell_health(self._freshness_changed(now), now, out)
         for service, connector_id in list(self._book.routed):
             self._hold(service, connector_id, now, out)
+        self._end_idle(now, out)
         self._book.forget_ended(now)
         return out
 
@@ -423,7 +427,9 @@ class Sessions:
     def _accepted(self, session: Session, now: float, out: list[Command]) -> None:
         if session.open:
             return
-        session.opened_at = now
+        session.opened_at = session.v1_used_at = now
+        if session.path == "v1":
+            self._of_v1.add(session.id)
         del self._offers[session.id]
         agent, connector = self._peers[session.agent], self._peers[session.connector]
         link = self._book.links.get(session.link)
@@ -468,6 +474,14 @@ class Sessions:
             for session_id in sorted(self._book.routed[place]):
                 self._cut(self._book.live[session_id], reason, BY_RELAY, now, out)
 
+    def _end_idle(self, now: float, out: list[Command]) -> None:
+        for session_id in sorted(self._of_v1):
+            session = self._book.live[session_id]
+            if session.v1_bytes != session.v1_bytes_seen:
+                session.v1_bytes_seen, session.v1_used_at = session.v1_bytes, now
+            elif now - session.v1_used_at >= V1_IDLE_SECONDS:
+                self._cut(session, Reason.CLOSED_BY_PEER, BY_RELAY, now, out)
+
     def _cut(self, session: Session, reason: Reason, by: str, now: float, out: list[Command]) -> None:
         self._end(session, reason, by, now, out)
         self._send(session.connector, control.Closed(session.id, reason), out)
@@ -484,6 +498,7 @@ class Sessions:
             if peer is not None:
                 peer.sessions.discard(session.id)
         self._offers.pop(session.id, None)
+        self._of_v1.discard(session.id)
         place = (session.service, session.connector_id)
         if place not in self._book.routed:
             self._leaving.forget(place)

@@ -69,6 +69,9 @@ class Session:
     """What carries its packets, as far as the relay was told."""
     v1_bytes: int = 0
     """What the relay itself carried for a v1 agent."""
+    v1_bytes_seen: int = 0
+    v1_used_at: float = 0.0
+    """When the last look found that more was carried than at the one before."""
     candidates: control.Candidates | None = None
 
     @property

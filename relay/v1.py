@@ -123,7 +123,9 @@ class Agent:
             case control.Closed():
                 registration = self._of_session.pop(message.session)
                 registration.session = None
-                return self._ask_again(registration, now)
+                # One that was ended as idle, or by an operator, begins anew with the agent's next packet.
+                is_over = message.reason is Reason.CLOSED_BY_PEER
+                return [] if is_over else self._ask_again(registration, now)
             case control.Drain():
                 return [Leave()]
             case control.Health(service, "passing"):

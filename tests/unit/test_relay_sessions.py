@@ -259,6 +259,22 @@ def test_a_v1_agent_s_session_says_so_and_has_no_link(world: World) -> None:
     assert world.opened(ALICE) and not world.sessions.sessions.keys() & {offered.session}
 
 
+def test_a_v1_agent_s_session_ends_when_no_packet_comes_for_long(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "V1_IDLE_SECONDS", HOLD_S / 4)
+    world.join(9, v1=True, agent=("web",))
+    idle, other = world.opened(9), world.opened(ALICE)
+    world.sessions.sessions[idle].v1_bytes += 1
+    world.tick(HOLD_S / 4)
+    world.tick(HOLD_S / 8)
+    assert idle in world.sessions.sessions, "a packet came since it opened"
+    world.tick(HOLD_S / 8)
+    assert world.take(9, control.Closed).reason is Reason.CLOSED_BY_PEER
+    assert world.take(X, control.Closed).session == idle
+    assert list(world.sessions.sessions) == [other]
+
+
 def test_sessions_of_one_pair_share_a_link(world: World) -> None:
     first, second = world.opened(), world.opened()
     assert len([each for each in world.commands if isinstance(each, AddLink)]) == 1

@@ -204,6 +204,12 @@ def test_a_refusal_that_passes_leaves_the_registration_standing(world: World) ->
 def test_a_session_that_ended_is_asked_for_again_at_once(registered: World) -> None:
     registered.now += 1
     assert registered.told(control.Closed(FIRST, Reason.PEER_GONE)) == [Ask(control.Open(2, SERVICE))]
+
+
+def test_a_session_that_was_idle_begins_anew_with_the_next_packet(registered: World) -> None:
+    registered.now += 1
+    assert registered.told(control.Closed(FIRST, Reason.CLOSED_BY_PEER)) == []
+    assert Ask(control.Open(2, SERVICE)) in registered.send(PACKET)
     assert registered.opened(2, SECOND) == []
     assert registered.send(PACKET) == [PassOn(SECOND, PACKET)]
 
