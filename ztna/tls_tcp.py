@@ -97,7 +97,11 @@ async def secure(
     presented chain proves an identity for its role. Raises IdentityError, or LinkError for anything else.
     """
     context = _context(credentials, alpn, server_side)
-    tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+    try:
+        tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+    except OSError as error:  # reset since it was connected: `ssl` asks for the peer's name
+        sock.close()
+        raise LinkError(f"the connection broke before TLS: {error.strerror or error}") from None
     try:
         async with asyncio.timeout(timeout_s):
             await _handshake(tls)

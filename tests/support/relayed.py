@@ -1,6 +1,6 @@
 """A lab whose relays stand on hosts of their own, so that each can be killed, drained or swallowed by the network.
 
-Nothing goes directly: what an agent carries, a relay forwards.
+Nothing goes directly, unless a test wants it: what an agent carries, a relay forwards.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def relayed_mesh(
     *,
     found: Sequence[str] | None = None,
     drain_s: float = DRAIN_SECONDS,
+    direct: bool = False,
     **relay_keys: Any,
 ) -> Iterator[Mesh]:
     """A mesh with these relays, each on the host of its name, which routes; all of it is ready.
@@ -107,7 +108,7 @@ def relayed_mesh(
             dnsd,
             {name: made.relay(name, host=name, **keys) for name in relays},
             made.connector("alpha", routes, **told),
-            made.agent("laptop", services, host="laptop", direct=False, **told),
+            made.agent("laptop", services, host="laptop", direct=direct, **told),
         )
         for daemon in (*mesh.relays.values(), mesh.connector, mesh.agent):
             daemon.wait_ready()

@@ -531,6 +531,17 @@ async def test_a_listener_that_says_nothing_is_a_link_error_in_time(ground: Grou
         await secure(sock, ground.agent, ALPN, server_side=False, timeout_s=0.2)
 
 
+async def test_a_connection_that_is_reset_before_tls_is_a_link_error(ground: Ground) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    ground.sockets.append(listening)
+    sock = await connect(listening.getsockname(), 1)
+    abort(listening.accept()[0])
+    while sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x07":  # TCP_CLOSE
+        await asyncio.sleep(0.01)
+    with pytest.raises(LinkError, match="before TLS"):
+        await secure(sock, ground.agent, ALPN, server_side=False)
+
+
 async def test_what_is_no_tls_is_a_link_error(ground: Ground) -> None:
     async def nonsense(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 smtp ready\r\n")
