@@ -63,7 +63,7 @@ def names_file(folder: Path, age_s: float = 0.0) -> str:
     return str(file)
 
 
-async def ask(port: int, data: bytes, *, seconds: float = 10.0) -> bytes:
+async def ask(port: int, data: bytes, *, seconds: float = 30.0) -> bytes:
     """Ask from a port of its own: the kernel chooses the worker by it."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -79,7 +79,7 @@ async def ask_tcp(port: int, *queries: bytes) -> list[bytes]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"".join(struct.pack("!H", len(data)) + data for data in queries))
     answers = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         for _ in queries:
             (length,) = struct.unpack("!H", await reader.readexactly(2))
             answers.append(await reader.readexactly(length))
@@ -291,7 +291,7 @@ async def test_cookies_of_one_worker_are_good_at_the_other_and_the_limit_is_shar
         with contextlib.ExitStack() as stack:
             socks = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(16)]
             for sock in socks:
-                sock.settimeout(10)
+                sock.settimeout(30)
                 sock.connect(("127.0.0.1", here.port))
                 for _ in range(40):
                     sock.send(query("web.ztna.local"))
