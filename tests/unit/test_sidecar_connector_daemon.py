@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ from ztna.config import (
 from ztna.consul.client import ConsulClient
 from ztna.consul.embedded import EmbeddedConsul
 from ztna.credentials import Credentials
-from ztna.errors import ConfigError, LinkError, Refused
+from ztna.errors import ConfigError, IdentityError, LinkError, Refused
 from ztna.identity import Identity
 from ztna.jsontypes import Binary, Secret, to_json
 from ztna.leases import Lease, service_key
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.packet import PROTOCOL_ICMP, Packet, build_echo_request, build_udp, parse
 from ztna.reasons import Reason
+from ztna.revocation import Revocations
 from ztna.runtime import Daemon
 from ztna.telemetry import REFUSALS
 from ztna.wire.control import (
@@ -289,7 +291,7 @@ def config(
 
 
 @asynccontextmanager
-async def connector(pki: Pki, *, allow_v1: bool = False) -> AsyncIterator[Ground]:
+async def connector(pki: Pki, *, allow_v1: bool = False, crl: bool = False) -> AsyncIterator[Ground]:
     consul, backends = await EmbeddedConsul.start(), Backends()
     await backends.start()
     try:
@@ -299,6 +301,9 @@ async def connector(pki: Pki, *, allow_v1: bool = False) -> AsyncIterator[Ground
             asyncio.TaskGroup() as tasks,
         ):
             tls = pki.connector("connector-1", [ECHO, DOWN])
+            if crl:
+                pki.revoke()
+                tls = pki.with_crl(tls)
             daemon = Daemon("test", config(tls, relay, consul.address, backends, allow_v1), tasks)
             running = tasks.create_task(body(daemon))
             ground = Ground(pki, daemon, relay, client, backends)
@@ -706,6 +711,80 @@ async def test_reload_takes_new_certificates(pki: Pki) -> None:
         for reload in ground.daemon.on_reload:
             reload()
         assert await says(await ground.open(ground.frame()), b"hello") == b"hello"
+
+
+async def test_a_revoked_agent_loses_its_flows_and_sessions_and_gets_no_more(pki: Pki) -> None:
+    tls = pki.agent("mallory", [ECHO])
+    mallory = pki.credentials(tls)
+    async with connector(pki, crl=True) as ground:
+        await ground.leased()
+        await ground.accepted(agent=mallory.identity)
+        await ground.accepted(SECOND)
+        program = await ground.open(ground.frame(), mallory)
+        other = await ground.open(ground.frame(SECOND))
+        assert await says(program, b"hello") == b"hello"
+        pki.revoke(tls)
+        assert await ended(program)
+        assert await ground.peer.heard(Closed) == Closed(FIRST, Reason.REVOKED)
+        assert await says(other, b"still here") == b"still here"
+        await ground.refused(Reason.REVOKED, session=SessionId("0" * 15 + "3"), agent=mallory.identity)
+        with pytest.raises(LinkError):
+            await ground.open(ground.frame(), mallory)
+
+
+async def test_a_flow_is_denied_from_the_moment_that_the_certificate_falls(pki: Pki) -> None:
+    """Also on a carrier that stands, before it is that carrier's turn to be ended."""
+    tls = pki.agent("mallory", [ECHO])
+    mallory = pki.credentials(tls)
+    async with connector(pki, crl=True) as ground:
+        await ground.leased()
+        await ground.accepted(agent=mallory.identity)
+        link = ground.register.link_address
+        assert link is not None
+        carrier = await Carrier.dial_direct(
+            (link.ip, link.port), mallory, lambda identity: None, budget=ground.budget, timeout_s=5.0
+        )
+        near, program = tcp_pair()
+        flow = await carrier.open(ground.frame(), near)
+        assert await says(program, b"hello") == b"hello"
+        program.close()
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert await flow.finished, "the carrier may carry another"
+        renewal = ground.daemon.on_reload[0].__self__  # type: ignore[attr-defined]
+        verdicts = renewal.credentials.verdicts
+        leaf = mallory.chain[0]
+        revoked = Revocations.from_bytes(pki.authority.crl(None, [leaf]))
+        verdicts._trust = verdicts.trust.with_revocations(revoked)
+        verdicts._judged.clear()
+        near, program = tcp_pair()
+        with pytest.raises(FlowRefused) as refused, contextlib.closing(near), contextlib.closing(program):
+            await carrier.open(ground.frame(), near)
+        assert refused.value.status is OpenStatus.DENIED
+
+
+async def test_a_relay_that_finds_our_certificate_revoked_ends_its_sessions_for_that(pki: Pki) -> None:
+    async with connector(pki) as ground:
+        await ground.leased()
+        await ground.accepted()
+        program = await ground.open(ground.frame())
+        ground.peer.connection.refuse(IdentityError(Reason.REVOKED))
+        assert await ended(program)
+        await until("no session is left", lambda: ground.status["sessions_total"] == 0)
+        ground.peer = await ground.relay.peer()
+
+
+async def test_with_a_crl_out_of_date_no_session_begins_and_flows_go_on(pki: Pki) -> None:
+    async with connector(pki, crl=True) as ground:
+        await ground.leased()
+        await ground.accepted()
+        program = await ground.open(ground.frame())
+        pki.revoke(until=datetime.now(UTC) - timedelta(seconds=1))
+        await until("not ready", lambda: "crl" in ground.daemon.readiness.report()["awaiting"])
+        await ground.refused(Reason.POLICY_UNKNOWN, session=SECOND)
+        assert await says(program, b"still here") == b"still here"
+        pki.revoke()
+        await until("ready", lambda: ground.daemon.readiness.ready)
+        await ground.accepted(SECOND)
 
 
 @pytest.mark.parametrize(
