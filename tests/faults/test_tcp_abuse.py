@@ -21,7 +21,7 @@ from relay.dialled import STRANGERS_PER_SOURCE_MAX, source_of
 from relay.splicer import BIND_SECONDS, UNBOUND_CONNECTIONS_MAX, Splicer, listen
 from sidecar.link.budget import PEER_BYTES, Budget
 from sidecar.link.listener import StreamListener
-from sidecar.link.stream import ALPN
+from sidecar.link.stream import ALPN, FlowRefused
 from tests.support.certificates import Pki
 from tests.support.namespaces import Host, network
 from ztna.identity import Identity
@@ -36,6 +36,7 @@ from ztna.wire.stream import (
     OpenedFrame,
     OpenFrame,
     OpenStatus,
+    ResumeFrame,
     encode,
 )
 
@@ -292,7 +293,7 @@ class Connector:
         self.budget = Budget()
         self.dialled = 0
         self.listener = StreamListener(
-            self.pki.credentials(self.pki.connector()), self._dial, tasks=tasks, budget=self.budget
+            self.pki.credentials(self.pki.connector()), self, tasks=tasks, budget=self.budget
         )
         self.address = self.listener.listen(("127.0.0.1", 0))
 
@@ -305,12 +306,17 @@ class Connector:
                 writer.write(bytes(1 << 16))
                 await writer.drain()
 
-    async def _dial(self, identity: Identity, frame: OpenFrame) -> socket.socket:
+    async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
+        """Dial the backend."""
         self.dialled += 1
         sock = socket.socket()
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, self._server.sockets[0].getsockname())
         return sock
+
+    def resume(self, peer: Identity, frame: ResumeFrame, service: ServiceName | None) -> None:
+        """Nobody resumes here."""
+        raise FlowRefused(OpenStatus.DENIED)
 
     async def agent(self, name: str) -> HostileAgent:
         context = self.pki.credentials(self.pki.agent(name)).client_context(ALPN)
