@@ -172,12 +172,13 @@ class WholeMesh:
         self._running: list[Running] = []
         self._closing: list[Callable[[], object]] = []
         self.resolver: Resolver
+        self.dnsd: Running
         self.relay: Running
 
     async def start(self, **relay_keys: Any) -> None:
         """Start dnsd and the relay, which asks it over loopback unless it is told another way."""
         dns = _free_port()
-        await self._body(
+        self.dnsd = await self._body(
             "dnsd",
             dnsd.run,
             dnsd=DnsdConfig(listen=dns, socket=str(self.dns_socket), pool=PoolConfig(cidr=self.pool)),
