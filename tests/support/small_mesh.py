@@ -62,7 +62,8 @@ class SmallConnector:
 
     def __init__(self, mesh: SmallMesh, name: str, services: tuple[str, ...]) -> None:
         self.id = ConnectorId(name)
-        self.credentials = mesh.pki.credentials(mesh.pki.connector(name, services))
+        self.tls = mesh.pki.connector(name, services)
+        self.credentials = mesh.pki.credentials(self.tls)
         self.fingerprint = self.credentials.identity.fingerprint
         self.refusing: list[OpenStatus] = []
         self.opens: list[OpenFrame] = []
@@ -252,11 +253,17 @@ async def small_mesh(directory: Path) -> AsyncIterator[SmallMesh]:
 
 @contextlib.asynccontextmanager
 async def agent(
-    mesh: SmallMesh, services: tuple[str, ...] = ("echo-service",), *, direct: bool = True, **settings: object
+    mesh: SmallMesh,
+    services: tuple[str, ...] = ("echo-service",),
+    *,
+    direct: bool = True,
+    crl: bool = False,
+    **settings: object,
 ) -> AsyncIterator[Daemon]:
     """Run a whole agent beside the mesh until the block ends; its clean end is part of the test."""
+    tls = mesh.pki.agent("agent-1", services)
     own = AgentConfig(
-        tls=mesh.pki.agent("agent-1", services),
+        tls=mesh.pki.with_crl(tls) if crl else tls,
         relays=(mesh.relay.target,),
         pool=mesh.pool,
         direct=direct,

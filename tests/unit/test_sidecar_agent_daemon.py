@@ -377,6 +377,43 @@ class TestLeases:
             assert raised.group_contains(LeaseError, match="upgrade")
 
 
+class TestRevocation:
+    @pytest.mark.parametrize("direct", [True, False])
+    async def test_a_revoked_connector_loses_its_flows_and_gets_no_more(
+        self, tmp_path: Path, direct: bool
+    ) -> None:
+        """The relay and the connector itself know of no CRL here: the agent sees to it."""
+        async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
+            ip = await mesh.lease("echo-service", 2, TCP)
+            bad = mesh.connector("bad")
+            bad.backend = backend
+            async with agent(mesh, crl=True, direct=direct):
+                reader, writer = await asyncio.open_connection(str(ip), 8080)
+                writer.write(b"hello")
+                async with asyncio.timeout(WAIT_SECONDS):
+                    assert await reader.readexactly(5) == b"hello"
+                    mesh.pki.revoke(bad.tls)
+                    with pytest.raises(ConnectionResetError):
+                        await reader.read()
+                before = len(bad.opens)
+                with pytest.raises((ConnectionError, asyncio.IncompleteReadError, AssertionError)):
+                    assert await talk((str(ip), 8080), b"hello") == b"hello"
+                assert len(bad.opens) == before
+                bad.is_dead = True
+                mesh.connector("good").backend = backend
+                await until_talks((str(ip), 8080))
+
+
+async def until_talks(address: tuple[str, int]) -> None:
+    """Wait until the service answers: after a failure the agent asks for a session again only in a while."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while True:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, AssertionError):
+                assert await talk(address, b"hello") == b"hello"
+                return
+            await asyncio.sleep(0.1)
+
+
 class TestLife:
     async def test_a_draining_relay_and_a_reload_disturb_nothing(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
