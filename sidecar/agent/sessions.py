@@ -67,6 +67,7 @@ RESOLVE_SECONDS = 2.0
 FLOW_WAIT_SECONDS = 5.0
 WAITING_PER_SERVICE_MAX = 256
 FLOW_ATTEMPTS_MAX = 2
+FLOW_ATTEMPTS_ENDED_MAX = 4
 SESSION_IDLE_SECONDS = 300.0
 BACKOFF_FIRST_SECONDS = 0.2
 BACKOFF_MAX_SECONDS = 3.0
@@ -184,13 +185,14 @@ class Sessions:
         """Say whether the flow has had its tries.
 
         A denial by a connector that accepted the session just now is about the flow (a budget is used up), so
-        another session would not help it, and the others keep this one.
+        another session would not help it, and the others keep this one. A session that ended under it (a certificate
+        was renewed at either end, and perhaps at both) says nothing about the flow.
         """
         if cause is Cause.STALE:
             return flow.resolved
         if cause is Cause.DENIED and live is not None and not _is_steady(live.session, now):
             return True
-        return flow.attempts >= FLOW_ATTEMPTS_MAX
+        return flow.attempts >= (FLOW_ATTEMPTS_MAX if live is not None else FLOW_ATTEMPTS_ENDED_MAX)
 
     def _give_up(self, live: Live, cause: Cause, now: float, *, resolve: bool) -> None:
         """Use the session for no new flow; those that run on it may go on as long as they can."""

@@ -378,11 +378,16 @@ class Ride:
     def ending(self, patience: asyncio.Timeout) -> Iterator[None]:
         """Let the time be over as soon as the flow ends."""
 
+        is_over = False
+
         def stop(_: object) -> None:
-            patience.reschedule(asyncio.get_running_loop().time())
+            # It may have been called when the time was over already, or what was waited for had come.
+            if not is_over and not patience.expired():
+                patience.reschedule(asyncio.get_running_loop().time())
 
         self.flow.finished.add_done_callback(stop)
         try:
             yield
         finally:
+            is_over = True
             self.flow.finished.remove_done_callback(stop)

@@ -45,6 +45,7 @@ OFFERS_WAITING_MAX = 1000
 CARRYING_MAX = 1000
 """Dials at forwarders under way, each until its TLS handshake is over: no relay can ask for more."""
 
+RENEWED_SECONDS = 2.0
 FALLEN_MAX = 4_096
 """Fingerprints of certificates that fell here: a relay with an older CRL may go on to offer their agents' sessions."""
 
@@ -138,6 +139,13 @@ class Serving:
     def relay_lost(self, client: RelayClient, reason: Reason) -> None:
         """Detach the sessions of the connection; end them when the relay found something wrong with our certificate."""
         self._relays.pop(client.connection, None)
+        if client.is_renewed:
+            # The agents have not heard of it yet: what they begin in these sessions meanwhile is good.
+            connection = client.connection
+            self._loop.call_later(
+                RENEWED_SECONDS, lambda: self.sessions.connection_lost(connection, self._loop.time())
+            )
+            return
         if reason is not Reason.PEER_GONE:
             for session in [each for each in self.sessions.live() if each.key[0] == client.connection]:
                 self.sessions.close(*session.key, reason, self._loop.time())

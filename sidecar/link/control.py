@@ -111,6 +111,8 @@ class RelayClient:
         self._is_busy = is_busy
         self.life = Life.UP
         self.rtt_s: float | None = None
+        self.is_renewed = False
+        """Whether `on_lost` is about a connection that another one takes the place of."""
         self.lost_by = Reason.PEER_GONE
         """Why the last connection ended: what the relay said of our certificate, else that it is gone."""
         self._number = 0
@@ -218,7 +220,8 @@ class RelayClient:
         connection = standing.connection
         renewing: asyncio.Task[_Dialled] | None = None
         pulse = Pulse(time.monotonic())
-        renew_at = 0.0
+        # Not two at once: a flow that is being opened finds its session gone at each.
+        renew_at = time.monotonic() + random.uniform(1.0, 2.0) * RENEW_RETRY_SECONDS_MIN
         try:
             while not connection.closed.done():
                 now = time.monotonic()
@@ -276,7 +279,9 @@ class RelayClient:
         """Take the control stream into use, in place of the one before (called by the connection's handler)."""
         if self._control is not None:
             self.lost_by = Reason.PEER_GONE
+            self.is_renewed = True
             self._lose(RENEWED)
+            self.is_renewed = False
         self._control = control
         self._number, self._hosts, self.proven = control.number, control.hosts, control.credentials
         self.problem = None
@@ -444,7 +449,9 @@ def _settings(identity: Identity) -> Settings:
 
 def _renew_pause(relay: Identity) -> float:
     left_s = (relay.not_after - wall_clock()).total_seconds()
-    return min(RENEW_RETRY_SECONDS_MAX, max(RENEW_RETRY_SECONDS_MIN, left_s / RENEW_TRIES))
+    return random.uniform(0.5, 1.0) * min(
+        RENEW_RETRY_SECONDS_MAX, max(RENEW_RETRY_SECONDS_MIN, left_s / RENEW_TRIES)
+    )
 
 
 def _same_leaf(one: Credentials, other: Credentials) -> bool:

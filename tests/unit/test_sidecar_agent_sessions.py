@@ -597,6 +597,16 @@ class TestRetry:
             Proceed(2, proceed.session),
         ]
 
+    def test_a_flow_outlives_some_more_sessions_that_end_under_it(self) -> None:
+        """As when certificates are renewed at both ends, one after the other."""
+        agent, _ = carrying()
+        for number in range(1, 4):
+            agent.says(Closed(sid(number), Reason.PEER_GONE))
+            assert agent(Retry(1, Cause.FAILED)) == [ask(number + 1)]
+            agent.opened(number + 1, number + 1)
+        agent.says(Closed(sid(4), Reason.PEER_GONE))
+        assert agent(Retry(1, Cause.FAILED)) == [Fail(1, Reason.PEER_GONE)]
+
     def test_a_flow_has_two_attempts(self) -> None:
         agent, _ = carrying()
         agent(Retry(1, Cause.FAILED))
