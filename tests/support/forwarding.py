@@ -23,6 +23,7 @@ from ztna.wire.control import Address
 PORT = 4434
 QUIC = b"\x40sealed"
 ANSWER_SECONDS = 0.3
+ARRIVAL_SECONDS = 10.0
 RECEIVE_BUFFER_BYTES = 4 * 1024 * 1024
 _SO_RCVBUFFORCE = 33
 ROOT = Path(__file__).parents[2]
@@ -190,10 +191,15 @@ def _with_ipv6(host: Host, number: int) -> Host:
     return dataclasses.replace(host, address=address)
 
 
-def passes(source: LinkPeer, target: LinkPeer, data: bytes = QUIC) -> bool:
+def passes(source: LinkPeer, target: LinkPeer, data: bytes = QUIC, seconds: float = ARRIVAL_SECONDS) -> bool:
     """Say whether a packet gets from one side to the other."""
     source.send(data)
-    while got := target.receive():
+    while got := target.receive(seconds):
         if data in got:
             return True
     return False
+
+
+def silent(source: LinkPeer, target: LinkPeer, data: bytes = QUIC) -> bool:
+    """Say whether a packet does not get there; a short wait must do."""
+    return not passes(source, target, data, ANSWER_SECONDS)
