@@ -40,6 +40,8 @@ STAND_INS_MASK = 0x0FFFFFFF
 WAITING_PACKETS_PER_FLOW_MAX = 64
 WAITING_BYTES_MAX = 16 * 1024 * 1024
 SWEEP_SECONDS = 1.0
+SETTLE_SECONDS = 0.5
+"""How long a session that was left is kept: what is under way on its relay's forwarder arrives until then."""
 MOVE_SECONDS = 5.0
 """How long a flow that lost its relay waits for its connector to turn up at another, before it takes any."""
 
@@ -178,9 +180,14 @@ class Datagrams:
     def _flush(self, flow: _Flow, link: Link) -> None:
         flow.is_ready = True
         if flow.session is not None and link.carries(flow.session):
-            self._broker.settle(flow.number)
+            self._loop.call_later(SETTLE_SECONDS, self._settle, flow, flow.session)
         for packet in self._take_waiting(flow):
             link.send(flow.port.at.service, packet)
+
+    def _settle(self, flow: _Flow, session: Session) -> None:
+        """Give back what a flow moved away from, unless it has moved on meanwhile."""
+        if flow.session is session:
+            self._broker.settle(flow.number)
 
     def _retry(self, flow: _Flow) -> None:
         flow.session, flow.link, flow.is_ready = None, None, False

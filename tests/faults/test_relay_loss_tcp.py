@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
 from tests.support.consul import note_version
 from tests.support.lab import http_get, until
-from tests.support.relayed import Mesh, killed, relayed_mesh
+from tests.support.relayed import Mesh, killed, relayed_mesh, swallowed
 from tests.support.traffic import PATIENCE_SECONDS, ROUTES, traffic
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
@@ -47,11 +47,12 @@ def used(mesh: Mesh) -> str:
     return str(mesh.status()["sessions"][0]["relay"])
 
 
-def test_one_of_two_is_killed(two: Mesh) -> None:
+@pytest.mark.parametrize("lose", [killed, swallowed])
+def test_one_of_two_is_lost(two: Mesh, lose: Callable[[Mesh, str], AbstractContextManager[None]]) -> None:
     with traffic(two) as running:
         running.wait_for(0.25)
         doomed = used(two)
-        with killed(two, doomed):
+        with lose(two, doomed):
             running.check()
         assert doomed not in {session["relay"] for session in two.status()["sessions"]}
 
