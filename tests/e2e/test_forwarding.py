@@ -49,7 +49,7 @@ def test_a_mesh_forwards_and_stops_with_its_sessions_and_its_relay(
         until("the link is in the kernel", lambda: udp(mesh)["forwarding"]["in_kernel"] == 2)
     before = udp(mesh)
     for _ in range(20):
-        assert answers(mesh, address)
+        until("an answer", lambda: answers(mesh, address))
 
     def carried() -> int:
         (link,) = udp(mesh)["links"]
