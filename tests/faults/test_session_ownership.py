@@ -12,8 +12,9 @@ import pytest
 
 from sidecar.link.stream import FlowRefused
 from tests.support.consul import ConsulUnderTest
-from tests.support.whole_mesh import ECHO, WEB, Scripted, WholeMesh, route, until, whole_mesh
+from tests.support.whole_mesh import ECHO, WEB, Scripted, WholeMesh, ask_on, route, until, whole_mesh
 from ztna.errors import LinkError
+from ztna.names import SessionId
 from ztna.packet import build_udp
 from ztna.reasons import Reason
 from ztna.telemetry import REFUSALS
@@ -114,3 +115,31 @@ async def test_a_forwarded_carrier_of_another_session(mesh: WholeMesh) -> None:
     assert refused.value.status is OpenStatus.DENIED
     assert refusals("stream_carrier") == before + 1
     assert await alice.say(await alice.forwarded(for_echo), for_echo.session, b"hello\n") == b"echo: hello\n"
+
+
+async def test_a_resume_by_another_agent_under_a_wrong_session_or_twice(mesh: WholeMesh) -> None:
+    alice, bob = await mesh.scripted("alice", ECHO, WEB), await mesh.scripted("bob", ECHO)
+    for_echo, for_web, bobs = await alice.open(ECHO), await alice.open(WEB), await bob.open(ECHO)
+    carrier = await alice.carrier(for_echo)
+    flow, program = await alice.begin(carrier, for_echo.session)
+    assert await ask_on(program, b"before\n") == b"echo: before\n"
+    carrier.close(Reason.PEER_GONE)
+    wrong = (
+        (bob, bobs.session, OpenStatus.UNKNOWN_FLOW),  # it is none of his, so there is none
+        (bob, for_echo.session, OpenStatus.DENIED),
+        (alice, bobs.session, OpenStatus.DENIED),
+        (alice, for_web.session, OpenStatus.DENIED),
+        (alice, SessionId("f" * 16), OpenStatus.DENIED),
+    )
+    for agent, session, status in wrong:
+        with pytest.raises(FlowRefused) as refused:
+            await (await agent.carrier(for_echo)).resume(flow, session, 9)
+        assert refused.value.status is status
+    again = await alice.open(ECHO)
+    await (await alice.carrier(again)).resume(flow, again.session, 2)
+    for attempt in (1, 2):
+        with pytest.raises(FlowRefused) as refused:
+            await (await alice.carrier(again)).resume(flow, again.session, attempt)
+        assert refused.value.status is OpenStatus.DENIED
+    assert await ask_on(program, b"after\n") == b"echo: after\n"
+    program.close()

@@ -21,6 +21,7 @@ from relay import daemon as relay
 from sidecar.agent import daemon as agent
 from sidecar.connector import daemon as connector
 from sidecar.link.budget import Budget
+from sidecar.link.flow import TcpFlow
 from sidecar.link.packet import PacketLink
 from sidecar.link.stream import Carrier
 from tests.support.certificates import Pki
@@ -343,6 +344,14 @@ class Scripted:
 
     async def say(self, carrier: Carrier, session: SessionId, line: bytes, **changes: Any) -> bytes:
         """Open a flow of a session, say a line and return the answer. Raises FlowRefused."""
+        _, program = await self.begin(carrier, session, **changes)
+        with contextlib.closing(program):
+            return await ask_on(program, line)
+
+    async def begin(
+        self, carrier: Carrier, session: SessionId, **changes: Any
+    ) -> tuple[TcpFlow, socket.socket]:
+        """Open a flow of a session; return it and its program's end. Raises FlowRefused."""
         service = changes.get("service", ECHO)
         lease = await self._mesh.lease(service)
         fields: dict[str, Any] = {
@@ -355,13 +364,12 @@ class Scripted:
             "window": WINDOW_BYTES_MIN,
         }
         near, program = _tcp_pair()
-        with contextlib.closing(program):
-            try:
-                await carrier.open(OpenFrame(**fields | changes), near)
-            except BaseException:
-                near.close()
-                raise
-            return await ask_on(program, line)
+        try:
+            return await carrier.open(OpenFrame(**fields | changes), near), program
+        except BaseException:
+            near.close()
+            program.close()
+            raise
 
     async def udp(
         self, link: PacketLink, payload: bytes, source: tuple[str, int] = ("127.0.0.1", 5555)
