@@ -218,8 +218,10 @@ class Streams:
         self.quiet.clear()
         ride.flow.finished.add_done_callback(ride.wake)
         try:
-            while not ride.flow.finished.done():
-                if ride.carrier is None or ride.carrier.closed.done():
+            while not ride.flow.finished.done() or ride.flow.owes_reset:
+                if ride.flow.owes_reset:
+                    await self._tell_reset(ride)
+                elif ride.carrier is None or ride.carrier.closed.done():
                     await self._go_on(ride)
                 elif ride.must_move:
                     await self._move(ride)
@@ -251,6 +253,19 @@ class Streams:
                 ride.flow.reset(error.reason if isinstance(error, Refused) else Reason.PEER_GONE)
         else:
             TCP_FLOWS.labels("resumed").inc()
+
+    async def _tell_reset(self, ride: Ride) -> None:
+        """Resume a flow that its program reset while it was detached, only to say so."""
+        ride.alight()
+        pause = RESUME_RETRY_FIRST_SECONDS
+        try:
+            async with asyncio.timeout(RESUME_SECONDS):
+                while not await self._try_to_resume(ride, RESUME_SECONDS, is_patient=True):
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, RESUME_RETRY_MAX_SECONDS)
+        except (TimeoutError, Refused, FlowRefused) as error:
+            _log.debug("reset_not_told", flow=ride.flow.opened.flow, detail=error)
+        ride.flow.owes_reset = False
 
     async def _resume(self, ride: Ride, seconds: float, *, is_patient: bool) -> None:
         """Find the flow's connector again, by whatever relay, and go on there.

@@ -96,6 +96,8 @@ class TcpFlow:
         self.state = FlowState(receive_window=share.window)
         self.finished: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.has_begun = False
+        self.owes_reset = False
+        """The local program reset it while it was detached: the other end is to be told on the next carrier."""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._loop = asyncio.get_running_loop()
@@ -138,6 +140,7 @@ class TcpFlow:
         """End the flow at once at both ends: RESET to the other, RST to the local program."""
         if not self._is_over:
             self._reset_code = reset_code(reason)
+            self.owes_reset = reason is None and self.has_begun and self._carrier is _NOWHERE
             self._carrier.send(encode(ResetFrame(self._reset_code)))
             self._end(reusable=False)
 

@@ -227,6 +227,11 @@ class Carrier:
             case OpenedFrame(OpenStatus.OK, window), OpenFrame():
                 self._asked = None
                 self._frames.carry(flow, 0, window)
+            case ResumedFrame(), ResumeFrame() if flow.owes_reset:
+                flow.owes_reset = False
+                self._settle(OpenStatus.OK)  # before the end of the carrier does
+                self._frames.send(encode(ResetFrame(reset_code(None))))
+                self._frames.finish(Reason.CLOSED_BY_PEER)
             case ResumedFrame(received, window), ResumeFrame():
                 self._asked = None
                 self._resumed(flow, received, window)
@@ -236,6 +241,9 @@ class Carrier:
                 status = frame.status
             case _:
                 raise ProtocolError(f"{type(frame).__name__} in answer to {type(request).__name__}")
+        self._settle(status)
+
+    def _settle(self, status: OpenStatus) -> None:
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(status)
 

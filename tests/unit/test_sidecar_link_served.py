@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.link import served
-from sidecar.link.flow import reset_code
+from sidecar.link.flow import abort, reset_code
 from sidecar.link.stream import ALPN, FlowRefused, OpenLost
 from tests.support.stream_ground import OTHER_SESSION, SESSION, Ground, Raw, echo, open_frame, refusals
 from ztna.credentials import Credentials
@@ -307,6 +307,33 @@ async def test_detached_flows_count_and_no_more_than_the_budget_are_carried(grou
     assert 3 < flows == len(list(ground.listener.served.flows())) <= 64
     assert ground.far_budget.used <= 4 * 1024 * 1024
     assert len(ground.opened) == flows  # the last one's backend was never dialled
+
+
+async def test_a_reset_of_the_program_while_detached_is_told_on_the_next_carrier(ground: Ground) -> None:
+    ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionResetError):
+            while True:
+                writer.write(bytes(1 << 16))
+                await writer.drain()
+        ended.set_result(True)
+        writer.close()
+
+    await ground.serve(flood)
+    program, carrier, flow = await ground.flow()
+    while not flow._held:
+        await asyncio.sleep(0.01)
+    carrier.close(Reason.PEER_GONE)
+    abort(program.sock)
+    assert not await flow.finished
+    assert flow.owes_reset
+    telling = await ground.dial()
+    await telling.resume(flow, SESSION, 1)
+    await telling.closed
+    assert await ended
+    assert not flow.owes_reset
+    await until(ground, flows=0)
 
 
 async def test_a_connector_that_resumes_where_it_cannot_be_is_reset(ground: Ground) -> None:
