@@ -21,6 +21,8 @@ from relay.splicer import Splicer
 from relay.splicer import listen as listen_tcp
 from sidecar.agent.daemon import body
 from sidecar.link.budget import Budget
+from sidecar.link.carrier import FrameStream
+from sidecar.link.known import KnownFlows
 from sidecar.link.listener import StreamListener
 from sidecar.link.packet import PacketLink
 from sidecar.link.stream import FlowRefused
@@ -86,6 +88,16 @@ class SmallConnector:
         if not self.is_dead:
             with contextlib.suppress(LinkError, Refused):
                 await self._listener.carry(self._mesh.splicer.address, token, session)
+
+    def carriers(self) -> list[FrameStream]:
+        """The connector's ends of the stream carriers that stand."""
+        return [carrier.frames for carrier in self._listener._carriers]
+
+    def forget(self) -> None:
+        """Break every carrier, and know nothing of flows, as after a restart."""
+        self._listener.served.known = KnownFlows()
+        for frames in self.carriers():
+            frames.close(Reason.PEER_GONE)
 
     def die(self) -> None:
         """Vanish as a killed process does: sockets close, nobody is told by QUIC or the relay."""

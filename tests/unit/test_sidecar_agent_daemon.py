@@ -202,6 +202,47 @@ class TestTcp:
                     assert await talk((str(ip), 8080), b"two") == b"two"
             assert len(second.opens) == 1
 
+    @pytest.mark.parametrize("direct", [True, False])
+    async def test_a_flow_whose_carrier_or_relay_goes_is_resumed(self, tmp_path: Path, direct: bool) -> None:
+        async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
+            connector = mesh.connector()
+            connector.backend = backend
+            ip = await mesh.lease("echo-service", 2, TCP)
+            async with agent(mesh, direct=direct), asyncio.timeout(WAIT_SECONDS):
+                reader, writer = await asyncio.open_connection(str(ip), 8080)
+
+                async def still_works() -> None:
+                    writer.write(b"hello\n")
+                    assert await reader.readline() == b"hello\n"
+
+                await still_works()
+                for carrier in connector.carriers():
+                    carrier.close(Reason.PEER_GONE)
+                await still_works()
+                assert [(each.attempt, each.session) for each in connector.resumes] == [(1, f"{1:016x}")]
+                mesh.close_session(1, Reason.PEER_GONE)
+                while len(connector.resumes) < 2:
+                    await asyncio.sleep(0.01)
+                await still_works()
+                assert [(each.attempt, each.session) for each in connector.resumes][1:] == [(2, f"{2:016x}")]
+                assert mesh.opens[-1].connector_id == connector.id
+                assert len(connector.opens) == 1
+                writer.close()
+
+    async def test_a_flow_whose_connector_has_forgotten_it_is_reset(self, tmp_path: Path) -> None:
+        async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
+            connector = mesh.connector()
+            connector.backend = backend
+            ip = await mesh.lease("echo-service", 2, TCP)
+            async with agent(mesh), asyncio.timeout(WAIT_SECONDS):
+                reader, writer = await asyncio.open_connection(str(ip), 8080)
+                writer.write(b"hello\n")
+                assert await reader.readline() == b"hello\n"
+                connector.forget()
+                with pytest.raises(ConnectionResetError):
+                    await reader.read()
+                writer.close()
+
     async def test_a_session_that_the_relay_closes_resets_its_flows(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
             ip = await mesh.lease("echo-service", 2, TCP)
