@@ -226,7 +226,8 @@ class Keeping:
             try:
                 await table.run()
             except _Conflict as error:
-                conflicts = 1 if table.has_changed_something else conflicts + 1
+                # In a row means: without a whole plan, or anything of one, that could be carried out in between.
+                conflicts = 1 if table.has_succeeded else conflicts + 1
                 _log.warning("lease_conflict", error=error, attempt=conflicts)
                 if conflicts >= LEASE_CAS_ATTEMPTS:
                     raise LeaseConflict(f"somebody else keeps changing the leases: {error}") from None
@@ -261,7 +262,7 @@ class _TableKeeper:
         self._services: Mapping[str, Service] = {}
         self._gone_since: Mapping[str, float] = {}
         self._catalog_read: CatalogRead | None = None
-        self.has_changed_something = False
+        self.has_succeeded = False
 
     async def run(self) -> None:
         """Plan and carry out, each time something changes or is due, until something fails."""
@@ -282,6 +283,7 @@ class _TableKeeper:
                     self._catalog_read = await self._read_catalog()
                     decided = self._plan()
                 await self._carry_out(decided.changes)
+                self.has_succeeded = True
                 keeping.hear(decided)
                 await self._pause(decided, reread_at)
 
@@ -390,7 +392,7 @@ class _TableKeeper:
             elif isinstance(operation, KvDeleteCas):
                 deleted.add(operation.key)
         self._note(written, deleted)
-        self.has_changed_something = True
+        self.has_succeeded = True
         # Told here and not after all of them, of which there can be thousands: others have a turn in between.
         for change in transaction.changes:
             LEASE_CHANGES.labels(change.kind).inc()
