@@ -141,6 +141,7 @@ class _Pages:
             "version": version("ztna-mesh"),
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - daemon.started_at, 1),
+            "tasks": len(asyncio.all_tasks()),
             "readiness": daemon.readiness.report(),
         }
         return own | {name: source() for name, source in daemon.status_sources.items()}
