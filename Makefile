@@ -15,7 +15,7 @@ BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev 
 # One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench fmt clean
+.PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ peers-bench: peers ## Get what `make bench` is measured against
 
 bench: install-tools peers-bench ## Ours and the peers in turn, medians and ratios
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+soak: install-tools ## Ten minutes of 200 agents and 20 connectors amid disturbances; fails when something leaks
+	@$(BIN)/python -m tests.soak --seconds 600 $(ARGS)
 
 fmt: install-tools ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -6,6 +6,7 @@ that calls it by a name of its own (DNS rebinding). Only the unix socket, which 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -141,7 +142,7 @@ class _Pages:
             "version": version("ztna-mesh"),
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - daemon.started_at, 1),
-            "tasks": len(asyncio.all_tasks()),
+            "tasks_running": len(asyncio.all_tasks()),
             "readiness": daemon.readiness.report(),
         }
         return own | {name: source() for name, source in daemon.status_sources.items()}

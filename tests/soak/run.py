@@ -208,7 +208,7 @@ def _left_at_relay(mesh: SoakMesh) -> list[str]:
 
 async def _held(process: object) -> Held:
     status = await asyncio.to_thread(process.status)  # type: ignore[attr-defined]
-    return Held(descriptors(process.pid), status["tasks"])  # type: ignore[attr-defined]
+    return Held(descriptors(process.pid), status["tasks_running"])  # type: ignore[attr-defined]
 
 
 def _own() -> Held:
