@@ -20,7 +20,7 @@ from tests.soak.mesh import PORT, Client, Server, Size, SoakMesh, descriptors, p
 from tests.soak.witness import Conversation, ask_udp
 
 DISTURBED_SHARE = 0.6
-DISTURBANCE_SECONDS = 12.0
+DISTURBANCE_SECONDS = 9.0
 OUTAGE_SECONDS = 4.0
 CHURN_SECONDS = 1.0
 CONNECTOR_EVERY = 8
@@ -28,12 +28,12 @@ CONNECTOR_EVERY = 8
 ASK_SECONDS = (1.0, 4.0)
 QUESTIONS_OF_A_FLOW = 5
 SETTLE_SECONDS = 120.0
-SETTLING_TRIES = 3
 SAMPLE_SECONDS = 1.0
 GROWTH_BYTES_MAX = 12 * 1024 * 1024
 GROWTH_SHARE_MAX = 0.10
-SPARE = 4
-"""Descriptors and tasks that may differ: an HTTP connection of ours to the admin page, a timer's thread."""
+SPARE = {"relay": 4, "driver": 4, "dnsd": 20}
+"""Descriptors and tasks that may differ: a connection of ours to an admin page, and dnsd's kept ones to Consul, which
+are as many as it reads and writes at once."""
 MIB = 1024 * 1024
 
 
@@ -60,14 +60,15 @@ async def soak(directory: Path, size: Size, seconds: float) -> Verdict:
         before = {"relay": await _held(mesh.relay), "dnsd": await _held(mesh.dnsd), "driver": _own()}
         await mesh.start()
         memory = _Memory(mesh)
-        started = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             load = [tasks.create_task(_talk(mesh, client)) for client in mesh.clients]
             load += [tasks.create_task(_churn(mesh)), tasks.create_task(memory.run())]
             disturbing = tasks.create_task(_disturb(mesh, seconds * DISTURBED_SHARE, verdict))
             await disturbing
+            # Memory is compared from when everybody is served again: a relay that was killed begins small.
+            verdict.wrong += await _settle(mesh)
             memory.mark()
-            await asyncio.sleep(max(0.0, started + seconds - time.monotonic()))
+            await asyncio.sleep(seconds * (1 - DISTURBED_SHARE))
             for task in load:
                 task.cancel()
         await asyncio.gather(*(_wait_up(each) for each in (*mesh.clients, *mesh.servers)))
@@ -186,7 +187,10 @@ async def _judge_leaks(mesh: SoakMesh, before: dict[str, Held], verdict: Verdict
         now = {"relay": await _held(mesh.relay), "dnsd": await _held(mesh.dnsd), "driver": _own()}
         left = await asyncio.to_thread(_left_at_relay, mesh)
         for name, held in now.items():
-            if held.descriptors > before[name].descriptors + SPARE or held.tasks > before[name].tasks + SPARE:
+            if (
+                held.descriptors > before[name].descriptors + SPARE[name]
+                or held.tasks > before[name].tasks + SPARE[name]
+            ):
                 left.append(f"{name} holds {held}, at the start {before[name]}")
         if not left or time.monotonic() > end:
             break

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ASK_SECONDS = 10.0
-UDP_SECONDS = 2.0
+UDP_SECONDS = 5.0
 LINE_BYTES_MAX = 4096
 
 
