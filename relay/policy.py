@@ -31,36 +31,39 @@ class Route(msgspec.Struct, frozen=True, order=True):
 
 
 class SrvEntry(msgspec.Struct, frozen=True):
-    """The last answer for a service that was not stale; without routes it was negative."""
+    """The last answer for a service that was not stale, and who gave it; without routes it was negative."""
 
     routes: tuple[Route, ...]
     answered_at: float
+    source: str = ""
 
 
 class SrvTable(msgspec.Struct, frozen=True):
     """What DNS says of every service asked for. Times in seconds on the same clock as `now`.
 
-    `fresh_at` is when the catalog behind the answers was last confirmed (`_fresh.<zone>`), None when nobody
-    says; permission ends `hold_s` after that, or after the answer itself if that is older.
+    `fresh` is when the catalog behind each source's answers was last confirmed (its `_fresh.<zone>`), nothing for
+    one that does not say; permission ends `hold_s` after that, or after the answer itself if that is older.
     """
 
     entries: Mapping[ServiceName, SrvEntry]
-    fresh_at: float | None
+    fresh: Mapping[str, float]
     hold_s: float
 
     def routes(self, service: ServiceName, now: float) -> tuple[Route, ...] | None:
         """Return the service's routes, None when they are not known or too old to go by."""
         entry = self.entries.get(service)
-        if entry is None or not self.is_fresh(now) or now - entry.answered_at > self.hold_s:
+        if entry is None or entry.source not in self.fresh:
             return None
-        return entry.routes
+        # One source's word that the catalog is confirmed says nothing of what another answered.
+        oldest = min(entry.answered_at, self.fresh[entry.source])
+        return entry.routes if now - oldest <= self.hold_s else None
 
-    def is_fresh(self, now: float) -> bool:
-        """Say whether the catalog behind the answers was confirmed recently enough."""
-        return self.fresh_at is not None and now - self.fresh_at <= self.hold_s
+    def fresh_sources(self, now: float) -> frozenset[str]:
+        """Return the sources behind whose answers the catalog was confirmed recently enough."""
+        return frozenset(source for source, at in self.fresh.items() if now - at <= self.hold_s)
 
 
-EMPTY_TABLE = SrvTable({}, None, 0.0)
+EMPTY_TABLE = SrvTable({}, {}, 0.0)
 
 
 def routes_of(records: Iterable[tuple[int, int, str]], zone: Zone) -> tuple[Route, ...]:

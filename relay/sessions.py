@@ -57,7 +57,7 @@ class Sessions:
         """`random(n)` returns n unpredictable bytes."""
         self._rules, self._random = rules, random
         self._table = policy.EMPTY_TABLE
-        self._known_fresh = False
+        self._known_fresh: frozenset[str] = frozenset()
         self._draining = False
         self._peers: dict[ConnectionKey, Peer] = {}
         self._serving = Registrations()
@@ -526,8 +526,8 @@ class Sessions:
     # Small things.
 
     def _freshness_changed(self, now: float) -> set[ServiceName]:
-        """Return all services when the whole table has just become too old to go by, or good again."""
-        fresh = self._table.is_fresh(now)
+        """Return all services when a source of the table has just become too old to go by, or good again."""
+        fresh = self._table.fresh_sources(now)
         if fresh == self._known_fresh:
             return set()
         self._known_fresh = fresh

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,8 @@ NEGATIVE_SECONDS_MAX = 2.0
 FAILURE_SECONDS_MIN = 0.5
 FAILURE_SECONDS_MAX = 5.0
 FRESH_SECONDS_MAX = 10.0
+BEHIND_SECONDS = 150.0
+"""A server whose catalog is older than another's by so much is not asked first: a secondary is told each 60 s."""
 LINGER_SECONDS = 60.0
 """How long a name is still known after its last connector has gone: `no_healthy_connector` meanwhile."""
 TURN_SECONDS = 0.01
@@ -52,8 +55,19 @@ class Asker(Protocol):
     async def srv(self, name: str) -> SrvAnswer:
         """Return the SRV records of a name. Raises ResolverUnavailable."""
 
-    async def txt(self, name: str) -> TxtAnswer:
-        """Return the TXT records of a name. Raises ResolverUnavailable."""
+    async def txt(self, name: str, server: str) -> TxtAnswer:
+        """Return the TXT records that one server has. Raises ResolverUnavailable."""
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Every server that may answer."""
+
+    @property
+    def first(self) -> str:
+        """The one that is asked first."""
+
+    def prefer(self, server: str) -> None:
+        """Ask this one first from now on."""
 
 
 @dataclass(slots=True)
@@ -91,14 +105,15 @@ class SrvPuller:
         self._queue: list[tuple[float, ServiceName]] = []
         self._woken = asyncio.Event()
         self._changed = asyncio.Event()
-        self._fresh_at: float | None = None
+        self._fresh: dict[str, float] = {}
+        self._silent: dict[str, str] = {}
         self.failing = ""
         """What the last question failed with; empty while DNS answers."""
 
     @property
     def fresh_at(self) -> float | None:
-        """When the catalog behind the answers was last confirmed, on `clock`."""
-        return self._fresh_at
+        """When the catalog was last confirmed as far as any server knows, on `clock`."""
+        return max(self._fresh.values(), default=None)
 
     @property
     def names(self) -> int:
@@ -134,16 +149,24 @@ class SrvPuller:
     async def run(self) -> None:
         """Pull until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow_freshness(), name="srv freshness")
+            for server in self._resolver.servers:
+                tasks.create_task(self._follow_freshness(server), name=f"srv freshness of {server}")
             tasks.create_task(self._publish_changes(), name="srv publish")
             while True:
                 await self._ask_due(tasks)
 
     def status(self) -> dict[str, object]:
         """Return the table as /status shows it: ages in seconds."""
-        now = self._clock()
+        now, fresh_at = self._clock(), self.fresh_at
         return {
-            "fresh_age_s": None if self._fresh_at is None else round(now - self._fresh_at, 1),
+            "fresh_age_s": None if fresh_at is None else round(now - fresh_at, 1),
+            "resolvers": {
+                server: {
+                    "fresh_age_s": round(now - self._fresh[server], 1) if server in self._fresh else None,
+                    "failing": self._silent.get(server, ""),
+                }
+                for server in self._resolver.servers
+            },
             "failing": self.failing,
             "services": {
                 service: {
@@ -201,7 +224,7 @@ class SrvPuller:
         routes = routes_of(((each.priority, each.weight, each.target) for each in answer.records), self._zone)
         if len(routes) < len(answer.records):
             dropped("relay.srv", "foreign_target", len(answer.records) - len(routes))
-        self._record(service, routes)
+        self._record(service, routes, answer.server)
         if routes:
             name.repeats = 0
             return _between(answer.ttl_s)
@@ -209,9 +232,9 @@ class SrvPuller:
         backoff = NEGATIVE_SECONDS_MIN * 2 ** min(name.repeats - 1, 10)
         return _jittered(min(backoff, NEGATIVE_SECONDS_MAX, max(answer.ttl_s, NEGATIVE_SECONDS_MIN)))
 
-    def _record(self, service: ServiceName, routes: tuple[Route, ...]) -> None:
+    def _record(self, service: ServiceName, routes: tuple[Route, ...], source: str) -> None:
         before = self._entries.get(service)
-        self._entries[service] = SrvEntry(routes, self._clock())
+        self._entries[service] = SrvEntry(routes, self._clock(), source)
         if before is None or before.routes != routes:
             names = ",".join(route.connector_id for route in routes)
             _log.info("srv_changed", service=service, connectors=names)
@@ -239,35 +262,45 @@ class SrvPuller:
         if self._entries.pop(service, None) is not None:
             self._changed.set()
 
-    async def _follow_freshness(self) -> None:
-        """Read `_fresh.<zone>`: the Unix time at which dnsd last confirmed its catalog."""
+    async def _follow_freshness(self, server: str) -> None:
+        """Read `_fresh.<zone>` of one server: the Unix time at which its catalog was last confirmed."""
         failures = _Name()
         while True:
             try:
-                answer = await self._resolver.txt(f"{FRESH_LABEL}.{self._zone}")
+                answer = await self._resolver.txt(f"{FRESH_LABEL}.{self._zone}", server)
             except ResolverUnavailable as error:
-                await asyncio.sleep(self._failed(failures, error))
+                self._silent[server] = str(error)
+                if len(self._silent) == len(self._resolver.servers):
+                    await asyncio.sleep(self._failed(failures, error))
+                else:
+                    await asyncio.sleep(_jittered(FAILURE_SECONDS_MAX))
                 continue
             failures.failures = 0
+            self._silent.pop(server, None)
             self._works()
-            self._note_freshness(answer)
+            self._note_freshness(server, answer)
             await asyncio.sleep(_between(min(answer.ttl_s, FRESH_SECONDS_MAX)))
 
-    def _note_freshness(self, answer: TxtAnswer) -> None:
+    def _note_freshness(self, server: str, answer: TxtAnswer) -> None:
         text = answer.strings[0] if answer.strings else b""
         if not text.isdigit() or len(text) > 12:
             dropped("relay.srv", "no_freshness")
             return
         fresh_at = self._clock() - max(0.0, self._wall() - int(text))
-        if self._fresh_at is None or fresh_at > self._fresh_at:
-            self._fresh_at = fresh_at
+        if server not in self._fresh or fresh_at > self._fresh[server]:
+            self._fresh[server] = fresh_at
             self._changed.set()
+        first = self._resolver.first
+        if first != server and fresh_at - self._fresh.get(first, -math.inf) > BEHIND_SECONDS:
+            # Its answers would count for nothing soon, or do so already.
+            _log.warning("resolver_behind", resolver=first, preferred=server)
+            self._resolver.prefer(server)
 
     async def _publish_changes(self) -> None:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            self._publish(SrvTable(dict(self._entries), self._fresh_at, self._hold_s))
+            self._publish(SrvTable(dict(self._entries), dict(self._fresh), self._hold_s))
             await asyncio.sleep(PUBLISH_SECONDS)
 
 

@@ -48,13 +48,14 @@ class SrvRecord(msgspec.Struct, frozen=True, order=True):
 class SrvAnswer(msgspec.Struct, frozen=True):
     """What a server said of a name: `negative` is NXDOMAIN or no SRV records, for `ttl_s` seconds.
 
-    `stale` is the server's own word (EDE 3) that it may no longer be so: it renews nothing.
+    `stale` is the server's own word (EDE 3) that it may no longer be so: it renews nothing. `server` gave it.
     """
 
     records: tuple[SrvRecord, ...]
     ttl_s: int
     negative: bool
     stale: bool
+    server: str = ""
 
 
 class TxtAnswer(msgspec.Struct, frozen=True):
@@ -84,17 +85,31 @@ class Resolver:
         self.malformed = 0
         """Packets that were no answer to the question asked, for metrics."""
 
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Every server's name, as answers and failures have it."""
+        return tuple(map(str, self._servers))
+
+    @property
+    def first(self) -> str:
+        """The server that is asked first."""
+        return str(self._servers[self._first])
+
+    def prefer(self, server: str) -> None:
+        """Ask this one of `servers` first from now on, until it fails."""
+        self._first = self.servers.index(server)
+
     async def srv(self, name: str) -> SrvAnswer:
         """Return the SRV records of a name with their targets' addresses.
 
         Addresses come from the additional section, else they are asked for; a target whose address nobody
         tells keeps none. Raises ResolverUnavailable when the SRV records themselves cannot be had.
         """
-        message = await self._ask(name, Type.SRV)
+        message, server = await self._ask(name, Type.SRV)
         services = _data_of(message.answers, name, Type.SRV)
         records = [(data, ttl) for data, ttl in services if isinstance(data, SrvData) and data.target]
         if not records:
-            return SrvAnswer((), _negative_ttl(message), negative=True, stale=message.stale)
+            return SrvAnswer((), _negative_ttl(message), negative=True, stale=message.stale, server=server)
         known = _addresses(message.additional)
         missing = sorted({data.target for data, _ in records} - known.keys())[:TARGETS_ASKED_MAX]
         async with asyncio.TaskGroup() as group:
@@ -114,11 +129,12 @@ class Resolver:
             min(ttls),
             negative=False,
             stale=message.stale,
+            server=server,
         )
 
-    async def txt(self, name: str) -> TxtAnswer:
-        """Return the TXT records of a name, e.g. `_fresh.<zone>`. Raises ResolverUnavailable."""
-        message = await self._ask(name, Type.TXT)
+    async def txt(self, name: str, server: str = "") -> TxtAnswer:
+        """Return the TXT records of a name, or what just one of `servers` says. Raises ResolverUnavailable."""
+        message, _ = await self._ask(name, Type.TXT, only=server)
         found = _data_of(message.answers, name, Type.TXT)
         strings = tuple(text for data, _ in found if isinstance(data, tuple) for text in data)
         ttl = min(ttl for _, ttl in found) if found else _negative_ttl(message)
@@ -126,28 +142,32 @@ class Resolver:
 
     async def addresses(self, name: str) -> tuple[str, ...]:
         """Return the IPv4 addresses of a name; none when there are no such records. Raises ResolverUnavailable."""
-        message = await self._ask(name, Type.A)
+        message, _ = await self._ask(name, Type.A)
         return _addresses(message.answers).get(name, ((), 0))[0]
 
     async def _ask_address(self, target: str) -> tuple[tuple[str, ...], int]:
         try:
-            message = await self._ask(target, Type.A)
+            message, _ = await self._ask(target, Type.A)
         except ResolverUnavailable:
             # The SRV records themselves were answered: they say who may serve, with or without an address.
             return (), NEGATIVE_TTL_DEFAULT_SECONDS
         return _addresses(message.answers).get(target, ((), _negative_ttl(message)))
 
-    async def _ask(self, name: str, kind: Type) -> Message:
+    async def _ask(self, name: str, kind: Type, only: str = "") -> tuple[Message, str]:
+        """Return the first answer that will do, and whose it is."""
         failures: list[str] = []
-        stale: Message | None = None
-        patience_s = self._timeout_s / (ROUNDS * max(1, len(self._servers)))
+        stale: tuple[Message, str] | None = None
         async with self._slots:
             first = self._first
-            for attempt in range(ROUNDS * len(self._servers)):
-                if stale is not None and attempt >= len(self._servers):
+            places = [(first + place) % len(self._servers) for place in range(len(self._servers))]
+            if only:
+                places = [self.servers.index(only)]
+            patience_s = self._timeout_s / (ROUNDS * max(1, len(places)))
+            for attempt in range(ROUNDS * len(places)):
+                if stale is not None and attempt >= len(places):
                     # Every server has had its turn, and none knows better.
                     return stale
-                place = (first + attempt) % len(self._servers)
+                place = places[attempt % len(places)]
                 server = self._servers[place]
                 disbelieved: list[str] = []
                 try:
@@ -161,9 +181,9 @@ class Resolver:
                 else:
                     if message.code in (Code.NOERROR, Code.NXDOMAIN):
                         if not message.stale:
-                            self._first = place
-                            return message
-                        stale = stale or message
+                            self._first = self._first if only else place
+                            return message, str(server)
+                        stale = stale or (message, str(server))
                         continue
                     failures.append(f"{server}: answered with code {message.code}")
         if stale is not None:

@@ -310,8 +310,8 @@ async def test_permission_ends_when_the_catalog_was_not_confirmed_for_too_long(t
 
 async def test_without_a_word_about_freshness_nothing_is_permitted(mesh: RunningRelay) -> None:
     mesh.dns.fresh = None
-    mesh.relay.puller._fresh_at = None
-    mesh.relay._table_changed(relay_daemon.SrvTable({}, None, 10.0))
+    mesh.relay.puller._fresh.clear()
+    mesh.relay._table_changed(relay_daemon.SrvTable({}, {}, 10.0))
     await mesh.connector()
     agent = await mesh.agent()
     agent.say(control.Open(request=2, service=SERVICE))

@@ -20,7 +20,8 @@ AGENT = identity(agent=["web"])
 
 
 def table(*routes: Route, answered_at: float = NOW, fresh_at: float | None = NOW) -> SrvTable:
-    return SrvTable({WEB: SrvEntry(routes, answered_at)}, fresh_at, HOLD_S)
+    fresh = {} if fresh_at is None else {"": fresh_at}
+    return SrvTable({WEB: SrvEntry(routes, answered_at)}, fresh, HOLD_S)
 
 
 def first(bound: int) -> int:
@@ -53,10 +54,11 @@ def test_a_name_that_nobody_registered_is_no_service() -> None:
     [
         policy.EMPTY_TABLE,
         table(Route(0, 1, X), fresh_at=None),
+        SrvTable({WEB: SrvEntry((Route(0, 1, X),), NOW, "stuck")}, {"": NOW}, HOLD_S),
         table(Route(0, 1, X), fresh_at=NOW - HOLD_S - 1),
         table(Route(0, 1, X), answered_at=NOW - HOLD_S - 1),
     ],
-    ids=["unanswered", "freshness unknown", "catalog too old", "answer too old"],
+    ids=["unanswered", "freshness unknown", "another confirmed", "catalog too old", "answer too old"],
 )
 def test_what_is_not_known_is_not_permitted(srv: SrvTable) -> None:
     assert decide({X: 1}, srv) is Reason.POLICY_UNKNOWN

@@ -88,7 +88,7 @@ class World:
     def table(self, fresh_s_ago: float = 0.0) -> list[Command]:
         entries = {service: SrvEntry(routes, self.now) for service, routes in self.routes.items()}
         return self.do(
-            self.sessions.policy_changed(SrvTable(entries, self.now - fresh_s_ago, HOLD_S), self.now)
+            self.sessions.policy_changed(SrvTable(entries, {"": self.now - fresh_s_ago}, HOLD_S), self.now)
         )
 
     def say(self, key: int, message: control.AnyMessage) -> list[Command]:

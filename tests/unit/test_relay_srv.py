@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
@@ -80,7 +81,12 @@ class Counting:
             (SrvRecord(0, 1, 1, "con-x.connector.ztna.local"),), 300, negative=False, stale=False
         )
 
-    async def txt(self, name: str) -> TxtAnswer:
+    servers, first = ("one",), "one"
+
+    def prefer(self, server: str) -> None:
+        raise AssertionError("there is only one")
+
+    async def txt(self, name: str, server: str) -> TxtAnswer:
         return TxtAnswer((), 300, stale=False)
 
     def _next(self) -> None:
@@ -142,7 +148,7 @@ async def test_a_stale_answer_renews_and_changes_nothing(pulling: Pulling) -> No
 async def test_the_last_answer_stays_while_dns_is_away(pulling: Pulling) -> None:
     pulling.dns.routes["web"] = [(0, 1, "con-x")]
     pulling.puller.watch([WEB])
-    await pulling.until(lambda: pulling.connectors() == ["con-x"] and pulling.table.fresh_at)
+    await pulling.until(lambda: pulling.connectors() == ["con-x"] and pulling.table.fresh)
     pulling.dns.silent = True
     async with asyncio.timeout(DEADLINE_S):
         while not pulling.puller.failing:
@@ -155,7 +161,7 @@ async def test_the_last_answer_stays_while_dns_is_away(pulling: Pulling) -> None
 
 
 async def test_freshness_is_followed_and_never_goes_back(pulling: Pulling) -> None:
-    await pulling.until(lambda: pulling.table.fresh_at is not None)
+    await pulling.until(lambda: pulling.table.fresh)
     first = pulling.puller.fresh_at
     assert first is not None
     for text in ("soon", "", "12345678901234", "1"):
@@ -250,3 +256,35 @@ async def test_news_while_a_name_is_asked_for_is_not_lost(pulling: Pulling) -> N
     pulling.dns.silent = False
     await pulling.until(lambda: pulling.connectors() == ["con-x"])
     assert not pulling.puller._names[WEB].again
+
+
+async def test_who_says_that_the_catalog_is_confirmed_says_it_of_its_own_answers_only() -> None:
+    """A secondary that is stuck on an old zone, without a word of it, gives no permission beside one that is not."""
+    stuck, good = DnsServer(), DnsServer()
+    stuck.fresh = str(int(time.time() - srv.BEHIND_SECONDS))
+    for dns in (stuck, good):
+        dns.routes["web"] = [(0, 1, "con-x")]
+    tables: list[SrvTable] = []
+    resolver = Resolver((await stuck.start(), await good.start()), 0.5)
+    puller = SrvPuller(resolver, Zone("ztna.local"), HOLD_S, tables.append)
+    puller.watch([WEB])
+    task = asyncio.ensure_future(puller.run())
+    try:
+        good.silent = True
+        async with asyncio.timeout(DEADLINE_S):
+            while not (tables and WEB in tables[-1].entries and tables[-1].fresh):
+                await asyncio.sleep(0.01)
+        assert tables[-1].routes(WEB, time.monotonic()) is None, "confirmed too long ago"
+        assert "no answer" in str(puller.status()["resolvers"])
+        # The other one is back: it is asked first from now on, and what it says counts.
+        good.silent = False
+        good.fresh = str(int(time.time() + 10))
+        async with asyncio.timeout(DEADLINE_S):
+            while tables[-1].routes(WEB, time.monotonic()) is None:
+                await asyncio.sleep(0.01)
+        assert resolver.first == resolver.servers[1]
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        stuck.close()
+        good.close()
