@@ -274,11 +274,11 @@ async def test_who_says_that_the_catalog_is_confirmed_says_it_of_its_own_answers
         async with asyncio.timeout(DEADLINE_S):
             while not (tables and WEB in tables[-1].entries and tables[-1].fresh):
                 await asyncio.sleep(0.01)
+            while "no answer" not in str(puller.status()["resolvers"]):
+                await asyncio.sleep(0.01)
         assert tables[-1].routes(WEB, time.monotonic()) is None, "confirmed too long ago"
-        assert "no answer" in str(puller.status()["resolvers"])
         # The other one is back: it is asked first from now on, and what it says counts.
         good.silent = False
-        good.fresh = str(int(time.time() + 10))
         async with asyncio.timeout(DEADLINE_S):
             while tables[-1].routes(WEB, time.monotonic()) is None:
                 await asyncio.sleep(0.01)

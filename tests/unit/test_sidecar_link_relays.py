@@ -92,6 +92,9 @@ class Client:
         self.connected = False
         self.credentials: object = None
 
+    def use_credentials(self, credentials: object) -> None:
+        self.credentials = credentials
+
     async def run(self) -> None:
         self.connected = True
         try:
