@@ -19,7 +19,6 @@ from tests.support.dns import SETTINGS, catalog, instance, lease, query, zone
 from tests.support.dns_serving import Served, serving_by
 from ztna.leases import Port
 
-NOW = int(time.time())
 INSTANCES = 300
 NAMES = zone(
     catalog(
@@ -38,14 +37,18 @@ NAMES = zone(
 )
 DUAL = zone(NAMES.services, NAMES.leases, replace(SETTINGS, ula=IPv6Network("fd12:3456:789a::/96")))
 TALKATIVE = Options(version=b"ztna-dnsd 1", nsid=b"dns-1", secret=b"s" * 32)
-NOW_KNOWN, STALE = Age(NOW, True, 3600.0), Age(NOW, False, 3600.0)
-SERVERS = {
-    "plain": Served(NAMES, NOW_KNOWN),
-    "talkative": Served(DUAL, NOW_KNOWN, TALKATIVE),
-    "stale": Served(NAMES, STALE),
-    "ended": Served(NAMES, Age(NOW - 7200, True, 3600.0)),
-    "strangers": Served(NAMES, NOW_KNOWN, allow=(IPv4Network("192.0.2.0/24"),)),
-}
+
+
+def servers(now: int) -> dict[str, Served]:
+    """What is asked: names that were confirmed now, some that were not for long, and those of strangers."""
+    known = Age(now, True, 3600.0)
+    return {
+        "plain": Served(NAMES, known),
+        "talkative": Served(DUAL, known, TALKATIVE),
+        "stale": Served(NAMES, Age(now, False, 3600.0)),
+        "ended": Served(NAMES, Age(now - 7200, True, 3600.0)),
+        "strangers": Served(NAMES, known, allow=(IPv4Network("192.0.2.0/24"),)),
+    }
 
 
 class Row(Struct, frozen=True):
@@ -80,7 +83,7 @@ MATRIX = {
         "web.ztna.local AAAA", (NOERROR, r"AAAA\s+fd12:3456:789a::a64:102"), server="talkative"
     ),
     "TXT": Row("web.ztna.local TXT", (r'"ports=tcp:8080,udp:53" "epoch=42"',)),
-    "freshness": Row("_fresh.ztna.local TXT", (rf'\s1\s+IN\s+TXT\s+"{NOW}"',)),
+    "freshness": Row("_fresh.ztna.local TXT", (r'\s1\s+IN\s+TXT\s+"CONFIRMED"',)),
     "no such name": Row("nobody.ztna.local A", (NXDOMAIN, AUTHORITATIVE, "ANSWER: 0,", SOA)),
     "no such type": Row("web.ztna.local MX", (NOERROR, "ANSWER: 0,", SOA)),
     "an unknown type": Row("web.ztna.local TYPE65280", (NOERROR, "ANSWER: 0,", SOA)),
@@ -163,16 +166,25 @@ MATRIX = {
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two workers"])
-def ports(request: pytest.FixtureRequest) -> Iterator[dict[str, int]]:
-    with serving_by(request.param, SERVERS) as bound:
-        yield bound
+def asked(request: pytest.FixtureRequest) -> Iterator[tuple[dict[str, int], int]]:
+    """The ports of the servers, and when their names were confirmed."""
+    now = int(time.time())
+    with serving_by(request.param, servers(now)) as ports:
+        yield ports, now
+
+
+@pytest.fixture
+def ports(asked: tuple[dict[str, int], int]) -> dict[str, int]:
+    return asked[0]
 
 
 @pytest.mark.parametrize("row", MATRIX.values(), ids=MATRIX.keys())
-def test_dig_is_told(ports: dict[str, int], row: Row) -> None:
+def test_dig_is_told(asked: tuple[dict[str, int], int], row: Row) -> None:
+    ports, confirmed_at = asked
     argv = ["dig", "@127.0.0.1", "-p", str(ports[row.server]), "+nocmd", "+tries=1", "+time=5", "+nocookie"]
     done = subprocess.run([*argv, *row.asked.split()], capture_output=True, text=True, timeout=30)
     for pattern in row.must:
+        pattern = pattern.replace("CONFIRMED", str(confirmed_at))
         assert re.search(pattern, done.stdout), f"no {pattern!r} in {done.stdout}"
     for pattern in row.must_not:
         assert not re.search(pattern, done.stdout), f"{pattern!r} in {done.stdout}"
