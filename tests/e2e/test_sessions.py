@@ -126,4 +126,4 @@ def test_the_page_is_for_the_host_itself(mesh: Mesh) -> None:
         and "<h2>certificate</h2>" in text
     )
     assert http_get(mesh.relay.host, f"http://127.0.0.1:{mesh.relay.admin_port}/metrics")[0] == 200
-    assert mesh.relay.metric("ztna_relay_live", what="connections") == 2
+    until("counted", lambda: mesh.relay.metric("ztna_relay_live", what="connections") == 2)
