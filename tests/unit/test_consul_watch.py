@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -221,21 +222,65 @@ async def test_a_silent_change_is_found_by_a_sweep(monkeypatch: pytest.MonkeyPat
         task.cancel()
 
 
-class HeldCatalog(Catalog):
-    """A catalog that holds the second read of one service until it is let go."""
+class BusyCatalog(Catalog):
+    """A catalog in which something changes during each sweep."""
 
-    def __init__(self, held: str) -> None:
+    def __init__(self, last: str) -> None:
         super().__init__()
-        self._held = held
-        self.is_held = asyncio.Event()
-        self.let_go = asyncio.Event()
+        self._last = last
+        self.is_noticed: Callable[[], bool] = lambda: True
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         found = await super().__call__(request)
-        if request.path.endswith(f"/{self._held}") and self.reads.count(self._held) == 2:
-            self.is_held.set()
-            await self.let_go.wait()
+        if request.path.endswith(f"/{self._last}"):
+            self.change()
+            while not self.is_noticed():
+                await asyncio.sleep(0)
         return found
+
+
+async def test_where_something_always_changes_a_whole_sweep_confirms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watches, "SWEEP_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(watches, "SWEEP_SERVICES_AT_ONCE", 1)
+    catalog = BusyCatalog("c")
+    for name in ("a", "b", "c"):
+        catalog.services[name] = ["ztna"]
+        catalog.instances[name] = [instance(name)]
+    async with server(catalog) as address, ConsulClient(ConsulConfig(address=address)) as client:
+        watch = CatalogWatch(client)
+        task = asyncio.create_task(watch.run())
+        async with asyncio.timeout(20):
+            first = await watch.changed()
+            catalog.is_noticed = lambda: watch._sweep_wanted
+            catalog.change()
+            begun, snapshot = time.time(), first
+            while snapshot.confirmed_at <= begun:
+                snapshot = await watch.changed(snapshot)
+        task.cancel()
+
+
+class HeldCatalog(Catalog):
+    """A catalog that holds the second read of some services until it is let go."""
+
+    def __init__(self, *held: str) -> None:
+        super().__init__()
+        self.is_held = {name: asyncio.Event() for name in held}
+        self.let_go = {name: asyncio.Event() for name in held}
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        found = await super().__call__(request)
+        name = request.path.rpartition("/")[2]
+        if name in self.is_held and self.reads.count(name) == 2:
+            self.is_held[name].set()
+            await self.let_go[name].wait()
+        return found
+
+    def fail(self, name: str) -> None:
+        """Have the only check of a service's only instance be critical from now on."""
+        place = next(place for place, each in enumerate(self.checks) if each["ServiceName"] == name)
+        self.checks[place] = check(name, "critical", index=9)
+        self.instances[name] = [instance(name, "critical")]
+        self.change()
 
 
 async def test_what_changes_amid_a_sweep_does_not_wait_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,13 +300,11 @@ async def test_what_changes_amid_a_sweep_does_not_wait_for_its_end(monkeypatch: 
             catalog.reads.clear()
             catalog.reads.append("s03")
             catalog.change()
-            await catalog.is_held.wait()
-            catalog.checks[-1] = check("s19", "critical", index=9)
-            catalog.instances["s19"] = [instance("s19", "critical")]
-            catalog.change()
+            await catalog.is_held["s03"].wait()
+            catalog.fail("s19")
             while "s19" not in watch._dirty:
                 await asyncio.sleep(0)
-            catalog.let_go.set()
+            catalog.let_go["s03"].set()
             snapshot = await watch.changed(first)
             assert snapshot.services["s19"][0].status == "critical"
             assert "s06" not in catalog.reads
@@ -270,4 +313,35 @@ async def test_what_changes_amid_a_sweep_does_not_wait_for_its_end(monkeypatch: 
             while snapshot.confirmed_at == first.confirmed_at:
                 snapshot = await watch.changed(snapshot)
             assert set(names) <= set(catalog.reads)
+        task.cancel()
+
+
+async def test_what_changes_before_the_last_of_a_sweep_does_not_wait_for_other_news(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watches, "SWEEP_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(watches, "SWEEP_SERVICES_AT_ONCE", 1)
+    catalog = HeldCatalog("s0", "s1")
+    for name in ("s0", "s1"):
+        catalog.services[name] = ["ztna"]
+        catalog.checks.append(check(name))
+        catalog.instances[name] = [instance(name)]
+    async with server(catalog) as address, ConsulClient(ConsulConfig(address=address)) as client:
+        watch = CatalogWatch(client)
+        task = asyncio.create_task(watch.run())
+        async with asyncio.timeout(20):
+            snapshot = await watch.changed()
+            catalog.change()
+            await catalog.is_held["s0"].wait()
+            # The sweep is half done, and no other begins in the time of this test.
+            monkeypatch.setattr(watches, "SWEEP_SECONDS_MIN", 3600.0)
+            for changed, held in (("s1", "s0"), ("s0", "s1")):
+                catalog.fail(changed)
+                while changed not in watch._dirty:
+                    await asyncio.sleep(0)
+                catalog.let_go[held].set()
+                if changed == "s1":
+                    await catalog.is_held["s1"].wait()
+            while snapshot.services["s0"][0].status != "critical":
+                snapshot = await watch.changed(snapshot)
         task.cancel()

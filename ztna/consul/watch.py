@@ -159,6 +159,8 @@ class CatalogWatch(Watch[CatalogSnapshot]):
         self._sweep_is_next = False
         self._sweep_cost_s = 0.0
         self._next_sweep = 0.0
+        self._sweep_confirms = 0.0
+        """What the sweep that is under way confirms once it is whole: 0, nothing, after a read that failed."""
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -203,13 +205,14 @@ class CatalogWatch(Watch[CatalogSnapshot]):
             confirmed = min(self._services_confirmed, self._checks_confirmed)
             if confirmed == 0.0:
                 continue
-            names, swept = self._take_work()
+            names, swept = self._take_work(confirmed)
             started = time.monotonic()
             try:
                 await self._read_services(names)
             except ConsulError as error:
                 self.problem = error
                 self._dirty |= names
+                self._sweep_confirms = 0.0
                 self._work.set()
                 await asyncio.sleep(_backoff(failures))
                 failures += 1
@@ -219,7 +222,7 @@ class CatalogWatch(Watch[CatalogSnapshot]):
                 now = time.monotonic()
                 self._sweep_cost_s += now - started
                 self._next_sweep = now + max(SWEEP_SECONDS_MIN, SWEEP_COST_FACTOR * self._sweep_cost_s)
-            self._publish_instances(confirmed)
+            self._publish_instances(confirmed, is_whole=swept and not self._sweep_left)
 
     async def _wait_for_work(self) -> None:
         """Return when a query said something, or when a sweep goes on or is wanted and may begin."""
@@ -232,18 +235,22 @@ class CatalogWatch(Watch[CatalogSnapshot]):
                 return
         self._work.clear()
 
-    def _take_work(self) -> tuple[set[str], bool]:
+    def _take_work(self, confirmed: float) -> tuple[set[str], bool]:
         """Return the names to read now, and whether they are a sweep's.
 
         What is known to have changed does not wait for a sweep, and the two take turns while there is much of both.
         """
         if self._sweep_wanted and not self._sweep_left and time.monotonic() >= self._next_sweep:
             self._sweep_wanted, self._sweep_cost_s = False, 0.0
-            self._sweep_left = sorted(self._tags_of)
+            self._sweep_left = sorted(self._tags_of.keys() | self._instances.keys())
+            self._sweep_confirms = confirmed
         if self._sweep_left and (self._sweep_is_next or not self._dirty):
             names = set(self._sweep_left[:SWEEP_SERVICES_AT_ONCE])
             del self._sweep_left[:SWEEP_SERVICES_AT_ONCE]
             self._sweep_is_next = False
+            if self._dirty:
+                # Nothing else would end the wait for them, should this have been the sweep's end.
+                self._work.set()
             return names, True
         names, self._dirty = self._dirty, set()
         self._sweep_is_next = True
@@ -278,13 +285,16 @@ class CatalogWatch(Watch[CatalogSnapshot]):
             else:
                 del self._instances[name]
 
-    def _publish_instances(self, confirmed: float) -> None:
+    def _publish_instances(self, confirmed: float, *, is_whole: bool) -> None:
+        """Show what was read; `is_whole` says that a sweep has just ended."""
         known = self.latest
         services = known.services if known is not None and not self._has_news else dict(self._instances)
         self._has_news = False
         if self._dirty or self._sweep_wanted or self._sweep_left:
-            # Something is known to be out of date: show what was read, but do not call it confirmed.
-            confirmed = known.confirmed_at if known is not None else confirmed
+            # Something is known to be out of date: show what was read, but do not call it confirmed. Where there
+            # is always something, everything is at least as young as the beginning of the last whole sweep.
+            swept = self._sweep_confirms if is_whole else 0.0
+            confirmed = max(known.confirmed_at, swept) if known is not None else confirmed
         if known is None or services is not known.services or confirmed != known.confirmed_at:
             self._publish(
                 CatalogSnapshot(services=services, index=self._services_index, confirmed_at=confirmed)
