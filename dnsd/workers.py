@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from dnsd import feed
@@ -166,20 +166,25 @@ class Workers:
         """Hear a worker until it ends; return what is wrong when it did not."""
         try:
             while True:
+                # Also one that takes nothing more stands still.
                 async with asyncio.timeout(SILENT_SECONDS):
                     received = await channel.receive()
-                if received is None:
-                    return ""
-                data, sockets = received
-                match feed.decode_from_worker(data):
-                    case Connection(host, pending) if len(sockets) == 1:
-                        self._adopt(sockets[0], host, pending)
-                    case Report() as report:
-                        await self._note(worker, channel, report)
+                    if received is None:
+                        return ""
+                    await self._obey(worker, channel, *received)
         except TimeoutError:
             return f"it said nothing for {SILENT_SECONDS:.0f} s"
         except (OSError, ZtnaError) as error:
             return str(error)
+
+    async def _obey(
+        self, worker: _Worker, channel: Channel, data: bytes, sockets: Sequence[socket.socket]
+    ) -> None:
+        match feed.decode_from_worker(data):
+            case Connection(host, pending) if len(sockets) == 1:
+                self._adopt(sockets[0], host, pending)
+            case Report() as report:
+                await self._note(worker, channel, report)
 
     async def _note(self, worker: _Worker, channel: Channel, report: Report) -> None:
         worker.tally.add(report.counts)

@@ -410,6 +410,8 @@ def rebuilt(
 
 def differing(before: Mapping[str, T], after: Mapping[str, T]) -> set[str]:
     """Return the keys under which two tables have not the same; quick when most values are the very same objects."""
+    if before is after:
+        return set()
     known = before.get
     others = [(key, known(key), value) for key, value in after.items() if known(key) is not value]
     changed = {key for key, was, value in others if was != value}
