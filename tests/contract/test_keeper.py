@@ -9,17 +9,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Network
 
+import msgspec
 import pytest
 
 from dnsd.keeper import Pool, Problem, Rules
-from dnsd.keeping import Keeping, check_schema
+from dnsd.keeping import LEASE_CAS_ATTEMPTS, Keeping, check_schema
 from tests.support.consul import ConsulUnderTest
 from ztna.catalog import Registration
 from ztna.config import ConsulConfig
 from ztna.consul.client import ConsulClient
 from ztna.consul.watch import CatalogWatch
 from ztna.errors import ZtnaError
-from ztna.leases import VIP_PREFIX, Table, audit, read_table
+from ztna.jsontypes import to_json
+from ztna.leases import VIP_PREFIX, Port, Table, audit, read_table
 
 DEADLINE_SECONDS = 60.0
 TAKE_OVER_SECONDS = 15.0
@@ -79,7 +81,7 @@ async def table(client: ConsulClient) -> Table:
     return read_table({pair.key: pair for pair in await client.kv_list(VIP_PREFIX)})
 
 
-async def register(client: ConsulClient, *names: str) -> None:
+async def register(client: ConsulClient, *names: str, port: int = 8080) -> None:
     for name in names:
         await client.register_service(
             Registration(
@@ -87,7 +89,7 @@ async def register(client: ConsulClient, *names: str) -> None:
                 instance_id=f"{name}@c1",
                 address="127.0.0.1",
                 port=4435,
-                meta={"ztna-connector": "c1", "ztna-ports": "tcp:8080"},
+                meta={"ztna-connector": "c1", "ztna-ports": f"tcp:{port}"},
             )
         )
 
@@ -144,15 +146,7 @@ async def test_what_somebody_else_broke_is_mended_and_consul_may_go_away(own_con
         await until("leased", lambda: leased(client, "web"))
         # The keeper does not watch the table: it meets the change when its next transaction fails.
         await client.kv_put("ztna/vip/service/web", b'{"ip":"127.100.0.9","epoch":1,"ports":[]}')
-        await client.register_service(
-            Registration(
-                service="web",
-                instance_id="web@c1",
-                address="127.0.0.1",
-                port=4435,
-                meta={"ztna-connector": "c1", "ztna-ports": "tcp:9090"},
-            )
-        )
+        await register(client, "web", port=9090)
 
         async def mended() -> bool:
             found = (await table(client)).leases["web"].record  # type: ignore[index]
@@ -164,6 +158,35 @@ async def test_what_somebody_else_broke_is_mended_and_consul_may_go_away(own_con
         await register(client, "after")
         await until("leased after Consul was away", lambda: leased(client, "after"))
         assert one.tasks[1].done() is False
+
+
+async def test_conflicts_between_which_a_plan_succeeds_end_nobodys_term(
+    own_consul: ConsulUnderTest, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else is always first to write what the keeper wants, so that its plans after that are empty."""
+
+    def conflicts() -> int:
+        return sum(record.message == "lease_conflict" for record in caplog.records)
+
+    planned_after: set[int] = set()
+    config = own_consul.config()
+    with caplog.at_level("WARNING", "dnsd.keeping"):
+        async with ConsulClient(config) as client, dnsd(config) as one:
+            await register(client, "web")
+            await until("leased", lambda: leased(client, "web"))
+            session = one.keeping.session
+            monkeypatch.setattr(one.keeping, "hear", lambda decided: planned_after.add(conflicts()))
+            for count in range(1, 2 * LEASE_CAS_ATTEMPTS + 1):
+                lease = (await table(client)).leases["web"].record  # type: ignore[index]
+                wanted = msgspec.structs.replace(lease, ports=(Port("tcp", 9000 + count),))
+                await client.kv_put("ztna/vip/service/web", to_json(wanted))
+                await register(client, "web", port=9000 + count)
+                await until(
+                    f"plans after {count} conflicts",
+                    lambda count=count: max(planned_after, default=0) >= count,
+                )
+            assert one.keeping.session == session is not None
+            assert one.keeping.trouble is None
 
 
 async def test_a_newer_schema_is_refused(own_consul: ConsulUnderTest) -> None:
