@@ -54,7 +54,7 @@ from ztna.credentials import Credentials
 from ztna.dns_keys import load_key
 from ztna.errors import BadName, ZtnaError
 from ztna.identity import Identity
-from ztna.names import SessionId, Zone
+from ztna.names import ServiceName, SessionId, Zone
 from ztna.reasons import Reason
 from ztna.renewal import Renewal
 from ztna.resolver import Resolver
@@ -295,8 +295,15 @@ class Relay:
         """Take a whole message of a connection. Raises ProtocolError."""
         self.carry_out(self._sessions.message(peer.key, message, time.monotonic()))
         if isinstance(message, control.Register):
+            self._ask_about({offering.name for offering in message.services}, peer)
+
+    def _ask_about(self, named: set[ServiceName], peer: Peer) -> None:
+        """Have DNS asked for what a peer has registered, and never for what it only named."""
+        registrant = self._sessions.peers.get(peer.key)
+        served = named & registrant.services if registrant is not None else set()
+        if served:
             self.puller.watch(self._sessions.services)
-            for service in {offering.name for offering in message.services} & self._sessions.services:
+            for service in served:
                 self.puller.ask_soon(service)
 
     def datagram_received(self, peer: ControlPeer, data: bytes) -> None:

@@ -251,9 +251,9 @@ class Forwarder:
     def _tell(self) -> None:
         """Bring the metrics up to date: the hot path counts for itself."""
         sent = sum(each.sent for each in self._sockets)
-        now = self._table.drops + Counter(
-            sent=sent, kernel_socket=sum(each.dropped for each in self._sockets)
-        )
+        with self._lock:
+            drops = self._table.drops.copy()
+        now = drops + Counter(sent=sent, kernel_socket=sum(each.dropped for each in self._sockets))
         for what, count in (now - self._told).items():
             if what == "sent":
                 FORWARDED.labels("user").inc(count)

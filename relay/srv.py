@@ -221,6 +221,9 @@ class SrvPuller:
         if answer.stale:
             # The server's own word that it may no longer be so: it renews nothing (design.md 2.8).
             return _between(answer.ttl_s)
+        if self._knows_less(service, answer.server):
+            dropped("relay.srv", "behind")
+            return _between(answer.ttl_s)
         routes = routes_of(((each.priority, each.weight, each.target) for each in answer.records), self._zone)
         if len(routes) < len(answer.records):
             dropped("relay.srv", "foreign_target", len(answer.records) - len(routes))
@@ -231,6 +234,14 @@ class SrvPuller:
         name.repeats += 1
         backoff = NEGATIVE_SECONDS_MIN * 2 ** min(name.repeats - 1, 10)
         return _jittered(min(backoff, NEGATIVE_SECONDS_MAX, max(answer.ttl_s, NEGATIVE_SECONDS_MIN)))
+
+    def _knows_less(self, service: ServiceName, server: str) -> bool:
+        """Say whether a server is too far behind to be gone by while another's last answer may still be."""
+        before, now = self._entries.get(service), self._clock()
+        if before is None or before.source == server:
+            return False
+        stands = SrvTable(self._entries, self._fresh, self._hold_s).routes(service, now) is not None
+        return stands and now - self._fresh.get(server, -math.inf) > self._hold_s
 
     def _record(self, service: ServiceName, routes: tuple[Route, ...], source: str) -> None:
         before = self._entries.get(service)

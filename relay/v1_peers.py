@@ -137,11 +137,15 @@ class Legs:
         """Send a v1 agent's packet on to the connector of its session."""
         session = self._sessions.sessions.get(session_id)
         try:
-            peer = self._peers[v1.connector_of(session, agent)]
+            peer = self._peers.get(v1.connector_of(session, agent))
         except Refused as error:
             refused(WHERE, error.reason)
             return
         assert session is not None
+        if peer is None:
+            # A relay that stops closes one connection after the other, and tells no session.
+            dropped(WHERE, "peer_gone")
+            return
         data = datagram.encode(datagram.SessionPacket(session_id, packet))
         session.v1_bytes += len(packet)
         peer.connection.send_datagram(data, session.service)
@@ -158,7 +162,7 @@ class Legs:
             return
         session = self._sessions.sessions.get(message.session)
         try:
-            peer = self._peers[v1.agent_of(session, connector)]
+            peer = self._peers.get(v1.agent_of(session, connector))
         except Refused as error:
             refused(WHERE, error.reason)
             return
@@ -166,5 +170,7 @@ class Legs:
         if isinstance(peer, AgentPeer):
             session.v1_bytes += len(message.packet)
             peer.deliver(message.packet, session.service)
+        elif peer is None:
+            dropped(WHERE, "peer_gone")
         else:
             refused(WHERE, Reason.NOT_YOUR_SESSION)

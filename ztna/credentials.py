@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from ztna.config import TlsConfig
 from ztna.errors import ConfigError, IdentityError
 from ztna.identity import Identity, Trust, Usage
-from ztna.revocation import Revocations
+from ztna.revocation import MALFORMED, Revocations
 from ztna.verdicts import Verdicts
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
@@ -100,15 +101,16 @@ class Credentials:
         trust = _trust(material.ca, Path(config.ca))
         key = _private_key(material.key, Path(config.key))
         chain = _chain(material.certificate, Path(config.certificate))
-        if chain[0].public_key() != key.public_key():
+        if not _belong(chain[0], key):
             raise ConfigError(f"tls.key: {config.key} is not the key of {config.certificate}")
         identity = _own_identity(trust, chain, Path(config.certificate), now or datetime.now(UTC))
-        trust = trust.with_revocations(_revocations(material.crl, config))
+        earlier = verdicts.trust.revocations if verdicts is not None else None
+        trust = trust.with_revocations(_revocations(material.crl, config, earlier))
         return cls(material, key, trust, identity, verdicts or Verdicts(trust))
 
     def with_crl(self, config: TlsConfig, crl: bytes | None) -> Credentials:
         """Return the same with another CRL. Raises ConfigError when it is none."""
-        trust = self.trust.with_revocations(_revocations(crl, config))
+        trust = self.trust.with_revocations(_revocations(crl, config, self.trust.revocations))
         return replace(self, material=replace(self.material, crl=crl), trust=trust)
 
     @property
@@ -174,7 +176,10 @@ def _read(path: Path, key: str, bytes_max: int = PEM_BYTES_MAX) -> bytes:
 
 def _read_key(path: Path) -> bytes:
     pem = _read(path, "key")
-    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:  # taken away meanwhile: it is being renewed
+        raise ConfigError(f"tls.key: {path} cannot be read: {error.strerror}") from None
     if mode not in (0o600, 0o400):
         raise ConfigError(f"tls.key: {path} has mode {mode:04o}, expected 0600 or 0400: chmod 600 it")
     return pem
@@ -183,11 +188,18 @@ def _read_key(path: Path) -> bytes:
 def _private_key(pem: bytes, path: Path) -> PrivateKey:
     try:
         key = serialization.load_pem_private_key(pem, None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"tls.key: {path} is no unencrypted private key in PEM: {error}") from None
     if not isinstance(key, PrivateKey):
         raise ConfigError(f"tls.key: {path} holds a {type(key).__name__}; expected an EC or Ed25519 key")
     return key
+
+
+def _belong(leaf: x509.Certificate, key: PrivateKey) -> bool:
+    try:
+        return leaf.public_key() == key.public_key()
+    except MALFORMED:  # a kind of key that nobody here knows
+        return False
 
 
 def _trust(pem: bytes, path: Path) -> Trust:
@@ -197,14 +209,16 @@ def _trust(pem: bytes, path: Path) -> Trust:
         raise ConfigError(f"tls.ca: {path}: {error}") from None
 
 
-def _revocations(crl: bytes | None, config: TlsConfig) -> Revocations | None:
+def _revocations(
+    crl: bytes | None, config: TlsConfig, earlier: Revocations | None = None
+) -> Revocations | None:
     """Return what to go by; before the first CRL is fetched nobody can be told to stand."""
     if crl is None:
         return None
     if not crl and config.crl_url is not None:
         return Revocations(())
     try:
-        return Revocations.from_bytes(crl)
+        return Revocations.from_bytes(crl, earlier)
     except ConfigError as error:
         where = f"tls.crl_file: {config.crl_file}" if config.crl_file else f"tls.crl_url: {config.crl_url}"
         raise ConfigError(f"{where}: {error}") from None
@@ -213,7 +227,7 @@ def _revocations(crl: bytes | None, config: TlsConfig) -> Revocations | None:
 def _chain(pem: bytes, path: Path) -> Sequence[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except MALFORMED as error:
         raise ConfigError(f"tls.certificate: {path} holds no certificates in PEM: {error}") from None
 
 

@@ -1,7 +1,7 @@
 """Fetches a CRL from where its issuer publishes it: one bounded GET, or a file.
 
-What is in it is ztna.revocation's, when to fetch ztna.renewal's. Plain http is as good as https: a CRL is signed, and
-whoever withholds it or repeats an old one only makes daemons refuse new sessions once nextUpdate has passed.
+What is in it is ztna.revocation's, when to fetch ztna.renewal's. Plain http is as good as https: a CRL is signed,
+ztna.revocation takes no older one, and whoever withholds it makes daemons refuse new sessions from its nextUpdate on.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ def check_url(url: str) -> None:
 
 async def fetch(url: str) -> bytes:
     """Return the bytes at the URL. Raises CrlUnavailable."""
+    found = await _fetched(url)
+    if not found:
+        # To ztna.credentials nothing means not fetched yet: it must not take the place of a list.
+        raise CrlUnavailable(f"{url}: nothing in it")
+    return found
+
+
+async def _fetched(url: str) -> bytes:
     parts = urlsplit(url)
     if parts.scheme == "file":
         return await asyncio.to_thread(_read, Path(unquote(parts.path)))

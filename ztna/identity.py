@@ -27,7 +27,7 @@ from cryptography.x509.verification import (
 from ztna.errors import BadName, ConfigError, IdentityError
 from ztna.names import ConnectorId, ServiceName, is_label
 from ztna.reasons import Reason
-from ztna.revocation import Revocations
+from ztna.revocation import MALFORMED, Revocations
 
 Usage = Literal["client", "server"]
 ExtensionT = TypeVar("ExtensionT", bound=x509.ExtensionType)
@@ -124,7 +124,7 @@ class Trust:
         """Read a bundle of CA certificates. Raises ConfigError when there is none or one is no CA."""
         try:
             return cls(x509.load_pem_x509_certificates(ca_pem), revocations)
-        except ValueError as error:
+        except MALFORMED as error:
             raise ConfigError(f"the CA file cannot be read as PEM certificates: {error}") from None
 
     def with_revocations(self, revocations: Revocations | None) -> Trust:
@@ -190,7 +190,7 @@ class Trust:
         chain = [_parse(der) for der in chain_der]
         try:
             return _identity(self._verify_path(chain, now), usage)
-        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        except MALFORMED as error:
             # cryptography reads extensions lazily, so hostile ones are only noticed here.
             raise IdentityError(Reason.UNTRUSTED, f"malformed certificate: {error}") from None
 
@@ -370,7 +370,7 @@ def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 def _parse(der: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(der)
-    except ValueError as error:
+    except MALFORMED as error:
         raise IdentityError(Reason.UNTRUSTED, f"malformed certificate: {error}") from None
 
 

@@ -157,7 +157,9 @@ class _Endpoint(ABC):
         event, name = (
             ("connection_ended", connection.identity.name) if was_open else ("connection_refused", "")
         )
-        if self._quiet.allows((event, name or host, reason), self.clock()):
+        # What the peer gives as its reason is its own invention: each would be a line.
+        own = str(connection.refusal.reason) if connection.refusal is not None else ""
+        if self._quiet.allows((event, name or host, own), self.clock()):
             _log.info(
                 event,
                 where=self.settings.where,

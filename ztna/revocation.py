@@ -12,6 +12,7 @@ from datetime import datetime
 from itertools import pairwise
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -20,7 +21,16 @@ from ztna.reasons import Reason
 
 LISTS_MAX = 64
 
-_PEM_END = b"-----END X509 CRL-----"
+MALFORMED = (
+    ValueError,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    UnsupportedAlgorithm,
+)
+"""All that `cryptography` raises for certificates and CRLs that it cannot read; they have no root of their own."""
+
+_PEM_BEGIN, _PEM_END = b"-----BEGIN X509 CRL-----", b"-----END X509 CRL-----"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +62,30 @@ class RevocationList:
 class Revocations:
     """The CRLs a daemon goes by, all read together."""
 
-    def __init__(self, lists: Iterable[RevocationList]) -> None:
+    def __init__(self, lists: Iterable[RevocationList], earlier: Revocations | None = None) -> None:
+        """Of an issuer what `earlier` went by still counts where it is newer: an old list gives nobody back."""
         self.lists = tuple(lists)
         self._of_issuer: dict[bytes, RevocationList | None] = {}
+        self._kept: dict[bytes, RevocationList] = {}
+        if earlier is not None:
+            found = list(earlier._of_issuer.items())
+            self._kept = earlier._kept | {key: each for key, each in found if each is not None}
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Revocations:
+    def from_bytes(cls, data: bytes, earlier: Revocations | None = None) -> Revocations:
         """Read CRLs in PEM, one after the other, or one in DER. Raises ConfigError."""
         try:
             if _PEM_END not in data:
                 parsed = [x509.load_der_x509_crl(data)]
             else:
-                pems = data.split(_PEM_END)[:-1]
+                *pems, rest = data.split(_PEM_END)
+                if _PEM_BEGIN in rest:
+                    raise ConfigError("the last CRL is cut off")
                 if len(pems) > LISTS_MAX:
                     raise ConfigError(f"{len(pems)} CRLs in one place, at most {LISTS_MAX}")
                 parsed = [x509.load_pem_x509_crl(pem + _PEM_END) for pem in pems]
-            return cls(RevocationList.of(each) for each in parsed)
-        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+            return cls([RevocationList.of(each) for each in parsed], earlier)
+        except MALFORMED as error:
             raise ConfigError(f"no CRL in PEM or DER: {error}") from None
 
     @property
@@ -112,12 +129,13 @@ class Revocations:
             raise IdentityError(Reason.POLICY_UNKNOWN, unknown)
 
     def _list_of(self, issuer: x509.Certificate) -> RevocationList | None:
-        """Return the newest list that this issuer signed."""
+        """Return the newest list that this issuer signed, of these and of those before."""
         public = issuer.public_key()
         spki = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         key = issuer.subject.public_bytes() + spki
         if key not in self._of_issuer:
             signed = [each for each in self.lists if each.issuer == issuer.subject and _signed(each, public)]
+            signed += [self._kept[key]] if key in self._kept else []
             self._of_issuer[key] = max(signed, key=lambda each: each.crl.last_update_utc, default=None)
         return self._of_issuer[key]
 

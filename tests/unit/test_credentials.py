@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import ssl
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -114,3 +116,31 @@ def test_tls_contexts_are_of_what_was_read_together(pki: Pki) -> None:
     shown = ends[1].getpeercert(binary_form=True)
     assert shown is not None
     assert hashlib.sha256(shown).hexdigest() == credentials.identity.fingerprint
+
+
+def test_a_key_of_an_unknown_kind_is_refused_like_any(pki: Pki) -> None:
+    """On a curve that nobody here knows `cryptography` raises what is no ValueError."""
+    config = pki.agent()
+    p256, unknown = bytes.fromhex("06082a8648ce3d030107"), bytes.fromhex("06082a8648ce3d030104")
+    key = Path(config.key)
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    der = private.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    good = key.read_bytes()
+    body = base64.encodebytes(der.replace(p256, unknown))
+    key.write_bytes(b"-----BEGIN PRIVATE KEY-----\n" + body + b"-----END PRIVATE KEY-----\n")
+    assert "no unencrypted private key" in refused(config)
+    key.write_bytes(good)
+    certificate = Path(config.certificate)
+    leaf = x509.load_pem_x509_certificate(certificate.read_bytes())
+    der = leaf.public_bytes(serialization.Encoding.DER)
+    for bad, why in (
+        (der.replace(p256, unknown), "is not the key of"),
+        (der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x07", 1), "holds no certificates"),
+    ):
+        body = base64.encodebytes(bad)
+        certificate.write_bytes(b"-----BEGIN CERTIFICATE-----\n" + body + b"-----END CERTIFICATE-----\n")
+        assert why in refused(config)
+    Path(config.ca).write_bytes(certificate.read_bytes())
+    assert "cannot be read as PEM" in refused(config)

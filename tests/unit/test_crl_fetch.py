@@ -19,6 +19,9 @@ async def server() -> AsyncIterator[str]:
     async def good(request: web.Request) -> web.Response:
         return web.Response(body=b"a list")
 
+    async def empty(request: web.Request) -> web.Response:
+        return web.Response()
+
     async def large(request: web.Request) -> web.Response:
         return web.Response(body=b"x" * 5_000)
 
@@ -30,7 +33,8 @@ async def server() -> AsyncIterator[str]:
         raise web.HTTPFound("/around")
 
     app = web.Application()
-    for path, handler in (("/crl", good), ("/large", large), ("/silent", silent), ("/around", around)):
+    handlers = {"/crl": good, "/empty": empty, "/large": large, "/silent": silent, "/around": around}
+    for path, handler in handlers.items():
         app.router.add_get(path, handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
@@ -47,7 +51,13 @@ async def test_http_and_files_are_fetched(server: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("/none", "status 404"), ("/large", "more than"), ("/silent", "no answer"), ("/around", "around")],
+    [
+        ("/none", "status 404"),
+        ("/empty", "nothing in it"),
+        ("/large", "more than"),
+        ("/silent", "no answer"),
+        ("/around", "around"),
+    ],
 )
 async def test_what_is_no_answer_is_one_error(
     server: str, path: str, said: str, monkeypatch: pytest.MonkeyPatch

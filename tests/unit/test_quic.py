@@ -241,6 +241,26 @@ async def test_who_is_refused_again_and_again_does_not_fill_the_log(
     assert left_out["count"] == 2 and "no_grant" in left_out["about"]
 
 
+async def test_what_a_peer_gives_as_its_reason_makes_no_lines(
+    dial: Any, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ztna.quic")
+    server = serve()
+    for number in range(3):
+        client = dial(server.address)
+        await client.connect()
+        client.client.close(0, f"a reason of my own: {number}")
+    await soon(lambda: len(server.server._buried) == 3)
+    ended = [
+        each.fields  # type: ignore[attr-defined]
+        for each in caplog.records
+        if each.getMessage() == "connection_ended" and "of my own" in str(each.fields)  # type: ignore[attr-defined]
+    ]
+    assert [each["reason"] for each in ended if each["peer"] == "spiffe://ztna/agent-1"] == [
+        "a reason of my own: 0"
+    ]
+
+
 class Later:
     """A clock that can be put forward."""
 

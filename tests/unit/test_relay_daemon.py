@@ -269,6 +269,24 @@ async def test_a_certificate_decides_what_may_be_registered(mesh: RunningRelay) 
     await peer.serve("con-x--replica-2", SERVICE)
 
 
+async def test_who_may_not_serve_a_name_does_not_have_it_asked_for(
+    mesh: RunningRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resolver, and the relay, must not work for whoever only names what others serve."""
+    await mesh.connector("con-x")
+    agent, other = await mesh.agent(), await mesh.peer(mesh.pki.connector("con-y", [SERVICE]))
+    asked: list[str] = []
+    monkeypatch.setattr(mesh.relay.puller, "ask_soon", asked.append)
+    monkeypatch.setattr(mesh.relay.puller, "watch", lambda services: asked.append("all"))
+    agent.say(control.Register(ConnectorId("con-z"), (control.Offering(SERVICE),)))
+    await agent.expect(control.Refused)
+    agent.say(control.Register(ConnectorId("con-z"), ()))
+    await agent.nothing_of(control.Registered)
+    assert asked == []
+    await other.serve("con-y")
+    assert asked == ["all", SERVICE]
+
+
 async def test_the_newer_of_two_connections_with_one_id_gets_new_sessions(mesh: RunningRelay) -> None:
     older = await mesh.connector("con-x")
     agent = await mesh.agent()

@@ -258,6 +258,34 @@ async def test_news_while_a_name_is_asked_for_is_not_lost(pulling: Pulling) -> N
     assert not pulling.puller._names[WEB].again
 
 
+async def test_a_server_too_far_behind_takes_no_permission_that_another_gave() -> None:
+    """The good one is away and a stuck secondary answers: the last good answers hold for their bound."""
+    good, stuck = DnsServer(), DnsServer()
+    stuck.fresh = str(int(time.time() - 2 * HOLD_S))
+    for dns in (good, stuck):
+        dns.routes["web"] = [(0, 1, "con-x")]
+    tables: list[SrvTable] = []
+    resolver = Resolver((await good.start(), await stuck.start()), 0.5)
+    puller = SrvPuller(resolver, Zone("ztna.local"), HOLD_S, tables.append)
+    puller.watch([WEB])
+    task = asyncio.ensure_future(puller.run())
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while not (tables and tables[-1].routes(WEB, time.monotonic()) and len(tables[-1].fresh) == 2):
+                await asyncio.sleep(0.01)
+            good.silent = True
+            while stuck.asked.count("web.ztna.local SRV") < 2:
+                await asyncio.sleep(0.01)
+        assert resolver.first == resolver.servers[1]
+        assert tables[-1].routes(WEB, time.monotonic()) is not None
+        assert puller._entries[WEB].source == resolver.servers[0]
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        stuck.close()
+        good.close()
+
+
 async def test_who_says_that_the_catalog_is_confirmed_says_it_of_its_own_answers_only() -> None:
     """A secondary that is stuck on an old zone, without a word of it, gives no permission beside one that is not."""
     stuck, good = DnsServer(), DnsServer()

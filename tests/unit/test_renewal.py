@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.support.certificates import DAY, Pki
@@ -298,6 +299,30 @@ async def test_a_crl_is_fetched_and_fetched_again(pki: Pki, monkeypatch: pytest.
         await until("revoked", lambda: daemon.lets_in(bad) is Reason.REVOKED)
         pki.crl_file.write_bytes(b"<html>not a CRL</html>")
         await until("said", lambda: "tls_crl" in daemon.warnings)
+        assert daemon.lets_in(bad) is Reason.REVOKED
+        pki.crl_file.write_bytes(b"")
+        await until("said", lambda: "nothing in it" in daemon.warnings.get("crl_url", ""))
+        assert daemon.lets_in(bad) is Reason.REVOKED
+
+
+async def test_a_crl_of_before_and_one_that_nobody_can_read_change_nothing(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renewal_module, "RETRY_SECONDS_MIN", 0.05)
+    bad = pki.agent("bad")
+    earlier = pki.authority.crl(None, now=datetime.now(UTC) - timedelta(seconds=10))
+    pki.crl_file.write_bytes(earlier)
+    config = msgspec.structs.replace(pki.agent(), crl_url=f"file://{pki.crl_file}", crl_refresh_s=0.05)
+    async with kept(config) as daemon:
+        await until("ready", lambda: not daemon.awaiting)
+        assert daemon.lets_in(bad) is None
+        pki.revoke(bad)
+        await until("revoked", lambda: daemon.lets_in(bad) is Reason.REVOKED)
+        der = x509.load_pem_x509_crl(earlier).public_bytes(DER)
+        pki.crl_file.write_bytes(der.replace(b"\x02\x01\x01", b"\x02\x01\x05", 1))
+        await until("said", lambda: "version" in daemon.warnings.get("tls_crl", ""))
+        replace_file(pki.crl_file, earlier)
+        await until("taken", lambda: daemon.now.material.crl == earlier)
         assert daemon.lets_in(bad) is Reason.REVOKED
 
 

@@ -157,3 +157,34 @@ def test_an_issuer_whose_key_cannot_sign_has_no_list(pki: Pki) -> None:
         pki.authority.key, hashes.SHA256()
     )
     assert "no CRL of" in str(revocations.unknown((leaf, strange), NOW))
+
+
+def test_an_older_list_takes_nothing_back(pki: Pki) -> None:
+    """Who repeats to a daemon what was true before somebody was revoked gives that one nothing."""
+    issuer, key = pki.authority.intermediate, pki.authority.key
+    bad = pki.signed(dns=["agent.db.ztna"])
+    path = path_of(pki, bad)
+    older = crl(issuer, key, since=NOW - 2 * DAY)
+    newer = Revocations.from_bytes(crl(issuer, key, bad.chain[0].serial_number))
+    assert reason_of(newer, path) is Reason.REVOKED
+    replayed = Revocations.from_bytes(older, newer)
+    again = Revocations.from_bytes(older, replayed)
+    assert reason_of(replayed, path) is reason_of(again, path) is Reason.REVOKED
+    assert reason_of(Revocations((), again), path) is Reason.REVOKED
+    newest = Revocations.from_bytes(crl(issuer, key, since=NOW - DAY / 2), again)
+    assert reason_of(newest, path) is None, "its issuer took that back"
+    forged = crl(issuer, pki.rogue.key, since=NOW)
+    assert reason_of(Revocations.from_bytes(forged, newer), path) is Reason.REVOKED
+
+
+def test_a_list_of_another_version_is_refused(pki: Pki) -> None:
+    pem = crl(pki.authority.intermediate, pki.authority.key)
+    der = x509.load_pem_x509_crl(pem).public_bytes(serialization.Encoding.DER)
+    with pytest.raises(ConfigError, match="not a valid CRL version"):
+        Revocations.from_bytes(der.replace(b"\x02\x01\x01", b"\x02\x01\x05", 1))
+
+
+def test_a_file_that_is_cut_off_is_refused(pki: Pki) -> None:
+    pem = crl(pki.authority.intermediate, pki.authority.key)
+    with pytest.raises(ConfigError, match="cut off"):
+        Revocations.from_bytes(pem + pem[:-40])
