@@ -30,6 +30,7 @@ CONNECTIONS_MAX = 20_000
 UNBOUND_CONNECTIONS_MAX = 2_000
 TOKENS_PER_SESSION_MAX = 256
 TOKENS_MAX = 100_000
+"""Who gets one uses it at once: beyond it the oldest goes, so that who hoards them keeps nobody else out."""
 LISTEN_BACKLOG = 1024
 ACCEPTS_PER_WAKEUP = 64
 ACCEPT_PAUSE_SECONDS = 0.1
@@ -100,7 +101,7 @@ class Splicer:
         return host, port
 
     def admit_agent(self, session: SessionId, token: bytes) -> bool:
-        """Let one connection with the token in within TOKEN_SECONDS; False when there are too many tokens."""
+        """Let one connection with the token in within TOKEN_SECONDS; False when its session has too many tokens."""
         return self._admit(token, Token(session, self._loop.time() + TOKEN_SECONDS))
 
     def admit_connector(self, session: SessionId, waiter: int, token: bytes) -> bool:
@@ -162,11 +163,13 @@ class Splicer:
         self._epoll.close()
 
     def _admit(self, token: bytes, entry: Token) -> bool:
-        ours = self._tokens_of[entry.session]
-        if len(ours) >= TOKENS_PER_SESSION_MAX or len(self._tokens) >= TOKENS_MAX:
+        if len(self._tokens_of.get(entry.session, ())) >= TOKENS_PER_SESSION_MAX:
             self.refusals["limit"] += 1
             return False
-        ours.add(token)
+        if len(self._tokens) >= TOKENS_MAX:
+            self.refusals["limit"] += 1
+            self._take(next(iter(self._tokens)))
+        self._tokens_of[entry.session].add(token)
         self._tokens[token] = entry
         return True
 

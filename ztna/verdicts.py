@@ -109,6 +109,10 @@ class Verdicts:
         heapq.heappush(self._expiries, (identity.not_after, next(self._numbers), followed))
         if self._ticking is None:
             self._ticking = loop.call_later(TICK_SECONDS, self._tick)
+        if self._judge(identity, self._wall()) is not None:
+            # The trust has changed since it was verified, a turn of the loop ago: ended like those before it.
+            self._pending.append(followed)
+            self._turn = self._turn or loop.call_soon(self._judge_some)
         return followed
 
     def use(self, trust: Trust) -> None:

@@ -311,6 +311,20 @@ async def test_numbers_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) ->
     second.writer.close()
 
 
+async def test_who_hoards_tokens_keeps_nobody_out_who_uses_his(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOKENS_MAX", 10)
+    hoarded = [bytes([number]) * 32 for number in range(10)]
+    assert all(rig.splicer.admit_agent(OTHER, token) for token in hoarded)
+    await rig.pair()
+    assert rig.splicer.status()["tokens"] == 9, "the oldest made room"
+    await (await rig.dial(wire.dial_in(hoarded[0]))).refused()
+    assert rig.splicer.refusals["limit"] == 1 and rig.splicer.refusals["bad_token"] == 1
+    rig.splicer.end_session(OTHER)
+    assert rig.splicer.status()["tokens"] == 0
+
+
 async def test_a_flood_of_strangers_keeps_nobody_out_who_has_a_token(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,17 @@ async def test_nor_does_an_error_that_nobody_foresaw(pki: Pki) -> None:
     assert len(unforeseen) == 2
 
 
+async def test_who_is_revoked_between_being_verified_and_being_followed_is_ended(pki: Pki) -> None:
+    guests = Guests(pki)
+    presented = pki.signed(dns=["agent.db.ztna"], cn="late")
+    identity = guests.verdicts.verify(presented.der, "client")
+    guests.crl(presented)
+    guests.verdicts.follow(identity, lambda error: guests.ended.append(("late", error.reason)))
+    assert guests.ended == [], "not before who follows knows of it"
+    await until(lambda: guests.ended)
+    assert guests.ended == [("late", Reason.REVOKED)]
+
+
 async def test_the_owner_hears_of_each_who_was_refused(pki: Pki) -> None:
     guests = Guests(pki)
     heard: list[tuple[str, Reason]] = []
