@@ -13,7 +13,8 @@ from functools import partial
 
 from sidecar.agent.commands import Session, SessionKey
 from sidecar.link.budget import Budget
-from sidecar.link.stream import Carrier
+from sidecar.link.patience import patience
+from sidecar.link.stream import FORWARDER_BOUND_SECONDS, Carrier
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
 from ztna.identity import Identity, require_connector
@@ -29,7 +30,8 @@ ROUTE_MEMORY_SECONDS = 60.0
 DIAL_TOKEN_SECONDS = 2.0
 FORWARDER_SECONDS = 2.0
 """How long a connector may take to dial in. Less than the 5 s a forwarder waits: by then new flows must have
-gone to another connector."""
+gone to another connector. On a long way it gets some round trips to the relay more."""
+FORWARDER_ROUND_TRIPS = 3
 DIALS_PER_SESSION_MAX = 128
 
 
@@ -170,14 +172,16 @@ class Carriers:
         forwarder = session.opened.forwarder
         if forwarder is None:
             raise LinkError("the relay offers no forwarder")
+        asked_at = self._loop.time()
         token, own = await self._token(session), self._credentials(session.relay)
+        round_trips_s = FORWARDER_ROUND_TRIPS * (self._loop.time() - asked_at)
         carrier = await Carrier.dial_forwarder(
             (forwarder.address.ip, forwarder.address.port),
             token,
             own,
             partial(_check, session),
             budget=self._budget,
-            timeout_s=FORWARDER_SECONDS,
+            timeout_s=min(FORWARDER_SECONDS + round_trips_s, FORWARDER_BOUND_SECONDS),
         )
         return self._track(carrier, session.opened.connector_id, own)
 
@@ -190,7 +194,7 @@ class Carriers:
         waiting.append(answer)
         try:
             self._send(session.relay, Dial(session.opened.session))
-            async with asyncio.timeout(DIAL_TOKEN_SECONDS):
+            async with patience(DIAL_TOKEN_SECONDS):
                 return await answer
         except TimeoutError:
             raise LinkError(f"no dial token within {DIAL_TOKEN_SECONDS:g} s") from None

@@ -298,7 +298,7 @@ class Agent:
 
     def _send(self, relay: str, message: AnyMessage) -> None:
         # When it is not connected the loss of all its sessions is reported by on_lost.
-        self._relays[relay].send(message)
+        self._relays.send(relay, message)
 
     def _tell_relays(self, conflict: Conflict) -> None:
         for client in self._relays:

@@ -23,10 +23,14 @@ from ztna.telemetry import dropped, logger, refused
 from ztna.wire.control import CandidateOffer, ForwarderBind, PunchingResult, StartPunching
 
 DIAL_SECONDS = 2.0
-"""The connector binds as soon as it accepts the session, so this is round trips; by the end of it new flows must
-still reach another connector within 5 s."""
+"""How long nothing may come of a dial. The connector binds as soon as it accepts the session, so these are round
+trips; by the end of it new flows must still reach another connector within 5 s."""
 WATCH_SECONDS = 0.5
+TURNS_TO_READ = 3
+"""Turns of the loop until what came while it was held up is read: only then is silence silence."""
 SILENCE_FORWARDED_SECONDS = 2.5
+SILENCE_ROUND_TRIPS = 3
+"""To be added on a long way: a lost packet is missed after one, and its answer takes another."""
 SILENCE_DIRECT_SECONDS = 5.0
 """The path switch needs 4 s to leave a direct path that died; only then has the link itself failed."""
 PUNCHING_SECONDS = 10.0
@@ -160,6 +164,8 @@ class Links:
         """Watch all links for silence and for changes of path, until cancelled."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            for _ in range(TURNS_TO_READ):
+                await asyncio.sleep(0)
             for link in tuple(self._links.values()):
                 self._watch(link)
 
@@ -270,7 +276,8 @@ class Links:
             del link.relays[bind_id]
             link.added_at.pop(bind_id, None)
         was_ready, carrying = link.is_ready, self._way(link, made, after)
-        link.is_ready = carrying.is_direct or self._relays.state(link.relay) is not RelayState.DOWN
+        is_up = self._relays.state(link.relay) is not RelayState.DOWN
+        link.is_ready = carrying.is_direct or (is_up and after in needed)
         heard = {each for each in made.ways if made.is_heard(each)}
         news, link.heard = not was_ready or after != before or heard != link.heard, heard
         if link.is_ready and news:
@@ -297,9 +304,12 @@ class Links:
             self._close(link, Reason.PEER_GONE)
             return
         limit = SILENCE_DIRECT_SECONDS if made.path == "direct" else SILENCE_FORWARDED_SECONDS
-        # While its relay is silent too, nothing is known of the connector.
+        limit += SILENCE_ROUND_TRIPS * made.rtt_s
+        # While its relay is silent too, or was restarted and knows nothing of this way, nothing is known of the
+        # connector.
         is_relay_up = self._relays.state(link.relay) in (RelayState.UP, RelayState.DRAINING)
-        is_reachable = is_relay_up or made.path == "direct"
+        is_bound = made.carrying.bind_id in map(_bind_id, link.sessions.values())
+        is_reachable = (is_relay_up and is_bound) or made.path == "direct"
         if made.unanswered_s > limit if is_reachable else self._is_disowned(link, made):
             _log.warning("link_silent", connector=link.key[0], relay=link.relay, path=made.path)
             made.close(Reason.PEER_GONE)

@@ -164,8 +164,12 @@ class Sessions:
 
     def _retry(self, event: Retry, now: float) -> None:
         flow = self._flows.get(event.flow)
-        if flow is None or flow.session is None:
-            return  # it failed meanwhile, and has been told
+        if flow is None:
+            # It failed meanwhile, and whoever asks has not heard of it: his patience was over in the same turn.
+            self._fail(event.flow, event.cause.reason, now)
+            return
+        if flow.session is None:
+            return  # it waits already
         live = self._live.get(flow.session)
         final = self._final(flow, live, event.cause, now)
         self._let_go(event.flow, now)

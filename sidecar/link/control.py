@@ -19,13 +19,22 @@ from typing import Any
 
 import msgspec
 
+from sidecar.link.patience import patience
 from sidecar.link.pulse import BUSY_PING_SECONDS, GONE_SECONDS, PING_SECONDS, Life, Pulse
 from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.names import ServiceName, SessionId
-from ztna.quic import CLOSE_OK, CLOSE_PROTOCOL_ERROR, RENEWED, Client, Connection, Settings
+from ztna.quic import (
+    CLOSE_OK,
+    CLOSE_PROTOCOL_ERROR,
+    HANDSHAKE_SECONDS,
+    RENEWED,
+    Client,
+    Connection,
+    Settings,
+)
 from ztna.quic_engine import close_code
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
@@ -49,6 +58,7 @@ UDP_PAYLOAD_BYTES = 1200
 UDP_PAYLOAD_PROBED_BYTES = 1350
 CONNECTOR_UDP_PAYLOAD_BYTES = 1360
 CONNECT_SECONDS = 5.0
+"""How long a relay may be silent amid a handshake: a busy one, to whom many come back at once, is waited for longer."""
 HELLO_SECONDS = 5.0
 LOOK_SECONDS = BUSY_PING_SECONDS
 """How often at least it is looked whether the relay is needed (`is_busy`) and still there."""
@@ -195,7 +205,7 @@ class RelayClient:
                 check=self._check,
                 factory=make,
             )
-            connection = await client.connect(CONNECT_SECONDS)
+            connection = await self._connect(client)
             is_same = before is not None and before.fingerprint == connection.identity.fingerprint
             if is_same and _same_leaf(credentials, self.proven):
                 raise LinkError(f"relay {self.target.name} was not renewed yet")
@@ -206,6 +216,13 @@ class RelayClient:
             path.close()
             raise
         return _Dialled(client, path, connection, controls[0])
+
+    async def _connect(self, client: Client) -> Connection:
+        try:
+            async with patience(CONNECT_SECONDS, lambda: client.connection and client.connection.heard_at):
+                return await client.connect(HANDSHAKE_SECONDS)
+        except TimeoutError:
+            raise LinkError(f"relay {self.target.name} does not answer ({CONNECT_SECONDS:g} s)") from None
 
     async def _greet(self, connection: Connection, control: _Control) -> None:
         control.greet()

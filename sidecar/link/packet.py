@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from sidecar.link.patience import patience
 from sidecar.link.switch import PathSwitch
 from ztna.credentials import Credentials
 from ztna.errors import BadName, LinkError, ProtocolError, ZtnaError
 from ztna.identity import Identity
 from ztna.names import ServiceName
-from ztna.quic import CLOSE_OK, Client, Connection, Server, Settings
+from ztna.quic import CLOSE_OK, HANDSHAKE_SECONDS, Client, Connection, Server, Settings
 from ztna.reasons import Reason
 from ztna.telemetry import dropped
 from ztna.udp import SockAddr
@@ -87,7 +88,8 @@ class PacketLink:
     ) -> PacketLink:
         """Bind at the forwarder and connect to the connector on its other side (the agent's end).
 
-        `check` raises Refused for a connector that is not the one meant. Raises LinkError, Refused.
+        `check` raises Refused for a connector that is not the one meant. `timeout_s` is for each sign of progress: a
+        long way, or a slow host, is no reason to begin anew, which costs it as much again. Raises LinkError, Refused.
         """
         try:
             link = cls(bind, probe_key, receive, allow_private=allow_private)
@@ -103,10 +105,10 @@ class PacketLink:
             factory=link._handler,
         )
         try:
-            async with asyncio.timeout(timeout_s):
+            async with patience(timeout_s, partial(_progress, link._carrying, client)):
                 # Before the bind the forwarder drops everything, and QUIC would wait out its first timer.
                 await asyncio.shield(link._carrying.bound)
-                await client.connect(timeout_s)
+                await client.connect(HANDSHAKE_SECONDS)
         except TimeoutError:
             link.close(Reason.PEER_GONE)
             raise LinkError(f"no packet link through {bind.address} within {timeout_s:g} s") from None
@@ -209,6 +211,11 @@ class PacketLink:
             self._ways[bind_id] = way
             way.hand_over(partial(self._packets_received, bind_id), partial(self._path_changed, bind_id))
             self.use(bind_id)  # and let it be heard there; the next packet decides where to stay
+
+    @property
+    def rtt_s(self) -> float:
+        """The round trip time to the other end in seconds, 0 while none was measured."""
+        return (self._connection.rtt_s if self._connection is not None else None) or 0.0
 
     @property
     def unanswered_s(self) -> float:
@@ -395,6 +402,10 @@ class _LinkHandler:
 
     def connection_closed(self, code: int, reason: str) -> None:
         self._link._connection_lost(self._connection, _reason(code, reason))
+
+
+def _progress(way: PathSwitch, client: Client) -> object:
+    return way.bound.done(), client.connection and client.connection.heard_at
 
 
 def _reason(code: int, phrase: str) -> Reason:

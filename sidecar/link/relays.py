@@ -16,6 +16,7 @@ from ztna.errors import ConfigError
 from ztna.names import Zone
 from ztna.resolver import Resolver
 from ztna.telemetry import logger
+from ztna.wire.control import AnyMessage
 
 RESOLVER_SECONDS = 3.0
 LEAVE_SECONDS = 30.0
@@ -52,8 +53,10 @@ class RelayClients:
     def __iter__(self) -> Iterator[RelayClient]:
         return iter(tuple(self._clients.values()))
 
-    def __getitem__(self, label: str) -> RelayClient:
-        return self._clients[label]
+    def send(self, label: str, message: AnyMessage) -> bool:
+        """Send a message to a relay; False when it is not connected, or forgotten by now."""
+        client = self._clients.get(label)
+        return client is not None and client.send(message)
 
     def label(self, client: RelayClient) -> str:
         """Return a client's label."""

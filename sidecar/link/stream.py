@@ -15,6 +15,7 @@ import msgspec
 from sidecar.link.budget import Budget
 from sidecar.link.carrier import FrameStream
 from sidecar.link.flow import TcpFlow, reset_code
+from sidecar.link.patience import patience
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused, ZtnaError
 from ztna.identity import Identity
@@ -269,7 +270,7 @@ async def dial_in_at(address: SockAddr, token: bytes, timeout_s: float) -> socke
     sock = await connect(address, timeout_s)
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(timeout_s):
+        async with patience(timeout_s):
             await loop.sock_sendall(sock, dial_in(token))
             start = await _read_exactly(sock, _BOUND_START_BYTES)
             decode(start + await _read_exactly(sock, bound_bytes(start) - len(start)))

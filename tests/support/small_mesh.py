@@ -171,6 +171,14 @@ class SmallMesh:
     def close_session(self, number: int, reason: Reason) -> None:
         self.say(Closed(SessionId(f"{number:016x}"), reason))
 
+    def restart_relay(self) -> None:
+        """End its connection and have its forwarder forget every binding."""
+        assert self.peer is not None
+        for key in self._binds:
+            self.forwarder.remove_link(key)
+        self._binds.clear()
+        self.peer.connection.close(0, "server shutting down")
+
     async def run(self) -> None:
         """Do a relay's part for one agent connection after another."""
         while True:

@@ -335,6 +335,22 @@ class TestUdp:
                 assert await program.ask_until_answered(b"two") == b"TWO"
             assert len(mesh.opens) == 2
 
+    async def test_what_is_asked_before_a_restarted_relay_has_a_session_again_is_not_lost(
+        self, tmp_path: Path
+    ) -> None:
+        async with small_mesh(tmp_path) as mesh:
+            ip = await mesh.lease("echo-service", 2, UDP)
+            mesh.connector()
+            async with agent(mesh, direct=False) as daemon:
+                program = Program((str(ip), 5300))
+                assert await program.ask_until_answered(b"one") == b"ONE"
+                mesh.restart_relay()
+                mesh.denying += [Reason.NO_HEALTHY_CONNECTOR] * 3
+                await until("the loss is seen", lambda: not daemon.readiness.ready)
+                await until("the relay is back", lambda: daemon.readiness.ready)
+                assert await program.ask(b"two") == b"TWO"
+                assert not mesh.denying
+
     async def test_silent_flows_are_forgotten(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh:
             ip = await mesh.lease("echo-service", 2, UDP)

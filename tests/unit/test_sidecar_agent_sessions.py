@@ -628,9 +628,16 @@ class TestRetry:
         agent(Retry(1, Cause.FAILED))
         assert agent.state() == "idle"
 
-    def test_a_retry_of_nothing_is_nothing(self) -> None:
+    def test_a_retry_of_a_flow_that_failed_meanwhile_fails(self) -> None:
+        """Its asker may not have heard, and would wait for ever."""
+        agent, session = carrying()
+        agent(RelayDown("r1"))
+        agent(Move(1, session.opened.connector_id, 3.0))
+        assert agent.after(3.0) == [Fail(1, Reason.PEER_GONE)]
+        assert agent(Retry(1, Cause.FAILED)) == [Fail(1, Reason.PEER_GONE)]
+
+    def test_a_retry_of_what_waits_is_nothing(self) -> None:
         agent = ready()
-        assert agent(Retry(1, Cause.FAILED)) == []
         agent(Want(1, WEB))
         assert agent(Retry(1, Cause.FAILED)) == []
 

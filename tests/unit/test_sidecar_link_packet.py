@@ -5,14 +5,14 @@ import errno
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from relay.forwarder import Forwarder
 from sidecar.link.packet import HALF_OPEN_MAX, PacketLink
-from sidecar.link.switch import _interface_addresses
+from sidecar.link.switch import PathSwitch, _interface_addresses
 from tests.support.certificates import Pki
 from tests.support.hostile import client_connection
 from ztna import udp
@@ -232,6 +232,24 @@ async def test_without_a_socket_dialling_is_a_link_error(
     monkeypatch.setattr(socket, "socket", nothing_left)
     with pytest.raises(LinkError, match="too many open files"):
         await connect(("127.0.0.1", 1), 1.0)
+
+
+async def test_a_dial_that_goes_on_is_not_given_up_on_a_long_way(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round trips of 0.7 s, two of which QUIC needs; each is in time."""
+    send, loop = PathSwitch.send, asyncio.get_running_loop()
+
+    def send_late(way: PathSwitch, packets: Sequence[tuple[bytes, tuple[str, int]]]) -> None:
+        loop.call_later(0.35, send, way, packets)
+
+    monkeypatch.setattr(PathSwitch, "send", send_late)
+    ground.serve()
+    began_at = loop.time()
+    near = await ground.dial(timeout_s=1.2)
+    assert loop.time() - began_at > 1.2
+    assert near.send(ECHO, b"ping")
+    assert await ground.far.wait(1) == [(ECHO, b"ping")]
 
 
 async def test_without_a_connector_dialling_ends_in_time(ground: Ground) -> None:

