@@ -50,6 +50,7 @@ class Connector:
         return {
             service: Desired(
                 routes,
+                routes.weight,
                 self.verdicts[service],
                 self.since,
                 f"it is {self.verdicts[service]}",
