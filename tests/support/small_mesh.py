@@ -308,8 +308,12 @@ def _forwarder_ports() -> tuple[Forwarder, socket.socket]:
     """One port number, UDP and TCP."""
     for _ in range(20):
         raw = udp.RawSocket.open(("127.0.0.1", 0))
+        # Before there is a forwarder: the loop would go on to watch the descriptor of one whose socket is closed here,
+        # and the next socket, which gets that number, would never be heard.
         try:
-            return Forwarder(raw), listen_tcp(raw.address)
+            listener = listen_tcp(raw.address)
         except Exception:
             raw.close()
+        else:
+            return Forwarder(raw), listener
     raise AssertionError("no port is free both ways")
