@@ -256,7 +256,7 @@ class SrvPuller:
         if not self.failing:
             _log.warning("dns_unavailable", error=error)
         self.failing = str(error)
-        return _jittered(min(FAILURE_SECONDS_MIN * 2 ** min(name.failures - 1, 10), FAILURE_SECONDS_MAX))
+        return _backoff(name.failures)
 
     def _works(self) -> None:
         if self.failing:
@@ -286,17 +286,22 @@ class SrvPuller:
                 else:
                     await asyncio.sleep(_jittered(FAILURE_SECONDS_MAX))
                 continue
-            failures.failures = 0
             self._silent.pop(server, None)
             self._works()
-            self._note_freshness(server, answer)
-            await asyncio.sleep(_between(min(answer.ttl_s, FRESH_SECONDS_MAX)))
+            if self._note_freshness(server, answer):
+                failures.failures = 0
+                await asyncio.sleep(_between(min(answer.ttl_s, FRESH_SECONDS_MAX)))
+            else:
+                # Nothing is permitted without: a server that has just started will say it soon.
+                failures.failures += 1
+                await asyncio.sleep(_backoff(failures.failures))
 
-    def _note_freshness(self, server: str, answer: TxtAnswer) -> None:
+    def _note_freshness(self, server: str, answer: TxtAnswer) -> bool:
+        """Take in what a server says; say whether it said anything."""
         text = answer.strings[0] if answer.strings else b""
         if not text.isdigit() or len(text) > 12:
             dropped("relay.srv", "no_freshness")
-            return
+            return False
         fresh_at = self._clock() - max(0.0, self._wall() - int(text))
         if server not in self._fresh or fresh_at > self._fresh[server]:
             self._fresh[server] = fresh_at
@@ -306,6 +311,7 @@ class SrvPuller:
             # Its answers would count for nothing soon, or do so already.
             _log.warning("resolver_behind", resolver=first, preferred=server)
             self._resolver.prefer(server)
+        return True
 
     async def _publish_changes(self) -> None:
         while True:
@@ -319,6 +325,10 @@ def _between(ttl_s: float) -> float:
     """Return when to ask again for what may be kept so long."""
     delay = ttl_s * random.uniform(REFRESH_PART_MIN, REFRESH_PART_MAX)
     return min(max(delay, REFRESH_SECONDS_MIN), REFRESH_SECONDS_MAX)
+
+
+def _backoff(failures: int) -> float:
+    return _jittered(min(FAILURE_SECONDS_MIN * 2 ** min(failures - 1, 10), FAILURE_SECONDS_MAX))
 
 
 def _jittered(delay: float) -> float:

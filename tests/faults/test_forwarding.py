@@ -17,6 +17,8 @@ from tests.support.lab import until
 from ztna.wire import forwarder as wire
 
 pytestmark = pytest.mark.namespaces
+SENT_TO_BIND = 2
+"""What each peer is sent by user space before it is bound: a challenge, and `bound`."""
 STOP_SECONDS = 1.0
 PACKET = b"\x40" + bytes(999)
 
@@ -54,6 +56,8 @@ def test_packets_cross_and_are_counted_for_each_link(place: Ground) -> None:
     process = place.start()
     agent, connector = place.link(process, "a")
     other = place.link(process, "b")
+    bound = (agent, connector, *other)
+    until("what binding took is counted", lambda: process.say()["sent"] >= SENT_TO_BIND * len(bound))
     before = process.say()["sent"]
     for _ in range(5):
         assert passes(agent, connector, QUIC) and passes(connector, agent, b"\xc0long")

@@ -64,11 +64,15 @@ class Peer:
 
     async def expect(self, kind: type[Message], **fields: object) -> Message:
         """Take the first message of the type with these fields out of the inbox, waiting for it."""
+        return await self.expect_one_of(kind, **fields)
+
+    async def expect_one_of(self, *kinds: type[Message], **fields: object) -> Message:
+        """Take the first message of one of the types with these fields out of the inbox, waiting for it."""
         async with asyncio.timeout(WAIT_SECONDS):
             while True:
                 for message in self.inbox:
                     same = all(getattr(message, name, None) == value for name, value in fields.items())
-                    if isinstance(message, kind) and same:
+                    if isinstance(message, kinds) and same:
                         self.inbox.remove(message)
                         return message
                 self._heard.clear()

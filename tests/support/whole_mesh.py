@@ -25,6 +25,7 @@ from sidecar.link.flow import TcpFlow
 from sidecar.link.packet import PacketLink
 from sidecar.link.stream import Carrier
 from tests.support.certificates import Pki
+from tests.support.consul import free_ports
 from tests.support.relay import Peer
 from ztna.config import (
     AgentConfig,
@@ -45,6 +46,7 @@ from ztna.jsontypes import from_json
 from ztna.leases import Lease, service_key
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.packet import Packet, build_udp, parse
+from ztna.reasons import Reason
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon
 from ztna.sections import Server
@@ -53,6 +55,7 @@ from ztna.wire.control import Address, LeaseRef
 from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame
 
 WAIT_SECONDS = 20.0
+ASK_AGAIN_SECONDS = 0.2
 FREE = Endpoint("127.0.0.1", 0)
 ECHO, WEB = ServiceName("echo-service"), ServiceName("web-app")
 PROMPT = CheckConfig(interval_s=0.1, timeout_s=1.0, failures_before_critical=1)
@@ -79,8 +82,8 @@ class Backend:
 
     async def start(self) -> None:
         """Listen, on the port of the last time."""
+        self.port = self.port or free_ports(1)[0]
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
         if self._udp is None:
             self._udp, _ = await asyncio.get_running_loop().create_datagram_endpoint(
                 lambda: _Echo(self.label), local_addr=("127.0.0.1", self.port)
@@ -301,9 +304,16 @@ class Scripted:
     async def open(self, service: ServiceName = ECHO) -> control.Opened:
         """Open a session as the service's lease stands."""
         lease = await self._mesh.lease(service)
-        self._requests += 1
-        self.peer.say(control.Open(self._requests, service, LeaseRef(lease.ip, lease.epoch)))
-        return await self.peer.expect(control.Opened, request=self._requests)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while True:
+                self._requests += 1
+                self.peer.say(control.Open(self._requests, service, LeaseRef(lease.ip, lease.epoch)))
+                answer = await self.peer.expect_one_of(control.Opened, control.Denied, request=self._requests)
+                if isinstance(answer, control.Opened):
+                    return answer
+                # As agents do: what is not known yet, or was too slow to answer, is asked again.
+                assert answer.reason in (Reason.POLICY_UNKNOWN, Reason.NO_HEALTHY_CONNECTOR), answer
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     async def denied(self, service: ServiceName = ECHO) -> control.Denied:
         """Ask for a session that is not given."""
