@@ -17,7 +17,8 @@ from ztna.identity import Trust
 from ztna.reasons import Reason
 from ztna.revocation import Revocations
 
-NOW = datetime.now(UTC)
+NOW = datetime.now(UTC) + timedelta(hours=1)
+"""When the paths are judged: later than any certificate here is made, however long other tests take before."""
 
 
 @pytest.fixture
