@@ -56,9 +56,6 @@ def test_packets_cross_and_are_counted_for_each_link(place: Ground) -> None:
     process = place.start()
     agent, connector = place.link(process, "a")
     other = place.link(process, "b")
-    bound = (agent, connector, *other)
-    until("what binding took is counted", lambda: process.say()["sent"] >= SENT_TO_BIND * len(bound))
-    before = process.say()["sent"]
     for _ in range(5):
         assert passes(agent, connector, QUIC) and passes(connector, agent, b"\xc0long")
     assert passes(*other)
@@ -78,7 +75,9 @@ def test_packets_cross_and_are_counted_for_each_link(place: Ground) -> None:
         [(1, len(QUIC), in_kernel), (0, 0, in_kernel)],
     ]
     until("both are counted", lambda: counts() == expected)
-    assert process.say()["sent"] - before == (0 if in_kernel else 11)
+    # Beside these only what binding took: a challenge and `bound` for each of four sides, some twice.
+    copied, sent = 0 if in_kernel else 11, process.say()["sent"]
+    assert copied <= sent <= copied + 2 * SENT_TO_BIND * 4
     assert not tracked(place)
 
 
