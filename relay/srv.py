@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from relay.policy import Route, SrvEntry, SrvTable, routes_of
+from relay.policy import EMPTY_TABLE, Route, SrvEntry, SrvTable, routes_of
 from ztna.errors import ResolverUnavailable
 from ztna.names import ServiceName, Zone
 from ztna.resolver import SrvAnswer, TxtAnswer
@@ -102,6 +102,7 @@ class SrvPuller:
         self._clock, self._wall = clock, wall
         self._names: dict[ServiceName, _Name] = {}
         self._entries: dict[ServiceName, SrvEntry] = {}
+        self._published = EMPTY_TABLE
         self._queue: list[tuple[float, ServiceName]] = []
         self._woken = asyncio.Event()
         self._changed = asyncio.Event()
@@ -156,7 +157,7 @@ class SrvPuller:
                 await self._ask_due(tasks)
 
     def status(self) -> dict[str, object]:
-        """Return the table as /status shows it: ages in seconds."""
+        """Return the table that was last published, as /status shows it: ages in seconds."""
         now, fresh_at = self._clock(), self.fresh_at
         return {
             "fresh_age_s": None if fresh_at is None else round(now - fresh_at, 1),
@@ -176,7 +177,7 @@ class SrvPuller:
                         for route in entry.routes
                     ],
                 }
-                for service, entry in sorted(self._entries.items())
+                for service, entry in sorted(self._published.entries.items())
             },
         }
 
@@ -317,7 +318,8 @@ class SrvPuller:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            self._publish(SrvTable(dict(self._entries), dict(self._fresh), self._hold_s))
+            self._published = SrvTable(dict(self._entries), dict(self._fresh), self._hold_s)
+            self._publish(self._published)
             await asyncio.sleep(PUBLISH_SECONDS)
 
 

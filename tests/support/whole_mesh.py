@@ -46,7 +46,6 @@ from ztna.jsontypes import from_json
 from ztna.leases import Lease, service_key
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.packet import Packet, build_udp, parse
-from ztna.reasons import Reason
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon
 from ztna.sections import Server
@@ -55,7 +54,6 @@ from ztna.wire.control import Address, LeaseRef
 from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame
 
 WAIT_SECONDS = 20.0
-ASK_AGAIN_SECONDS = 0.2
 FREE = Endpoint("127.0.0.1", 0)
 ECHO, WEB = ServiceName("echo-service"), ServiceName("web-app")
 PROMPT = CheckConfig(interval_s=0.1, timeout_s=1.0, failures_before_critical=1)
@@ -261,12 +259,15 @@ class WholeMesh:
                 await asyncio.sleep(0.02)
 
     async def served_by(self, service: ServiceName, *connectors: str) -> None:
-        """Wait until the relay has read from DNS that exactly these connectors serve it."""
+        """Wait until the relay has read from DNS that exactly these connectors serve it, and how fresh that is."""
 
         def named() -> bool:
-            entry = self.relay.status("srv")["services"].get(service)
-            return entry is not None and sorted(each["id"] for each in entry["connectors"]) == sorted(
-                connectors
+            srv = self.relay.status("srv")
+            entry = srv["services"].get(service)
+            return (
+                entry is not None
+                and srv["fresh_age_s"] is not None
+                and sorted(each["id"] for each in entry["connectors"]) == sorted(connectors)
             )
 
         await until(f"{service} by {connectors}", named)
@@ -304,16 +305,11 @@ class Scripted:
     async def open(self, service: ServiceName = ECHO) -> control.Opened:
         """Open a session as the service's lease stands."""
         lease = await self._mesh.lease(service)
-        async with asyncio.timeout(WAIT_SECONDS):
-            while True:
-                self._requests += 1
-                self.peer.say(control.Open(self._requests, service, LeaseRef(lease.ip, lease.epoch)))
-                answer = await self.peer.expect_one_of(control.Opened, control.Denied, request=self._requests)
-                if isinstance(answer, control.Opened):
-                    return answer
-                # As agents do: what is not known yet, or was too slow to answer, is asked again.
-                assert answer.reason in (Reason.POLICY_UNKNOWN, Reason.NO_HEALTHY_CONNECTOR), answer
-                await asyncio.sleep(ASK_AGAIN_SECONDS)
+        self._requests += 1
+        self.peer.say(control.Open(self._requests, service, LeaseRef(lease.ip, lease.epoch)))
+        answer = await self.peer.expect_one_of(control.Opened, control.Denied, request=self._requests)
+        assert isinstance(answer, control.Opened), answer
+        return answer
 
     async def denied(self, service: ServiceName = ECHO) -> control.Denied:
         """Ask for a session that is not given."""
