@@ -5,7 +5,6 @@ Pure. Both the keeper and the zone read the catalog through this, so that they n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from ipaddress import AddressValueError, IPv4Address
 
@@ -13,18 +12,9 @@ import msgspec
 
 from ztna.catalog import Instance
 from ztna.errors import BadName
-from ztna.leases import Port, Protocol
+from ztna.leases import Port
 from ztna.names import ConnectorId, ServiceName
-
-PORTS_META = "ztna-ports"
-CONNECTOR_META = "ztna-connector"
-VIRTUAL_IP_META = "ztna-virtual-ip"
-WILDCARD_META = "ztna-wildcard"
-PORTS_PER_SERVICE_MAX = 64
-
-_PROTOCOLS: Mapping[str, Protocol] = {"tcp": "tcp", "udp": "udp", "icmp": "icmp"}
-_PORT_TAG = re.compile(r"ztna-(tcp|udp|icmp):(\d{1,5})")
-_PORT = re.compile(r"(tcp|udp|icmp):(\d{1,5})")
+from ztna.published import META_CONNECTOR, META_VIRTUAL_IP, META_WILDCARD, port_text, ports_of
 
 
 class Service(msgspec.Struct, frozen=True):
@@ -51,18 +41,18 @@ def describe(name: str, instances: tuple[Instance, ...]) -> Service:
     """
     try:
         ServiceName(name)
-        published = {_ports(instance): instance.instance_id for instance in instances}
+        published = {ports_of(instance): instance.instance_id for instance in instances}
     except BadName as error:
         return Service(name, (), instances, str(error))
     if len(published) > 1:
         said = "; ".join(
-            f"{instance_id} says {','.join(map(_port_text, ports)) or 'none'}"
+            f"{instance_id} says {','.join(map(port_text, ports)) or 'none'}"
             for ports, instance_id in sorted(published.items())
         )
         return Service(name, (), instances, f"instances disagree on the ports: {said}")
     (ports,) = published
     asked, unclear = _virtual_ip(instances)
-    wildcard = any(instance.meta.get(WILDCARD_META) == "true" for instance in instances)
+    wildcard = any(instance.meta.get(META_WILDCARD) == "true" for instance in instances)
     return Service(name, ports, instances, None, asked, unclear, wildcard)
 
 
@@ -82,7 +72,7 @@ def describe_all(
 def connectors(service: Service) -> Iterator[tuple[ConnectorId, Instance]]:
     """Yield the passing instances that a connector serves, with its id: what a relay may route to."""
     for instance in service.instances:
-        connector = instance.meta.get(CONNECTOR_META, "")
+        connector = instance.meta.get(META_CONNECTOR, "")
         if connector and instance.status == "passing" and 0 < instance.port <= 65535:
             try:
                 yield ConnectorId(connector), instance
@@ -96,9 +86,9 @@ def _virtual_ip(instances: tuple[Instance, ...]) -> tuple[IPv4Address | None, st
     Instances that ask for none are silent; a wish that is unclear does not stop the service.
     """
     asked = {
-        instance.meta[VIRTUAL_IP_META]: instance.instance_id
+        instance.meta[META_VIRTUAL_IP]: instance.instance_id
         for instance in instances
-        if instance.meta.get(VIRTUAL_IP_META)
+        if instance.meta.get(META_VIRTUAL_IP)
     }
     if len(asked) > 1:
         said = "; ".join(f"{instance_id} says {text!r}" for text, instance_id in sorted(asked.items()))
@@ -109,32 +99,3 @@ def _virtual_ip(instances: tuple[Instance, ...]) -> tuple[IPv4Address | None, st
         except AddressValueError:
             return None, f"instance {instance_id!r} asks for {text!r}, which is no IPv4 address"
     return None, None
-
-
-def _ports(instance: Instance) -> tuple[Port, ...]:
-    """Meta `ztna-ports`, else tags `ztna-tcp:8080`, else the instance's own port as tcp."""
-    listed = instance.meta.get(PORTS_META)
-    if listed is not None:
-        texts = [_PORT.fullmatch(part.strip()) for part in listed.split(",")]
-    else:
-        texts = [_PORT_TAG.fullmatch(tag) for tag in instance.tags if tag.startswith("ztna-")]
-        if not texts:
-            return (Port("tcp", instance.port),) if instance.port else ()
-    ports = {
-        Port(_PROTOCOLS[match[1]], int(match[2])) for match in texts if match and _is_port(match[1], match[2])
-    }
-    if None in texts or len(ports) != len(texts) or len(ports) > PORTS_PER_SERVICE_MAX:
-        raise BadName(
-            f"instance {instance.instance_id!r}: expected {PORTS_META} like 'tcp:8080,udp:53', each once, "
-            f"at most {PORTS_PER_SERVICE_MAX}"
-        )
-    return tuple(sorted(ports))
-
-
-def _is_port(protocol: str, number: str) -> bool:
-    """ICMP has no ports: it is published as `icmp:0`."""
-    return int(number) == 0 if protocol == "icmp" else 1 <= int(number) <= 65535
-
-
-def _port_text(port: Port) -> str:
-    return f"{port.protocol}:{port.port}"

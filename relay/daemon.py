@@ -296,6 +296,8 @@ class Relay:
         self.carry_out(self._sessions.message(peer.key, message, time.monotonic()))
         if isinstance(message, control.Register):
             self._ask_about({offering.name for offering in message.services}, peer)
+            if message.withdrawn:
+                self.puller.watch(self._sessions.services)
 
     def _ask_about(self, named: set[ServiceName], peer: Peer) -> None:
         """Have DNS asked for what a peer has registered, and never for what it only named."""

@@ -236,6 +236,7 @@ class Sessions:
     def _register(self, peer: Peer, message: control.Register, now: float, out: list[Command]) -> None:
         if peer.connector_id not in (None, message.connector_id):
             raise ProtocolError("register: a connection has one connector id")
+        self._withdraw(peer, message.withdrawn, now, out)
         accepted: set[ServiceName] = set()
         paced = peer.pace.allows(Kind.REGISTER, now, len(message.services))
         for offering in message.services:
@@ -258,6 +259,16 @@ class Sessions:
                     fields = {"connector_id": message.connector_id, "service": service}
                     out.append(Event("connector_id_twice", fields | {"newer": peer.identity.name}))
             self._tell_health(accepted, now, out)
+
+    def _withdraw(self, peer: Peer, services: Iterable[ServiceName], now: float, out: list[Command]) -> None:
+        """Offer the connection no new session of these; those it has go on, and are the connector's to end."""
+        withdrawn = peer.services.intersection(services)
+        if peer.connector_id is None or not withdrawn:
+            return
+        for service in sorted(withdrawn):
+            peer.services.discard(service)
+            self._serving.remove(peer.key, peer.connector_id, service)
+        self._tell_health(withdrawn, now, out)
 
     def _conflict(self, peer: Peer, message: control.Conflict, now: float, out: list[Command]) -> None:
         if not peer.pace.allows(Kind.CONFLICT, now):

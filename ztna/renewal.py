@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from ztna.config import TlsConfig
@@ -32,8 +30,8 @@ from ztna.telemetry import (
     logger,
 )
 from ztna.verdicts import wall_clock
+from ztna.watching import POLL_SECONDS, Stamp, stamp, wait
 
-POLL_SECONDS = 0.5
 SETTLE_LOOKS = 3
 """A certificate and its key are two files, written one after the other: only what is still broken then is told."""
 EXPIRING_PART = 1 / 3
@@ -47,7 +45,7 @@ _log = logger(__name__)
 
 Content = dict[str, Any]
 """Fields of a Material."""
-Seen = tuple[tuple[int, int, int] | None, ...]
+Seen = tuple[Stamp, ...]
 
 
 class Renewal:
@@ -95,7 +93,7 @@ class Renewal:
             while True:
                 await self._look()
                 self._tell_times()
-                await _wait(self._wake, POLL_SECONDS)
+                await wait(self._wake, POLL_SECONDS)
                 self._wake.clear()
 
     def status(self) -> dict[str, object]:
@@ -221,7 +219,7 @@ class Renewal:
             wait_s = self._config.crl_refresh_s
             if failures:
                 wait_s = min(wait_s, random.uniform(RETRY_SECONDS_MIN / 2, longest))
-            await _wait(self._fetch_soon, wait_s)
+            await wait(self._fetch_soon, wait_s)
             self._fetch_soon.clear()
 
 
@@ -283,22 +281,8 @@ def _changed(
 
 def _seen(config: TlsConfig) -> Seen:
     paths = (config.certificate, config.key, config.ca, config.crl_file)
-    return tuple(_status(path) for path in paths if path is not None)
-
-
-def _status(path: str) -> tuple[int, int, int] | None:
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return tuple(stamp(path) for path in paths if path is not None)
 
 
 def _days_left(until: datetime, now: datetime) -> float:
     return round((until - now).total_seconds() / DAY_SECONDS, 2)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from sidecar.connector.health import Verdict
 from sidecar.connector.routes import ServiceRoutes
 from ztna.catalog import MESH_TAG, AgentService, CheckDefinition, Registration, TaggedAddress
-from ztna.leases import Lease, Port
+from ztna.leases import Lease
 from ztna.names import ConnectorId, ServiceName
+from ztna.published import META_CONNECTOR, META_PORTS, META_VIRTUAL_IP, META_WILDCARD, published
 from ztna.wire.control import Address
 
-META_CONNECTOR = "ztna-connector"
-META_PORTS = "ztna-ports"
-META_VIRTUAL_IP = "ztna-virtual-ip"
-META_WILDCARD = "ztna-wildcard"
 VIRTUAL = "virtual"
 OUTPUT_CHARACTERS = 512
 
@@ -63,11 +60,6 @@ def instance_id(service: ServiceName, connector_id: ConnectorId) -> str:
 def check_id(service: ServiceName, connector_id: ConnectorId) -> str:
     """Return the id of our TTL check of a service."""
     return f"ztna:{instance_id(service, connector_id)}"
-
-
-def published(ports: Iterable[Port]) -> str:
-    """Return Meta `ztna-ports`, e.g. `tcp:8080,udp:53`."""
-    return ",".join(f"{port.protocol}:{port.port}" for port in ports)
 
 
 def registration(desired: Desired, registrant: Registrant) -> Registration:

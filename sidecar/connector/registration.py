@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
 from typing import TypeVar
 
 from sidecar.connector.registrar import (
@@ -27,6 +26,7 @@ from ztna.consul.client import ConsulClient
 from ztna.errors import ConsulError, ConsulUnavailable
 from ztna.names import ServiceName
 from ztna.telemetry import logger
+from ztna.watching import wait
 
 CALLS_AT_ONCE = 16
 REFRESHES_PER_TTL = 3.0
@@ -109,7 +109,7 @@ class Registrar:
                 self._failed(error)
                 wait_s = BACKOFF_SECONDS
             await asyncio.sleep(RECONCILE_SECONDS_MIN)
-            await _wait(self._reconcile, wait_s * random.uniform(0.8, 1.0))
+            await wait(self._reconcile, wait_s * random.uniform(0.8, 1.0))
 
     async def _keep_reporting(self) -> None:
         refresh_at = 0.0
@@ -121,7 +121,7 @@ class Registrar:
             batch = self._next_batch()
             if not batch:
                 self._report.clear()
-                await _wait(self._report, refresh_at - now)
+                await wait(self._report, refresh_at - now)
                 continue
             try:
                 await _each(self._report_check, batch)
@@ -191,12 +191,6 @@ class Registrar:
         if self.problem is None:
             _log.warning("consul_failed", error=error)
         self.problem = str(error)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
 
 
 async def _each(call: Callable[[Item], Awaitable[object]], items: Iterable[Item]) -> None:

@@ -784,3 +784,35 @@ def test_health_is_told_at_the_start_and_on_change_to_those_who_may_know(world: 
     assert world.take(10, control.Health) == control.Health(WEB, "critical")
     world.table()
     assert not [each for each in world.inbox[10] if isinstance(each, control.Health)], "no change"
+
+
+def test_a_withdrawn_service_gets_no_new_session_and_keeps_those_it_has() -> None:
+    world = World()
+    world.agent()
+    world.connector(X, "con-x", "web", "db")
+    world.srv(WEB, "con-x")
+    world.srv(DB, "con-x")
+    session = world.opened()
+    world.settle()
+    world.say(X, control.Register(ConnectorId("con-x"), (), CANDIDATE, (WEB, ServiceName("never-had"))))
+    assert world.take(ALICE, control.Health) == control.Health(WEB, "critical")
+    assert session in world.sessions.sessions
+    assert world.sessions.services == {DB}
+    world.open()
+    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
+    assert world.open(service=DB) and world.take(X, control.Offered).service == DB
+    world.say(X, control.Register(ConnectorId("con-x"), (control.Offering(WEB),), CANDIDATE))
+    world.open()
+    assert world.take(X, control.Offered).service == WEB
+    world.do(world.sessions.disconnected(X, Reason.PEER_GONE, world.now))
+    assert world.sessions.services == frozenset()
+
+
+def test_who_has_registered_nothing_withdraws_nothing() -> None:
+    world = World()
+    world.agent()
+    world.connector(Y, "con-y")
+    world.join(X, connector=("web",), id_name="con-x")
+    world.settle()
+    world.say(X, control.Register(ConnectorId("con-x"), (), CANDIDATE, (WEB,)))
+    assert world.sessions.services == {WEB} and world.quiet(X, Y)

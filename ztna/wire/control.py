@@ -119,11 +119,12 @@ class Hello(Message, frozen=True, tag=_snake):
 
 
 class Register(Message, frozen=True, tag=_snake):
-    """Connector -> relay."""
+    """Connector -> relay: adds `services` to those of the connection, and takes the `withdrawn` ones out."""
 
     connector_id: ConnectorId
     services: tuple[Offering, ...]
     link_address: Address | None = None
+    withdrawn: tuple[ServiceName, ...] = ()
 
 
 class Registered(Message, frozen=True, tag=_snake):
