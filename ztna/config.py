@@ -407,8 +407,15 @@ class RouteConfig(Section, frozen=True, kw_only=True):
 
     service: Annotated[ServiceName, about("The service's name: one lower-case label.", "web-app")]
     backend: Annotated[Endpoint, about("Where it really listens.", "127.0.0.1:8080")]
-    port: Annotated[PortNumber, about("The port on its virtual address.", 80)]
-    protocol: Annotated[Protocol, about("tcp, udp or icmp.")] = "tcp"
+    port: Annotated[
+        PortNumber | None,
+        about("The port on its virtual address; required, but for icmp, which has none.", 80),
+    ] = None
+    protocol: Annotated[Protocol, about("tcp, udp or icmp (ping, from agents in mode tun).")] = "tcp"
+    icmp: Annotated[
+        Literal["backend", "connector"],
+        about("Who answers pings of a route of protocol icmp: the backend's host, or the connector."),
+    ] = "backend"
     checks: Annotated[
         tuple[CheckConfig, ...], about("How its health is found out: the worst of these is the service's.")
     ] = (CheckConfig(),)

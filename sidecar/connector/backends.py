@@ -1,4 +1,4 @@
-"""Backends: their addresses, dialling them over TCP, and a UDP socket of its own for every flow.
+"""Backends: their addresses, dialling them over TCP, and a UDP or ping socket of its own for every flow.
 
 Does not decide who may reach a backend; sidecar.connector.probes checks them. Backends have names or numbers; a name
 is asked anew before each check and each dial.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import select
 import socket
 import struct
@@ -19,7 +20,17 @@ from sidecar.connector.flows import FlowKey, FlowTable, SessionKey
 from sidecar.link.stream import FlowRefused
 from ztna.config import Endpoint
 from ztna.errors import PacketError, Refused
-from ztna.packet import Unreachable, build_udp, icmp_error
+from ztna.packet import (
+    ICMP_ECHO_REPLY,
+    ICMP_ECHO_REQUEST,
+    ICMPV6_ECHO_REPLY,
+    ICMPV6_ECHO_REQUEST,
+    PROTOCOL_UDP,
+    Unreachable,
+    build_echo_reply,
+    build_udp,
+    icmp_error,
+)
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
 from ztna.udp import SockAddr
@@ -34,6 +45,8 @@ _IP_RECVERR = 11  # linux/in.h; not in the socket module
 _IPV6_RECVERR = 25
 _IP_MTU = 14
 _ERROR_QUEUE_BYTES = 512
+_ECHO = struct.Struct(">BBHHH")
+"""Type, code, checksum, identifier, sequence (RFC 792); on a ping socket checksum and identifier are the kernel's."""
 _EXTENDED_ERROR = struct.Struct("=IBBBBII")  # struct sock_extended_err, linux/errqueue.h
 _FULL = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 _NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -88,7 +101,10 @@ async def connect_tcp(address: SockAddr) -> socket.socket:
 
 def connected_udp(address: SockAddr) -> socket.socket:
     """Return a non-blocking socket whose only peer is `address`, with the ICMP errors kept. Raises OSError."""
-    sock = socket.socket(_family(address), socket.SOCK_DGRAM)
+    return _connected(socket.socket(_family(address), socket.SOCK_DGRAM), address)
+
+
+def _connected(sock: socket.socket, address: SockAddr) -> socket.socket:
     try:
         sock.setblocking(False)
         if sock.family == socket.AF_INET6:
@@ -102,6 +118,27 @@ def connected_udp(address: SockAddr) -> socket.socket:
     return sock
 
 
+def connected_ping(address: SockAddr) -> socket.socket:
+    """Return a non-blocking unprivileged ping socket to a host, with the ICMP errors kept (icmp(7)). Raises OSError.
+
+    PermissionError is net.ipv4.ping_group_range's doing: it must hold a group of ours.
+    """
+    family = _family(address)
+    kind = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
+    return _connected(socket.socket(family, socket.SOCK_DGRAM, kind), (address[0], 0))
+
+
+def ping_problem() -> str | None:
+    """Say why we may not ping, None when we may."""
+    try:
+        connected_ping(("127.0.0.1", 0)).close()
+    except PermissionError:
+        return f"not allowed to ping: set net.ipv4.ping_group_range to include {os.getegid()}"
+    except OSError as error:
+        return f"cannot ping: {error.strerror}"
+    return None
+
+
 @dataclass(slots=True)
 class _UdpFlow:
     key: FlowKey
@@ -109,9 +146,35 @@ class _UdpFlow:
     reply: Callable[[bytes], object]
     last: bytes
 
+    def encoded(self, payload: bytes) -> bytes:
+        """Return a datagram as its socket takes it."""
+        return payload
+
+    def answer(self, data: bytes) -> bytes | None:
+        """Return the packet for the agent that tells what came. Raises PacketError when it would not fit one."""
+        key = self.key
+        return build_udp(key.destination, key.destination_port, key.source, key.source_port, data)
+
+
+class _EchoFlow(_UdpFlow):
+    """Pings under one identifier, which stands where a UDP flow has its source port.
+
+    Datagrams begin with the echo's sequence number, two bytes.
+    """
+
+    def encoded(self, payload: bytes) -> bytes:
+        kind = ICMP_ECHO_REQUEST if self.socket.family == socket.AF_INET else ICMPV6_ECHO_REQUEST
+        return _ECHO.pack(kind, 0, 0, 0, int.from_bytes(payload[:2], "big")) + payload[2:]
+
+    def answer(self, data: bytes) -> bytes | None:
+        if len(data) < _ECHO.size or data[0] not in (ICMP_ECHO_REPLY, ICMPV6_ECHO_REPLY):
+            return None
+        key, sequence = self.key, _ECHO.unpack_from(data)[4]
+        return build_echo_reply(key.destination, key.source, key.source_port, sequence, data[_ECHO.size :])
+
 
 class UdpFlows:
-    """Every UDP flow that runs, each on a connected socket of its own, so only its backend can answer it.
+    """Every UDP and ping flow that runs, on a connected socket of its own, so only its backend can answer it.
 
     One epoll set of our own watches them all: the loop's poller (libuv) gives up a descriptor that has an error
     waiting, and a connected UDP socket has one for every ICMP error.
@@ -153,15 +216,16 @@ class UdpFlows:
         for ended in self._table.make_room(agent):
             refused(_WHERE, Reason.LIMIT_REACHED)
             self._close(ended)
+        is_udp = key.protocol == PROTOCOL_UDP
         try:
-            sock = connected_udp(backend)
+            sock = connected_udp(backend) if is_udp else connected_ping(backend)
         except OSError as error:
             if error.errno in _NO_DESCRIPTORS:
                 raise Refused(Reason.LIMIT_REACHED, f"no socket for a flow: {error.strerror}") from None
             # No route to the backend: the same answer as if a router on the way had said so.
             _answer(reply, packet, _KINDS.get(error.errno or 0, Unreachable.HOST))
             return
-        flow = _UdpFlow(key, sock, reply, packet)
+        flow = (_UdpFlow if is_udp else _EchoFlow)(key, sock, reply, packet)
         self._table.add(key, agent, flow, idle_s=idle_s, now=self._loop.time())
         self._flows[sock.fileno()] = flow
         self._epoll.register(sock.fileno(), select.EPOLLIN)
@@ -200,7 +264,7 @@ class UdpFlows:
     def _pass_on(self, flow: _UdpFlow, payload: bytes) -> None:
         for _attempt in range(2):
             try:
-                flow.socket.send(payload)
+                flow.socket.send(flow.encoded(payload))
             except OSError as error:
                 if error.errno in _FULL:
                     break
@@ -225,22 +289,20 @@ class UdpFlows:
                 self._receive(flow)
 
     def _receive(self, flow: _UdpFlow) -> None:
-        key = flow.key
         for _ in range(DATAGRAMS_PER_TURN):
             try:
-                payload = flow.socket.recv(DATAGRAM_BYTES_MAX)
+                data = flow.socket.recv(DATAGRAM_BYTES_MAX)
             except BlockingIOError:
                 return
             except OSError:
                 continue  # the error queue has told it, or will
             try:
-                packet = build_udp(
-                    key.destination, key.destination_port, key.source, key.source_port, payload
-                )
+                packet = flow.answer(data)
             except PacketError:
                 dropped(_WHERE, "udp_reply_too_large")
                 continue
-            flow.reply(packet)
+            if packet is not None:
+                flow.reply(packet)
 
     def _tell_errors(self, flow: _UdpFlow) -> bool:
         """Answer the agent with what the socket's error queue has; say whether there was anything."""

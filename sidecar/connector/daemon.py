@@ -7,7 +7,7 @@ import random
 import socket
 from contextlib import AsyncExitStack
 
-from sidecar.connector.backends import resolve
+from sidecar.connector.backends import ping_problem, resolve
 from sidecar.connector.checks import Check
 from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, next_delay
 from sidecar.connector.leasebook import LeaseBook
@@ -121,6 +121,8 @@ class _Connector:
     async def run(self) -> None:
         """Start everything, wait for the stop, drain."""
         self._link_address = await self._listen()
+        if self._routes.pings and (problem := ping_problem()) is not None:
+            self._daemon.readiness.warn("icmp", f"routes of protocol icmp: {problem}; the others are served")
         registrar = self._registrar = Registrar(
             self._consul,
             Registrant(

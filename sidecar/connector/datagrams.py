@@ -1,4 +1,4 @@
-"""IP packets of agents to the UDP flows of backends, and what the backends answer back to the agents.
+"""IP packets of agents to the UDP and ping flows of backends, and what the backends answer back to the agents.
 
 Each new flow is checked against its session, the peer's certificate and the lease; the address that the agent
 called picks a published port here and is where the replies come from. Source: protocol.md, Inner packets.
@@ -13,19 +13,22 @@ from sidecar.connector.backends import UdpFlows
 from sidecar.connector.flows import FlowKey
 from sidecar.connector.links import Links
 from sidecar.connector.probes import Prober
-from sidecar.connector.routes import Route, RouteTable
+from sidecar.connector.routes import ICMP_PORT, Route, RouteTable
 from sidecar.connector.sessions import Session, Sessions
 from sidecar.link.control import RelayClient
 from sidecar.link.packet import PacketLink
 from ztna.errors import PacketError, Refused
 from ztna.identity import Identity, require_agent
 from ztna.names import ServiceName, SessionId
-from ztna.packet import PROTOCOL_UDP, Packet, Unreachable, icmp_error, parse
+from ztna.packet import PROTOCOL_UDP, Packet, Unreachable, echo_reply, icmp_error, parse
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, refused
 from ztna.verdicts import Verdicts
 
 _WHERE = "connector"
+
+PING_IDLE_SECONDS = 60.0
+"""RFC 5508, 3.1: an ICMP query session lives that long at least."""
 
 Reply = Callable[[bytes], object]
 
@@ -84,20 +87,24 @@ class Datagrams:
         except PacketError:
             dropped(_WHERE, "malformed_packet")
             return
+        if packet.protocol == PROTOCOL_UDP:
+            source_port, payload = packet.source_port, packet.payload
+        elif packet.is_echo_request:
+            source_port, payload = packet.identifier, packet.sequence.to_bytes(2, "big") + packet.payload
+        else:
+            dropped(_WHERE, "protocol")
+            return
         key = FlowKey(
             session.key,
             packet.protocol,
             packet.source,
-            packet.source_port,
+            source_port,
             packet.destination,
             packet.destination_port,
         )
-        if self.flows.send(key, packet.payload, data):
+        if self.flows.send(key, payload, data):
             return
-        if self._is_continued(session) and self.flows.send(key, packet.payload, data):
-            return
-        if packet.protocol != PROTOCOL_UDP:
-            dropped(_WHERE, "protocol")
+        if self._is_continued(session) and self.flows.send(key, payload, data):
             return
         try:
             if not self._sessions.is_live(session):
@@ -106,7 +113,7 @@ class Datagrams:
         except Refused as error:
             refused(_WHERE, error.reason)
             return
-        self.flows.send(key, packet.payload, data)
+        self.flows.send(key, payload, data)
 
     def _is_continued(self, session: Session) -> bool:
         """Say whether flows that began in another session, over another relay, were taken into this one just now."""
@@ -120,18 +127,43 @@ class Datagrams:
         self._verdicts.require(peer)
         if session.lease is None or packet.destination != str(session.lease.ip):
             raise Refused(Reason.STALE_EPOCH, f"{packet.destination} is not the lease of {session.service}")
+        reply = partial(self._reply_sealed, session)
+        if packet.protocol != PROTOCOL_UDP:
+            self._open_ping(session, key, packet, data, reply)
+            return
         route = self._routes.pick(session.service, "udp", packet.destination_port)
-        self._open(session, route, key, data, partial(self._reply_sealed, session))
+        self._open(session, route, key, data, reply)
+
+    def _open_ping(self, session: Session, key: FlowKey, packet: Packet, data: bytes, reply: Reply) -> None:
+        route = self._routes.pick(session.service, "icmp", ICMP_PORT)
+        if route is None:
+            reply(icmp_error(data, Unreachable.PROHIBITED))
+        elif route.answers_pings:
+            reply(echo_reply(packet))
+        else:
+            self._open(session, route, key, data, reply, idle_s=PING_IDLE_SECONDS)
 
     def _open_v1(
         self, session: Session, client: RelayClient, key: FlowKey, packet: Packet, data: bytes
     ) -> None:
+        if packet.protocol != PROTOCOL_UDP:
+            dropped(_WHERE, "protocol")
+            return
         route = self._routes.pick(session.service, "udp", packet.destination_port)
         if route is not None and not route.allow_v1:
             route = None
         self._open(session, route, key, data, partial(self._reply_v1, session, client))
 
-    def _open(self, session: Session, route: Route | None, key: FlowKey, data: bytes, reply: Reply) -> None:
+    def _open(
+        self,
+        session: Session,
+        route: Route | None,
+        key: FlowKey,
+        data: bytes,
+        reply: Reply,
+        *,
+        idle_s: float | None = None,
+    ) -> None:
         """Begin a flow, or answer with an ICMP error where the agent should know."""
         if route is None:
             reply(icmp_error(data, Unreachable.PORT))
@@ -141,7 +173,8 @@ class Datagrams:
             reply(icmp_error(data, Unreachable.HOST))
             return
         address = (host, route.backend.port)
-        self.flows.open(key, session.agent.name, address, packet=data, idle_s=route.udp_idle_s, reply=reply)
+        idle_s = route.udp_idle_s if idle_s is None else idle_s
+        self.flows.open(key, session.agent.name, address, packet=data, idle_s=idle_s, reply=reply)
 
     def _reply_v1(self, session: Session, client: RelayClient, packet: bytes) -> None:
         # A flow that outlives its relay connection has nobody to answer on the next one.

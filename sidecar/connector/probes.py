@@ -19,7 +19,7 @@ from pathlib import Path
 
 import aiohttp
 
-from sidecar.connector.backends import connect_tcp, connected_udp, resolve
+from sidecar.connector.backends import connect_tcp, connected_udp, ping_problem, resolve
 from sidecar.connector.checks import Check, Kind
 from sidecar.connector.grpc_health import GrpcFailed, ask_health
 from sidecar.connector.health import Outcome
@@ -198,8 +198,7 @@ async def _icmp(check: Check, address: SockAddr) -> Outcome:
             socket.IPPROTO_ICMPV6 if is_ipv6 else socket.IPPROTO_ICMP,
         )
     except PermissionError:
-        group = os.getegid()
-        return Outcome(False, f"icmp: not allowed to ping: set net.ipv4.ping_group_range to include {group}")
+        return Outcome(False, f"icmp: {ping_problem()}")
     with sock:
         sock.setblocking(False)
         sock.connect((address[0], 0))

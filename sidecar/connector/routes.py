@@ -17,7 +17,8 @@ from ztna.identity import Identity
 from ztna.leases import Port, Protocol
 from ztna.names import ConnectorId, ServiceName
 
-CARRIED_PROTOCOLS = frozenset({"tcp", "udp"})
+ICMP_PORT = 0
+"""ICMP has no ports: it is published as `icmp:0`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Route:
     connect_timeout_s: float
     udp_idle_s: float
     allow_v1: bool = False
+    answers_pings: bool = False
+    """Whether the connector answers pings itself (ICMP)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,6 @@ class RouteTable:
         """Group the routes by service. Raises ConfigError naming the route that cannot be used."""
         grouped: dict[ServiceName, list[tuple[RouteConfig, Route]]] = {}
         for index, config in enumerate(configs):
-            if config.protocol not in CARRIED_PROTOCOLS:
-                raise ConfigError(
-                    f"connector.routes[{index}].protocol: expected tcp or udp, got {config.protocol}"
-                )
             if config.allow_v1 and config.protocol != "udp":
                 raise ConfigError(
                     f"connector.routes[{index}].allow_v1: expected protocol udp, which is what v1 agents are "
@@ -84,6 +83,13 @@ class RouteTable:
             for service in self.services.values()
             for route in service.routes
         }
+
+    @property
+    def pings(self) -> bool:
+        """Whether a backend is to answer pings."""
+        return any(
+            route.port.protocol == "icmp" and not route.answers_pings for route in self._routes.values()
+        )
 
     def pick(self, service: ServiceName, protocol: Protocol, port: int) -> Route | None:
         """Return the route behind a published port, None when the service publishes no such port."""
@@ -114,7 +120,7 @@ def _service_routes(service: ServiceName, group: list[tuple[RouteConfig, Route]]
         raise ConfigError(
             f"connector.routes: {service}: expected one virtual_ip, got {', '.join(map(str, sorted(asked)))}"
         )
-    routes = sorted((route for _, route in group), key=lambda route: route.port)
+    routes = sorted((route for _, route in group), key=_place)
     for first, second in itertools.pairwise(routes):
         if first.port == second.port:
             raise ConfigError(
@@ -137,7 +143,7 @@ def _route(config: RouteConfig, where: str) -> Route:
         )
     return Route(
         service=config.service,
-        port=Port(config.protocol, config.port),
+        port=_port(config, where),
         backend=config.backend,
         checks=tuple(
             parse(check, config.protocol, config.backend, f"{where}.checks[{number}]")
@@ -146,4 +152,22 @@ def _route(config: RouteConfig, where: str) -> Route:
         connect_timeout_s=config.connect_timeout_s,
         udp_idle_s=config.udp_idle_s,
         allow_v1=config.allow_v1,
+        answers_pings=config.icmp == "connector",
     )
+
+
+def _port(config: RouteConfig, where: str) -> Port:
+    if config.protocol == "icmp":
+        if config.port is not None:
+            raise ConfigError(f"{where}.port: icmp has no ports, leave it out; got {config.port}")
+        return Port("icmp", ICMP_PORT)
+    if config.icmp != "backend":
+        raise ConfigError(f"{where}.icmp: only a route of protocol icmp has it, got {config.protocol}")
+    if config.port is None:
+        raise ConfigError(f"{where}.port: expected the port on the virtual address")
+    return Port(config.protocol, config.port)
+
+
+def _place(route: Route) -> tuple[bool, Port]:
+    """ICMP stands last: where one port stands for a service, it is one that programs can connect to."""
+    return (route.port.protocol == "icmp", route.port)

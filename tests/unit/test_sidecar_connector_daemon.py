@@ -562,11 +562,13 @@ async def test_udp_flows(pki: Pki) -> None:
             assert ground.status["links"] == [
                 {"relay": "relay-1", "agent": "spiffe://ztna/ann", "path": "forwarded"}
             ]
-            # Whatever must not pass: another service, another address, no packet, no UDP.
+            # Whatever must not pass: another service, another address, no packet, pings that no route takes.
             agent.send(b"x", service=DOWN)
             agent.send(b"x", to="127.100.0.9")
             agent.link.send(ECHO, b"no packet")
             agent.link.send(ECHO, build_echo_request("127.0.0.1", str(LEASE.ip), 1, 1, b""))
+            error = await agent.packet()
+            assert (error.protocol, error.icmp_type, error.icmp_code) == (PROTOCOL_ICMP, 3, 13)
             await agent.echo(b"and on")
             assert ground.status["udp_flows"] == 1
             for port in (10, 9):  # not published; a backend that is not there

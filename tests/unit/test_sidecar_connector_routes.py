@@ -16,7 +16,7 @@ BACKEND = Endpoint("127.0.0.1", 8080)
 WEB = ServiceName("web")
 
 
-def route(service: str = "web", port: int = 80, **others: object) -> RouteConfig:
+def route(service: str = "web", port: int | None = 80, **others: object) -> RouteConfig:
     return RouteConfig(service=ServiceName(service), backend=BACKEND, port=port, **others)  # type: ignore[arg-type]
 
 
@@ -42,6 +42,18 @@ def test_picks_by_published_port() -> None:
     assert table.pick(ServiceName("db"), "tcp", 80) is None
 
 
+def test_pings_are_published_last_and_answered_by_the_backend_unless_told() -> None:
+    ping = route(port=None, protocol="icmp")
+    table = RouteTable([ping, route(), route("db", port=None, protocol="icmp", icmp="connector")])
+    assert table.services[WEB].ports == (Port("tcp", 80), Port("icmp", 0))
+    answered_here = [table.pick(ServiceName(name), "icmp", 0) for name in ("web", "db")]
+    assert [each is not None and each.answers_pings for each in answered_here] == [False, True]
+    assert (
+        table.pings and not RouteTable([route(), route(port=None, protocol="icmp", icmp="connector")]).pings
+    )
+    assert [check.kind for check in table.services[WEB].routes[1].checks] == ["icmp"]
+
+
 def test_v1_agents_are_served_udp_where_a_route_says_so() -> None:
     table = RouteTable(
         [route(), route(port=53, protocol="udp", allow_v1=True), route("db", port=1, protocol="udp")]
@@ -63,7 +75,10 @@ def test_one_route_may_ask_for_the_address_of_all() -> None:
     ("routes", "said"),
     [
         ([], "at least one route"),
-        ([route(protocol="icmp")], r"routes\[0\]\.protocol"),
+        ([route(protocol="icmp")], r"routes\[0\]\.port: icmp has no ports"),
+        ([route(port=None)], r"routes\[0\]\.port: expected the port"),
+        ([route(icmp="connector")], r"routes\[0\]\.icmp: only a route of protocol icmp has it, got tcp"),
+        ([route(port=None, protocol="icmp")] * 2, "icmp port 0 is routed twice"),
         ([route(), route()], "tcp port 80 is routed twice"),
         ([route(weight=1), route(port=81, weight=2)], "one weight, got 1, 2"),
         ([route(checks=())], r"routes\[0\]\.checks: expected 1 to 16"),
