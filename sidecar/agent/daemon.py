@@ -35,6 +35,7 @@ from sidecar.agent.ranges import Ranges
 from sidecar.agent.relays import RelayState
 from sidecar.agent.sessions import Sessions
 from sidecar.agent.streams import Streams
+from sidecar.agent.told import UNKNOWN, HealthBook
 from sidecar.link.control import RelayClient
 from sidecar.link.pulse import Life
 from sidecar.link.relays import LEAVE_SECONDS, RelayClients
@@ -46,8 +47,8 @@ from ztna.leases import Lease
 from ztna.names import ServiceName
 from ztna.renewal import Renewal
 from ztna.runtime import Daemon, Readiness
-from ztna.telemetry import logger
-from ztna.wire.control import AnyMessage, Conflict, DialToken, Drain, LeaseRef, StartPunching
+from ztna.telemetry import dropped, logger
+from ztna.wire.control import AnyMessage, Conflict, DialToken, Drain, Health, LeaseRef, StartPunching
 
 _log = logger(__name__)
 
@@ -103,6 +104,7 @@ class Agent:
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._daemon = daemon
+        self._health = HealthBook()
         self._ranges = ranges
         self._config = config
         self._credentials = credentials
@@ -202,6 +204,7 @@ class Agent:
                     "listening": sorted(str(at) for at in bound if at.service == service),
                     "state": views[service].state if service in views else "idle",
                     "reason": views[service].reason if service in views else None,
+                    **self._health_of(service),
                     "connector": _connector(views[service].session) if service in views else None,
                 }
                 for service, lease in sorted(self._follower.leases.items())
@@ -212,6 +215,13 @@ class Agent:
             "streams": self._streams.status(),
             "udp_flows": self._datagrams.flows,
         }
+
+    def _health_of(self, service: ServiceName) -> dict[str, object]:
+        told = self._health.of(service)
+        if told is None:
+            return {"health": UNKNOWN, "health_since_s": None}
+        now = asyncio.get_running_loop().time()
+        return {"health": told.state, "health_since_s": round(now - told.since, 1)}
 
     async def _drain(self) -> None:
         """Take nothing new, let TCP flows finish for `drain_s`, then end what is left."""
@@ -256,6 +266,7 @@ class Agent:
     def _lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
         log("relay_lost", relay=self._relays.label(client), detail=reason)
+        self._health.lost(self._relays.label(client))
         self._relay_event(RelayDown(self._relays.label(client), client.lost_by))
         if not self._relays.connected:
             self._daemon.readiness.awaiting("relay", "the connection to every relay is lost")
@@ -294,7 +305,13 @@ class Agent:
                 )
                 self._relay_event(Received(relay, message))
             case _:
+                if isinstance(message, Health):
+                    self._hear_health(relay, message)
                 self._broker.handle(Received(relay, message))
+
+    def _hear_health(self, relay: str, message: Health) -> None:
+        if not self._health.heard(relay, message.service, message.state, asyncio.get_running_loop().time()):
+            dropped("agent", "too_many_services")
 
     def _send(self, relay: str, message: AnyMessage) -> None:
         # When it is not connected the loss of all its sessions is reported by on_lost.
