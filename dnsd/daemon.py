@@ -35,7 +35,7 @@ from ztna.consul.watch import CatalogWatch, KvWatch
 from ztna.dns_keys import load_keys
 from ztna.errors import ConfigError, ConsulUnavailable
 from ztna.leases import SERVICE_PREFIX, ULA, ULA_PREFIX_BITS, Table, is_ula, read_table
-from ztna.runtime import Daemon, sleep_or_stop
+from ztna.runtime import CONSUL_TOKEN, Daemon, sleep_or_stop
 from ztna.telemetry import CONFIRMED, POOL, SERVED, UNLEASED, logger
 
 THREAD_SWITCH_SECONDS = 0.0005
@@ -74,7 +74,7 @@ async def run(daemon: Daemon) -> None:
         secondaries.served = workers.follow
     host, port = workers.address if workers else server.listen(config.listen)
     _log.info("listening", address=f"{host}:{port}", zone=daemon.config.domain, pool=_rules(config).pool)
-    async with ConsulClient(daemon.config.consul) as client:
+    async with ConsulClient(daemon.config.consul, daemon.readiness.shower(CONSUL_TOKEN)) as client:
         dnsd = _Dnsd(daemon, config, server, workers, secondaries, client, options, host)
         await dnsd.run()
 

@@ -57,6 +57,15 @@ class TlsConfig(Section, frozen=True, kw_only=True):
     crl_refresh_s: Annotated[Seconds, about("How often crl_url is fetched, in seconds.")] = 60.0
 
 
+class ConsulLoginConfig(Section, frozen=True, kw_only=True):
+    """A login to Consul by a JWT, such as Nomad's workload identities; it is renewed, and ended with the daemon."""
+
+    method: Annotated[str, about("The JWT auth method, by its name in Consul.", "nomad-workloads")]
+    jwt_file: Annotated[
+        str, about("File with the JWT, read at each login.", "/var/nomad/secrets/nomad_consul.jwt")
+    ]
+
+
 class ConsulConfig(Section, frozen=True, kw_only=True):
     """How to reach Consul's HTTP API."""
 
@@ -64,7 +73,11 @@ class ConsulConfig(Section, frozen=True, kw_only=True):
         "http://127.0.0.1:8500"
     )
     token: Annotated[str | None, about("ACL token; token_file keeps it out of this file.", "6b1e...")] = None
-    token_file: Annotated[str | None, about("File that holds the ACL token.", "/etc/ztna/consul.token")] = (
+    token_file: Annotated[
+        str | None,
+        about("File that holds the ACL token; a new one is taken up at once.", "/etc/ztna/consul.token"),
+    ] = None
+    login: Annotated[ConsulLoginConfig | None, about("Log in for the token instead (auth method jwt).")] = (
         None
     )
     datacenter: Annotated[

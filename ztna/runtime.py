@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ from ztna.config import Config, Endpoint
 from ztna.errors import ConfigError, ZtnaError
 from ztna.listening import endpoint_text
 
+CONSUL_TOKEN = "consul_token"  # noqa: S105 - no token but a name
+"""What is wrong with the token for Consul stands under this name in /readyz."""
 EXIT_FINE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -71,6 +74,17 @@ class Readiness:
     def unwarn(self, name: str) -> None:
         """Take a warning back."""
         self._warnings.pop(name, None)
+
+    def show(self, name: str, detail: str | None) -> None:
+        """Warn, or with None take the warning back."""
+        if detail is None:
+            self.unwarn(name)
+        else:
+            self.warn(name, detail)
+
+    def shower(self, name: str) -> Callable[[str | None], None]:
+        """Return `show` for one name."""
+        return partial(self.show, name)
 
     def report(self) -> dict[str, Any]:
         """Return what /readyz shows."""

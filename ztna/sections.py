@@ -157,9 +157,15 @@ def plain(value: Any, *, secrets: bool) -> Any:
 def described(field: msgspec.structs.FieldInfo, indent: str = "") -> Iterator[str]:
     """Yield the lines of one key: what it is for, then it and its value, as a comment when it is unset."""
     type_ = _bare(field.type)
-    required = field.required or (field.default is None and _is_section(type_))
+    optional = field.default is None and _is_section(type_)
+    # A daemon's own section is what the file is about; one further in is left out until somebody wants it.
+    required = field.required or (optional and not indent)
     yield f"{indent}# {_description(field)}{' (required)' if required else ''}"
-    if _is_section(type_):
+    if optional and not required:
+        yield f"{indent}# {field.name}:"
+        for inner in msgspec.structs.fields(type_):
+            yield from (f"{indent}# {line}" for line in described(inner, "  "))
+    elif _is_section(type_):
         yield f"{indent}{field.name}:"
         for inner in msgspec.structs.fields(type_):
             yield from described(inner, indent + "  ")

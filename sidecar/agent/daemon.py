@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from ztna.errors import ConfigError
 from ztna.leases import Lease
 from ztna.names import ServiceName
 from ztna.renewal import Renewal
-from ztna.runtime import Daemon, Readiness
+from ztna.runtime import CONSUL_TOKEN, Daemon
 from ztna.telemetry import dropped, logger
 from ztna.wire.control import AnyMessage, Conflict, DialToken, Drain, Health, LeaseRef, StartPunching
 
@@ -69,7 +69,9 @@ async def body(daemon: Daemon) -> None:
         raise ConfigError("agent.relays: expected at least one relay, or agent.resolvers to find them")
     credentials = Credentials.load(config.tls)
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(ConsulClient(daemon.config.consul))
+        client = await stack.enter_async_context(
+            ConsulClient(daemon.config.consul, daemon.readiness.shower(CONSUL_TOKEN))
+        )
         routes_in = runtime_directory() if config.mode == "anyip" else None
         name = credentials.identity.name
         ranges = Ranges(
@@ -136,9 +138,7 @@ class Agent:
         self._links.failed = self._datagrams.link_failed
         self._links.unfit = self._datagrams.session_unfit
         self._links.received = self._datagrams.packet_received
-        self._listeners = Listeners(
-            self._streams.accepted, self._datagrams.received, _warner(daemon.readiness)
-        )
+        self._listeners = Listeners(self._streams.accepted, self._datagrams.received, daemon.readiness.show)
         self._follower = LeaseFollower(
             client,
             credentials.identity.agent,
@@ -380,16 +380,6 @@ class Agent:
 
 class _Stopped(Exception):
     """The agent has drained: what still runs is cancelled before what lies under it is given back."""
-
-
-def _warner(readiness: Readiness) -> Callable[[str, str | None], None]:
-    def warn(name: str, detail: str | None) -> None:
-        if detail is None:
-            readiness.unwarn(name)
-        else:
-            readiness.warn(name, detail)
-
-    return warn
 
 
 def _milliseconds(seconds: float | None) -> float | None:

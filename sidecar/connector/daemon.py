@@ -26,7 +26,7 @@ from ztna.leases import Lease
 from ztna.listening import bind_error
 from ztna.names import ServiceName, SessionId
 from ztna.renewal import Renewal
-from ztna.runtime import Daemon, sleep_or_stop
+from ztna.runtime import CONSUL_TOKEN, Daemon, sleep_or_stop
 from ztna.telemetry import dropped, logger, refused
 from ztna.wire import control
 from ztna.wire.control import Address, AnyMessage, Offering, Register
@@ -56,7 +56,9 @@ async def body(daemon: Daemon) -> None:
     daemon.readiness.awaiting("relay", "not yet connected")
     daemon.readiness.awaiting("consul", "services are not yet registered")
     async with AsyncExitStack() as stack:
-        consul = await stack.enter_async_context(ConsulClient(daemon.config.consul))
+        consul = await stack.enter_async_context(
+            ConsulClient(daemon.config.consul, daemon.readiness.shower(CONSUL_TOKEN))
+        )
         prober = Prober()
         stack.push_async_callback(prober.close)
         try:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 from cryptography import x509
@@ -21,7 +22,7 @@ from cryptography.x509.oid import NameOID
 from ztna.config import ConsulConfig
 from ztna.consul import transport
 from ztna.consul.client import ConsulClient
-from ztna.consul.transport import TokenSource, base_url, blocking_wait_s
+from ztna.consul.transport import base_url, blocking_wait_s
 from ztna.errors import ConfigError, ConsulForbidden, ConsulRejected, ConsulUnavailable
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -221,26 +222,91 @@ async def test_the_datacenter_is_asked_for() -> None:
     assert seen == ["dc7"]
 
 
-def test_a_token_beats_its_file(tmp_path: Path) -> None:
-    file = tmp_path / "token"
-    file.write_text("from the file\n")
-    assert TokenSource("given", str(file)).current() == "given"
-    assert TokenSource(None, str(file)).current() == "from the file"
-    assert TokenSource(None, None).current() is None
+UNKNOWN_TOKEN = (403, "ACL not found")
 
 
-def test_a_token_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
+async def test_a_token_that_consul_does_not_know_is_said_until_it_does(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("one")
-    source = TokenSource(None, str(file))
-    assert source.current() == "one"
-    fresh = tmp_path / "fresh"
-    fresh.write_text("two")
-    fresh.replace(file)
-    assert source.current() == "two"
-    file.unlink()
-    with pytest.raises(ConfigError, match=r"consul\.token_file: cannot read"):
-        source.current()
+    said: list[str | None] = []
+    answer = Counting(
+        UNKNOWN_TOKEN, (403, "ACL not found: gone"), (200, "[]"), (200, '"leader"'), (200, "[]")
+    )
+    async with (
+        server(answer) as address,
+        ConsulClient(ConsulConfig(address=address, token_file=str(file)), said.append) as client,
+    ):
+        for _ in range(2):
+            with pytest.raises(ConsulForbidden, match="does not know the ACL token"):
+                await client.kv_put("x", b"")
+        (problem,) = said
+        assert problem is not None and f"write a valid one to {file}" in problem
+        assert await client.kv_list("x") == ()
+        assert said == [problem, None]
+
+
+async def test_consul_that_lets_anybody_ask_says_nothing_of_the_token() -> None:
+    said: list[str | None] = []
+    answer = Counting(UNKNOWN_TOKEN, (200, '"leader"'))
+    config = ConsulConfig(token="one")
+    async with (
+        server(answer) as address,
+        ConsulClient(msgspec.structs.replace(config, address=address), said.append) as client,
+    ):
+        with pytest.raises(ConsulForbidden):
+            await client.kv_put("x", b"")
+        assert await client.leader() == "leader"
+    assert len(said) == 1 and said[0] is not None and "restart" in said[0]
+
+
+async def test_what_consul_refused_for_its_token_is_sent_again_by_the_new_one(tmp_path: Path) -> None:
+    """Consul did nothing, so that a write too may be sent again."""
+    file = tmp_path / "token"
+    file.write_text("old")
+    seen: list[str | None] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        seen.append(request.headers.get("X-Consul-Token"))
+        if seen[-1] == "new":
+            return web.Response(text="true")
+        file.write_text("new")
+        return web.Response(status=403, text="ACL not found")
+
+    said: list[str | None] = []
+    async with (
+        server(answer) as address,
+        ConsulClient(ConsulConfig(address=address, token_file=str(file)), said.append) as client,
+    ):
+        before = client.token_generation
+        assert await client.kv_put("x", b"")
+        assert client.token_generation == before + 1
+    assert seen == ["old", "new"]
+    assert said == []
+
+
+async def test_an_answer_from_before_takes_no_word_on_the_token_back() -> None:
+    """A query that was let in by a token that is revoked meanwhile."""
+    held, go = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.query.get("index"):
+            held.set()
+            await go.wait()
+            return web.Response(text="[]", headers={"X-Consul-Index": "8"})
+        return web.Response(status=403, text="ACL not found")
+
+    said: list[str | None] = []
+    async with (
+        server(answer) as address,
+        ConsulClient(ConsulConfig(address=address, token="t"), said.append) as client,
+    ):
+        blocking = asyncio.create_task(client.read("/v1/kv/x", index=7, wait_s=10))
+        await held.wait()
+        with pytest.raises(ConsulForbidden):
+            await client.kv_get("x")
+        go.set()
+        await blocking
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from ztna.catalog import (
 )
 from ztna.config import ConsulConfig
 from ztna.consul import shapes
-from ztna.consul.transport import NotThere, Transport
+from ztna.consul.transport import NotThere, Say, Transport
 from ztna.errors import ConsulForbidden, ConsulRejected, ConsulUnavailable
 
 SESSION_TTL_SECONDS_MIN = 10.0
@@ -77,8 +77,9 @@ class ConsulClient:
     session creation and transactions are sent once, so after ConsulUnavailable their effect is unknown.
     """
 
-    def __init__(self, config: ConsulConfig) -> None:
-        self._http = Transport(config)
+    def __init__(self, config: ConsulConfig, say: Say | None = None) -> None:
+        """`say` hears what is wrong with the token, and None when it is well again."""
+        self._http = Transport(config, say)
         self._api = _Api(self._http, config.datacenter)
         self._dc = config.datacenter
 
@@ -86,6 +87,14 @@ class ConsulClient:
     def address(self) -> str:
         """The base URL that is asked."""
         return self._http.base_uri
+
+    @property
+    def token_generation(self) -> int:
+        """A number that rises with each other token: what was registered by an earlier one is to be registered anew.
+
+        Consul's agent keeps the token of a registration and syncs it to the catalog by that one alone.
+        """
+        return self._http.tokens.generation
 
     async def __aenter__(self) -> ConsulClient:
         await self._http.__aenter__()
@@ -331,7 +340,7 @@ def _shaped(make: Callable[[Any], T], data: Any) -> T:
 
 def _lacks(said: str, needs: str) -> str:
     said = said.strip()
-    if said == "ACL not found":
+    if "ACL not found" in said:
         return "Consul does not know the ACL token that was sent (ACL not found)"
     return f"the Consul ACL token lacks the rule: {needs} (Consul says: {said})"
 

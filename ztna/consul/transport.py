@@ -10,7 +10,6 @@ import asyncio
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -21,7 +20,8 @@ from consul import base
 from yarl import URL
 
 from ztna.config import ConsulConfig
-from ztna.errors import ConfigError, ConsulRejected, ConsulUnavailable
+from ztna.consul.tokens import tokens_of
+from ztna.errors import ConfigError, ConsulError, ConsulRejected, ConsulUnavailable
 
 POOL_CONNECTIONS = 32
 POOL_KEEPALIVE_SECONDS = 60.0
@@ -35,6 +35,7 @@ BLOCKING_WAIT_JITTER = 16
 T = TypeVar("T")
 Params = Sequence[tuple[str, Any]] | Mapping[str, Any] | None
 Callback = Callable[[base.Response], T]
+Say = Callable[[str | None], None]
 
 # Saying these twice changes nothing. Session creation, transactions and KV writes are not here: a lost answer
 # there means "unknown", and the caller must read before it decides.
@@ -46,31 +47,12 @@ _NOT_THERE = re.compile(r"does not have associated TTL|Unknown (?:check|service)
 _OUR_FAULT = re.compile(r"invalid session|Invalid (?:Session TTL|Behavior)")
 
 
+_TOKENLESS = "/v1/status/"
+"""What Consul answers whoever asks."""
+
+
 class NotThere(ConsulRejected):
     """What was to be changed does not exist."""
-
-
-class TokenSource:
-    """The ACL token: the one given, or the content of a file that is read again when it changes."""
-
-    def __init__(self, token: str | None, token_file: str | None) -> None:
-        self._token = token
-        self._path = Path(token_file) if token_file and token is None else None
-        self._seen: tuple[int, int, int] | None = None
-
-    def current(self) -> str | None:
-        """Return the token of now; ConfigError when its file cannot be read."""
-        if self._path is None:
-            return self._token
-        try:
-            status = self._path.stat()
-            seen = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if seen != self._seen:
-                self._token = self._path.read_text().strip() or None
-                self._seen = seen
-        except OSError as error:
-            raise ConfigError(f"consul.token_file: cannot read {self._path}: {error.strerror}") from error
-        return self._token
 
 
 def tls_context(config: ConsulConfig) -> ssl.SSLContext:
@@ -108,14 +90,19 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
     callback raises on an answer. The deadline covers all attempts of one call.
     """
 
-    def __init__(self, config: ConsulConfig) -> None:
+    def __init__(self, config: ConsulConfig, say: Say | None = None) -> None:
+        """`say` hears what is wrong with the token, and None when it is well again."""
         self.base_uri = base_url(config.address)
-        self._tokens = TokenSource(config.token, config.token_file)
+        self.tokens = tokens_of(config, self._post_once)
+        self._say = say or (lambda _: None)
+        self._token_problem: str | None = None
+        self._unknown_at = 0.0
         self._timeout_s = config.timeout_s
         self._tls = tls_context(config) if self.base_uri.startswith("https:") else None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Transport:
+        self.tokens.open()
         connector = aiohttp.TCPConnector(
             limit=POOL_CONNECTIONS,
             keepalive_timeout=POOL_KEEPALIVE_SECONDS,
@@ -133,6 +120,7 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._session is not None:
+            await self.tokens.close()
             await self._session.close()
             self._session = None
 
@@ -217,23 +205,74 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
         headers: Mapping[str, str] | None,
         data: str | bytes | None,
     ) -> T:
+        answer = await self._with_token(method, url, headers, data)
+        _check_server(answer)
+        return callback(answer)
+
+    async def _with_token(
+        self, method: str, url: URL, headers: Mapping[str, str] | None, data: str | bytes | None
+    ) -> base.Response:
+        """Send, and once more when Consul does not know the token and there is another: then it did nothing."""
+        loop = asyncio.get_running_loop()
+        for is_last in (False, True):
+            token, began = await self._token(), loop.time()
+            answer = await self._send(method, url, headers, data, token)
+            if not _is_unknown_token(answer):
+                if not url.path.startswith(_TOKENLESS) and began >= self._unknown_at:
+                    self._tell(self.tokens.problem)
+                break
+            self._unknown_at = loop.time()
+            if is_last or not await self.tokens.refused(token):
+                self._tell(f"Consul does not know the ACL token (ACL not found): {self.tokens.remedy}")
+                break
+        return answer
+
+    async def _token(self) -> str | None:
+        try:
+            return await self.tokens.current()
+        except ConsulError:
+            self._tell(self.tokens.problem)
+            raise
+
+    def _tell(self, problem: str | None) -> None:
+        if problem != self._token_problem:
+            self._token_problem = problem
+            self._say(problem)
+
+    async def _post_once(self, path: str, body: str, token: str | None) -> base.Response:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._send("POST", URL(self.uri(path, None), encoded=True), None, body, token)
+        except TimeoutError as error:
+            raise ConsulUnavailable(f"POST {path}: no answer within {self._timeout_s:g} s") from error
+
+    async def _send(
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str] | None,
+        data: str | bytes | None,
+        token: str | None,
+    ) -> base.Response:
         if self._session is None:
             raise ConsulUnavailable("the Consul client is closed")
         sent = dict(headers or {})
-        if token := self._tokens.current():
+        if token:
             sent["X-Consul-Token"] = token
         try:
             async with self._session.request(
                 method, url, data=data or None, headers=sent, allow_redirects=False
             ) as response:
                 body = await _bounded_body(response)
-                answer = base.Response(
+                return base.Response(
                     response.status, response.headers, body.decode("utf-8", errors="replace"), body
                 )
         except (aiohttp.ClientError, OSError) as error:
             raise ConsulUnavailable(f"{method} {url.path} at {self.base_uri}: {error}") from error
-        _check_server(answer)
-        return callback(answer)
+
+
+def _is_unknown_token(answer: base.Response) -> bool:
+    return answer.code == 403 and "ACL not found" in answer.body
 
 
 def blocking_wait_s(params: Params) -> float:
