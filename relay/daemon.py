@@ -152,6 +152,7 @@ class Relay:
             ping_interval_s=PING_SECONDS,
             retry=config.retry,
             half_open_max=config.half_open_max,
+            half_open_per_source=config.half_open_per_source,
             reset_key=reset_key(config.reset_key_file, credentials),
             where=WHERE,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 from collections import defaultdict
 from dataclasses import dataclass, field
-from ipaddress import ip_network
 
 from ztna.names import SessionId
 
@@ -68,8 +67,3 @@ class Strangers:
         """Return the one that must go before another comes from the source; None when there is room."""
         own = self._of.get(source, {})
         return next(iter(own)) if len(own) >= STRANGERS_PER_SOURCE_MAX else None
-
-
-def source_of(host: str) -> str:
-    """Return what counts as one source: an IPv4 address, or the /64 that one IPv6 host has to itself."""
-    return host if ":" not in host else str(ip_network((host.partition("%")[0], 64), strict=False))

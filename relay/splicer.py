@@ -15,10 +15,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
-from relay.dialled import Dialled, Strangers, Token, source_of
+from relay.dialled import Dialled, Strangers, Token
 from relay.pipes import BIG_BATCH_BYTES, Direction, Pair
 from ztna.errors import ProtocolError, ZtnaError
 from ztna.names import SessionId
+from ztna.sources import source_of
 from ztna.telemetry import dropped
 from ztna.udp import SockAddr
 from ztna.wire import forwarder as wire

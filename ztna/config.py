@@ -338,6 +338,9 @@ class RelayConfig(Section, frozen=True, kw_only=True):
         Seconds, about("How long such sessions go on in any case, as checks may flap; in seconds.")
     ] = 10.0
     half_open_max: Annotated[Count, about("The most handshakes under way at once.")] = 1000
+    half_open_per_source: Annotated[
+        Count, about("The most of them from one IPv4 address or IPv6 /64; many hosts may share a NAT.")
+    ] = 250
     srv_hold_s: Annotated[
         Seconds, about("How long sessions outlive the last confirmed catalog read, in seconds.")
     ] = 600.0

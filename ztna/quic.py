@@ -53,6 +53,7 @@ from ztna.quic_engine import (
 )
 from ztna.quiet import Quiet
 from ztna.reasons import Reason
+from ztna.sources import HalfOpen, source_of
 from ztna.telemetry import DROPS, logger, refused
 from ztna.udp import SockAddr
 
@@ -78,8 +79,6 @@ CLOSED_KEPT_SECONDS = 3.0
 CLOSE_SLICE_CONNECTIONS = 50
 FLUSH_SLICE_SECONDS = 0.010
 """How long connections are settled before the loop gets its turn: thousands may end at once."""
-RETRY_HALF_OPEN_SHARE = 4
-"""With a quarter of half_open_max under way everybody has to prove an address first (RFC 9000 8.1.2)."""
 RESETS_PER_SECOND = 200
 RESET_KEY_BYTES = 32
 
@@ -247,7 +246,7 @@ class Server(_Endpoint):
         self._routes: dict[bytes, Connection] = {}
         self._cids: dict[Connection, set[bytes]] = {}
         self._open: dict[Connection, None] = {}
-        self._half_open = 0
+        self._half_open = HalfOpen(settings.half_open_max, settings.half_open_per_source)
         self._buried: deque[tuple[float, Connection]] = deque()
         self._burial_timer: asyncio.Handle | None = None
         self._retry = QuicRetryTokenHandler()
@@ -264,7 +263,7 @@ class Server(_Endpoint):
     @property
     def half_open(self) -> int:
         """How many handshakes are going on."""
-        return self._half_open
+        return len(self._half_open)
 
     def use_credentials(self, credentials: Credentials) -> None:
         """Show and believe these from the next connection on; existing ones stay."""
@@ -317,16 +316,14 @@ class Server(_Endpoint):
 
     def established(self, connection: Connection) -> Handler:
         """Count the connection as open and make its handler."""
-        self._half_open -= 1
+        self._half_open.end(connection)
         self._open[connection] = None
         return super().established(connection)
 
     def ended(self, connection: Connection, *, was_open: bool, code: int, reason: str) -> None:
         """Keep its CIDs for a moment, for packets that are still under way, then forget them."""
-        if connection in self._open:
-            del self._open[connection]
-        else:
-            self._half_open -= 1
+        self._open.pop(connection, None)
+        self._half_open.end(connection)
         super().ended(connection, was_open=was_open, code=code, reason=reason)
         self._buried.append((self.clock() + CLOSED_KEPT_SECONDS, connection))
         if self._burial_timer is None:
@@ -382,11 +379,12 @@ class Server(_Endpoint):
             return None
         if header.packet_type is not QuicPacketType.INITIAL:
             return self._dropped("unknown_cid")
-        if not self._accepting or self._half_open >= self.settings.half_open_max:
+        source = source_of(address[0])
+        if not self._accepting or self._half_open.full(source):
             refused(self.settings.where, Reason.LIMIT_REACHED if self._accepting else Reason.DRAINING)
             return None
         original, retried = header.destination_cid, None
-        if header.token or self._wants_proof:
+        if header.token or self.settings.retry or self._half_open.wants_proof(source):
             if not header.token:
                 self._send_retry(header.version, header.destination_cid, header.source_cid, address)
                 return None
@@ -410,17 +408,11 @@ class Server(_Endpoint):
 
         engine = Engine(self._config, judge, self._reset_key, original_cid=original, retry_cid=retried)
         connection = Connection(self, engine, address)
-        self._half_open += 1
+        self._half_open.begin(connection, source_of(address[0]))
         self._cids[connection] = {cid, *engine.local_cids}
         for each in self._cids[connection]:
             self._routes[each] = connection
         return connection
-
-    @property
-    def _wants_proof(self) -> bool:
-        """Whether clients have to prove their address before anything is kept of them."""
-        settings = self.settings
-        return settings.retry or self._half_open * RETRY_HALF_OPEN_SHARE >= settings.half_open_max
 
     def _send_retry(self, version: int, original: bytes, peer_cid: bytes, address: SockAddr) -> None:
         cid = new_cid()

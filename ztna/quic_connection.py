@@ -74,6 +74,7 @@ class Settings:
     ping_interval_s: float
     retry: bool = False
     half_open_max: int = 1000
+    half_open_per_source: int = 250
     reset_key: bytes = b""
     idle_timeout_s: float = 30.0
     stream_window: int = STREAM_WINDOW_BYTES

@@ -105,6 +105,39 @@ async def test_retry_is_asked_for_under_load_even_where_it_is_off(pki: Pki) -> N
     assert bench.connect(("203.0.113.9", 4000))
 
 
+async def test_one_source_that_proves_itself_takes_its_share_and_leaves_the_others_theirs(pki: Pki) -> None:
+    bench = Bench(pki, retry=True, half_open_max=40, half_open_per_source=10, where="share")
+    bystander = bench.connect()
+    before = REFUSALS.labels("share", Reason.LIMIT_REACHED.value)._value.get()
+    # Thirty clients of one host, and of one IPv6 network, answer the Retry and never finish.
+    for number in range(30):
+        for host in ("198.51.100.7", f"2001:db8::{number:x}"):
+            client = bench.begin((host, 2000 + number))
+            bench.pump(client, (host, 2000 + number))
+            bench.server.packets_received(
+                [(data, (host, 2000 + number)) for data, _ in client.datagrams_to_send(time.monotonic())]
+            )
+            replies(bench)
+    assert bench.server.half_open == 20
+    assert REFUSALS.labels("share", Reason.LIMIT_REACHED.value)._value.get() >= before + 40
+    # Everybody else comes in as before.
+    for number in range(25):
+        assert bench.connect((f"203.0.113.{number}", 4000))
+    assert bench.server.half_open == 20
+    assert still_served(bench, bystander)
+
+
+async def test_a_source_that_others_write_on_packets_keeps_its_share(pki: Pki) -> None:
+    bench = Bench(pki, retry=False, half_open_max=400, half_open_per_source=20)
+    for number in range(100):
+        client = bench.begin()
+        bench.server.packets_received([(client.datagrams_to_send(0.0)[0][0], ("192.0.2.1", 1024 + number))])
+    # A quarter of its share without proof, and then only who gets its packets.
+    assert bench.server.half_open == 5
+    replies(bench)
+    assert bench.connect(("192.0.2.1", 4000))
+
+
 async def test_nobody_unproved_gets_more_than_three_times_what_it_sent(pki: Pki) -> None:
     clock = [1000.0]
     bench = Bench(pki)

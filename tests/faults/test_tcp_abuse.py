@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from relay import splicer as module
-from relay.dialled import STRANGERS_PER_SOURCE_MAX, source_of
+from relay.dialled import STRANGERS_PER_SOURCE_MAX
 from relay.splicer import BIND_SECONDS, UNBOUND_CONNECTIONS_MAX, Splicer, listen
 from sidecar.link.budget import PEER_BYTES, Budget
 from sidecar.link.listener import StreamListener
@@ -162,11 +162,6 @@ async def test_one_sources_flood_costs_that_source_only(port: Port) -> None:
     await port.works(await port.pair())
     for _, writer in (*flood, other):
         writer.close()
-
-
-def test_an_ipv6_source_is_its_whole_network() -> None:
-    assert source_of("2001:db8:1:2:3::4") == source_of("2001:db8:1:2::5%eth0") != source_of("2001:db8:1:3::4")
-    assert source_of("192.0.2.1") != source_of("192.0.2.2")
 
 
 async def test_tokens_are_neither_guessed_nor_used_twice(port: Port) -> None:

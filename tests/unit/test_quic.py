@@ -16,7 +16,7 @@ from aioquic.quic.packet import QuicPacketType, pull_quic_header
 from tests.support.certificates import Pki
 from tests.support.hostile import HostileClient, HostileServer
 from tests.support.quic import ALPN, DEADLINE_SECONDS, Dialling, Listening, settings
-from ztna import quic, quic_connection
+from ztna import quic, quic_connection, sources
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError, Refused
 from ztna.identity import Identity, require_relay
@@ -443,7 +443,7 @@ async def test_a_retry_token_is_bound_to_address_cid_and_time(serve: Any, agent:
 async def test_half_open_handshakes_are_capped_and_end(
     serve: Any, agent: Credentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quic, "RETRY_HALF_OPEN_SHARE", 0)
+    monkeypatch.setattr(sources, "PROOF_SHARE", 0)
     clock = [1000.0]
     server = serve(half_open_max=3, where="half-open", more={"clock": lambda: clock[0]})
     for _ in range(5):
