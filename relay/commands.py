@@ -56,6 +56,8 @@ class AdmitAgent(msgspec.Struct, frozen=True):
 
     to: ConnectionKey
     message: DialToken
+    agent: str
+    link: LinkKey
 
 
 class AdmitConnector(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ from relay.commands import (
     Send,
     Told,
 )
+from relay.dialled import Owner
 from relay.forwarder import Forwarder
 from relay.kernel import local_address_towards
 from relay.notified import Notified
@@ -168,7 +169,7 @@ class Relay:
             self._close_sockets()
             raise
         self.forwarder = Forwarder(raw, link_limits(config), config.forwarding, config.forwarder_workers)
-        self.splicer = Splicer(listener, self._agent_waiting)
+        self.splicer = Splicer(listener, self._agent_waiting, link_limits(config), self.forwarder.charge)
         self.server = quic.Server(
             self._socket, credentials, settings, admit=self._admit, factory=self._established
         )
@@ -376,8 +377,9 @@ class Relay:
                 )
             case RemoveLink(link):
                 self.forwarder.remove_link(link)
-            case AdmitAgent(to, message):
-                if self.splicer.admit_agent(message.session, message.token):
+                self.splicer.end_link(link)
+            case AdmitAgent(to, message, agent, link):
+                if self.splicer.admit_agent(message.session, message.token, Owner(agent, link)):
                     self._send(to, message)
                 else:
                     refused(WHERE, Reason.LIMIT_REACHED)

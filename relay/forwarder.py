@@ -98,6 +98,11 @@ class Forwarder:
         # Many may end at once: the kernel hears of all in this turn together.
         self._follow_soon()
 
+    def charge(self, key: Hashable, size: int) -> bool:
+        """Take what was spliced for a link off its quota; False when that is used up."""
+        with self._lock:
+            return self._table.charge(key, size)
+
     @property
     def links(self) -> int:
         """How many links may bind."""

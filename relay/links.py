@@ -208,6 +208,16 @@ class LinkTable:
             if link is not None and link.exhausted:
                 self._way_changed(link)
 
+    def charge(self, key: Hashable, size: int) -> bool:
+        """Take what went for a link by another way, over TCP, off its quota; False when that is used up."""
+        link = self._links.get(key)
+        if link is None or link.allowance is None:
+            return True
+        link.allowance.left -= size
+        if link.exhausted:
+            self._way_changed(link)
+        return not link.exhausted
+
     def handle(self, packets: Sequence[RawPacket], now: float) -> list[RawPacket]:
         """Return what to send for a batch that was received: copies for the other side, and answers to binds."""
         out: list[RawPacket] = []

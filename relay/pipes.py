@@ -11,7 +11,9 @@ import fcntl
 import os
 import select
 import socket
+from collections.abc import Hashable
 
+from relay.metering import Meter
 from ztna.names import SessionId
 
 PIPE_BYTES = 1024 * 1024
@@ -44,8 +46,10 @@ class Direction:
         "_burst_from",
         "bytes",
         "finished",
+        "held",
         "in_pipe",
         "is_bulk",
+        "meter",
         "reader",
         "source",
         "source_ended",
@@ -53,14 +57,17 @@ class Direction:
         "writer",
     )
 
-    def __init__(self, source: socket.socket, target: socket.socket) -> None:
-        self.source, self.target = source, target
+    def __init__(self, source: socket.socket, target: socket.socket, meter: Meter | None = None) -> None:
+        """`meter` says how much may come out of the source."""
+        self.source, self.target, self.meter = source, target, meter
         self.reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # Beyond the user's soft limit of pipe pages the kernel says EPERM: the default size works too.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self.writer, _PIPE_SIZE_SET, PIPE_BYTES)
         self.in_pipe = self.bytes = 0
         self.source_ended = self.finished = self.is_bulk = False
+        self.held = False
+        """Whether the meter let nothing more out of the source the last time."""
         self._burst_at = 0.0
         self._burst_from = self._answered_from = 0
 
@@ -119,9 +126,15 @@ class Direction:
     def _fill(self) -> bool:
         if self.source_ended:
             return True
-        count = _splice(self.source.fileno(), self.writer, PIPE_BYTES)
+        room = PIPE_BYTES if self.meter is None else min(PIPE_BYTES, self.meter.left)
+        self.held = room <= 0
+        if self.held:
+            return False
+        count = _splice(self.source.fileno(), self.writer, room)
         if count == _WOULD_BLOCK:
             return False
+        if self.meter is not None:
+            self.meter.left -= count
         self.in_pipe += count
         self.source_ended = count == 0
         return True
@@ -138,13 +151,22 @@ class Direction:
 class Pair:
     """Two bound connections of one session."""
 
-    __slots__ = ("agent", "connector", "down", "session", "up")
+    __slots__ = ("agent", "charged", "connector", "down", "link", "session", "up")
 
-    def __init__(self, session: SessionId, agent: socket.socket, connector: socket.socket) -> None:
-        self.session, self.agent, self.connector = session, agent, connector
-        self.up = Direction(agent, connector)
+    def __init__(
+        self,
+        session: SessionId,
+        agent: socket.socket,
+        connector: socket.socket,
+        link: Hashable = None,
+        meters: tuple[Meter | None, Meter | None] = (None, None),
+    ) -> None:
+        self.session, self.link, self.agent, self.connector = session, link, agent, connector
+        self.charged = 0
+        """How many of its bytes were taken off its link's quota."""
+        self.up = Direction(agent, connector, meters[0])
         try:
-            self.down = Direction(connector, agent)
+            self.down = Direction(connector, agent, meters[1])
         except OSError:
             self.up.close()
             raise
@@ -152,6 +174,11 @@ class Pair:
     @property
     def finished(self) -> bool:
         return self.up.finished and self.down.finished
+
+    @property
+    def bytes(self) -> int:
+        """How much was copied, both ways."""
+        return self.up.bytes + self.down.bytes
 
     def other(self, direction: Direction) -> Direction:
         return self.down if direction is self.up else self.up

@@ -410,7 +410,7 @@ class Sessions:
                 self._closed(peer, session, message.reason, now, out)
             case control.Dial():
                 token = control.DialToken(session.id, Secret(self._random(TOKEN_BYTES)))
-                out.append(AdmitAgent(peer.key, token))
+                out.append(AdmitAgent(peer.key, token, session.agent_name, session.link))
             case control.CandidateOffer():
                 session.candidates = message.candidates
                 self._send(session.connector, message, out)

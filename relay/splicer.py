@@ -12,10 +12,11 @@ import select
 import socket
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Hashable
 
-from relay.dialled import Dialled, Strangers, Token
+from relay.dialled import Dialled, Owner, Strangers, Token, Tokens, discard
+from relay.links import Limits
+from relay.metering import Meters
 from relay.pipes import BIG_BATCH_BYTES, Direction, Pair
 from ztna.errors import ProtocolError, ZtnaError
 from ztna.names import SessionId
@@ -28,10 +29,8 @@ from ztna.wire.control import Address
 TOKEN_SECONDS = 30.0
 BIND_SECONDS = 5.0
 CONNECTIONS_MAX = 20_000
-UNBOUND_CONNECTIONS_MAX = 2_000
-TOKENS_PER_SESSION_MAX = 256
-TOKENS_MAX = 100_000
-"""Who gets one uses it at once: beyond it the oldest goes, so that who hoards them keeps nobody else out."""
+STRANGERS_MAX = 2_000
+"""Connections that have shown no token yet."""
 LISTEN_BACKLOG = 1024
 ACCEPTS_PER_WAKEUP = 64
 ACCEPT_PAUSE_SECONDS = 0.1
@@ -39,6 +38,8 @@ EVENTS_PER_WAKEUP = 256
 TICK_SECONDS = 0.001
 SLOW_TICK_SECONDS = 0.002
 """Between ticks when no direction moved BIG_BATCH_BYTES in the last; the most that a bulk direction waits."""
+HELD_TICK_SECONDS = 0.02
+"""How often what a rate holds back is looked at again."""
 SWEEP_SECONDS = 1.0
 DEAD_PEER_MILLISECONDS = 10_000
 KEEPALIVE_IDLE_SECONDS = 5
@@ -52,8 +53,6 @@ _ABORT = struct.pack("ii", 1, 0)
 
 WHERE = "forwarder_tcp"
 
-T = TypeVar("T")
-
 
 class Splicer:
     """The forwarder's TCP listener on the running loop.
@@ -62,23 +61,35 @@ class Splicer:
     caller answers with `admit_connector(session, waiter, token)` and tells the connector that token.
     """
 
-    def __init__(self, listener: socket.socket, on_agent_waiting: Callable[[SessionId, int], None]) -> None:
-        """Begin to accept on a listening non-blocking socket."""
+    def __init__(
+        self,
+        listener: socket.socket,
+        on_agent_waiting: Callable[[SessionId, int], None],
+        limits: Limits | None = None,
+        charge: Callable[[Hashable, int], bool] = lambda link, size: True,
+    ) -> None:
+        """Begin to accept on a listening non-blocking socket.
+
+        `charge(link, size)` takes bytes off a link's quota and says whether there is some left.
+        """
         self._listener = listener
         self._on_agent_waiting = on_agent_waiting
-        self._tokens: dict[bytes, Token] = {}
-        self._tokens_of: defaultdict[SessionId, set[bytes]] = defaultdict(set)
+        self._charge = charge
+        self._meters = Meters(limits or Limits())
+        self._has_quota = limits is not None and limits.quota_bytes is not None
+        self._tokens = Tokens()
         self._dialled: dict[int, Dialled] = {}
         self._strangers = Strangers()
         self._pairs: dict[int, Pair] = {}
-        self._waiting_of: defaultdict[SessionId, set[Dialled]] = defaultdict(set)
         self._pairs_of: defaultdict[SessionId, set[Pair]] = defaultdict(set)
         self._again: set[Pair] = set()
         self._bulk: dict[Direction, Pair] = {}
         self._ticker: asyncio.TimerHandle | None = None
+        self._held: dict[Direction, Pair] = {}
+        self._holder: asyncio.TimerHandle | None = None
         self.refusals: Counter[str] = Counter()
-        """Connections closed unserved, by why: bad_token, late, limit, source_limit, no_connector, malformed,
-        session_ended."""
+        """Connections and dials not served, by why: bad_token, late, limit, source_limit, no_connector, malformed,
+        session_ended, link_quota; and link_rate, how often a rate held something back."""
         self.bytes = 0
         """Copied by pairs that have ended."""
         self._bytes_of: Counter[SessionId] = Counter()
@@ -101,31 +112,42 @@ class Splicer:
         host, port = self._listener.getsockname()[:2]
         return host, port
 
-    def admit_agent(self, session: SessionId, token: bytes) -> bool:
-        """Let one connection with the token in within TOKEN_SECONDS; False when its session has too many tokens."""
-        return self._admit(token, Token(session, self._loop.time() + TOKEN_SECONDS))
+    def admit_agent(self, session: SessionId, token: bytes, owner: Owner | None = None) -> bool:
+        """Let one connection with the token in within TOKEN_SECONDS.
+
+        False when its session or agent has too many tokens and waiting connections, or its link no quota left.
+        Without an `owner` the session is bounded and metered by itself.
+        """
+        owner = owner or Owner(session, session)
+        if not self._charge(owner.link, 0):
+            self.refusals["link_quota"] += 1
+            return False
+        return self._admit(token, Token(session, owner, self._loop.time() + TOKEN_SECONDS))
 
     def admit_connector(self, session: SessionId, waiter: int, token: bytes) -> bool:
         """Let one connection with the token join the waiting one; False when that one has gone."""
         waiting = self._dialled.get(waiter)
         if waiting is None or waiting.session != session:
             return False
-        return self._admit(token, Token(session, waiting.deadline, waiting))
+        assert waiting.owner is not None
+        return self._admit(token, Token(session, waiting.owner, waiting.deadline, waiting))
 
     def end_session(self, session: SessionId) -> None:
         """Void the session's tokens and close its connections."""
-        for token in self._tokens_of.pop(session, ()):
-            del self._tokens[token]
-        for dialled in list(self._waiting_of.get(session, ())):
+        self._tokens.void_session(session)
+        for dialled in self._tokens.waiting(session):
             self._drop(dialled, "session_ended")
         for pair in list(self._pairs_of.get(session, ())):
             self._end(pair, abort=True)
         self._bytes_of.pop(session, None)
 
+    def end_link(self, link: Hashable) -> None:
+        """Hear that a link has ended with its last session."""
+        self._meters.forget(link)
+
     def bytes_of(self, session: SessionId) -> int:
         """Return how much was copied for a live session, both ways."""
-        pairs = self._pairs_of.get(session, ())
-        return self._bytes_of[session] + sum(each.up.bytes + each.down.bytes for each in pairs)
+        return self._bytes_of[session] + sum(each.bytes for each in self._pairs_of.get(session, ()))
 
     @property
     def pairs(self) -> int:
@@ -139,9 +161,11 @@ class Splicer:
             "address": f"{self.address[0]}:{self.address[1]}",
             "tokens": len(self._tokens),
             "unbound": len(self._dialled),
+            "waiting": self._tokens.waiters,
             "pairs": len(pairs),
             "joined": self.joined,
-            "bytes": self.bytes + sum(each.up.bytes + each.down.bytes for each in pairs),
+            "bytes": self.bytes + sum(each.bytes for each in pairs),
+            "held": len(self._held),
             "refusals": dict(self.refusals),
         }
 
@@ -151,7 +175,7 @@ class Splicer:
             return
         self._closed = True
         self._sweeper.cancel()
-        for timer in (self._pause, self._ticker):
+        for timer in (self._pause, self._ticker, self._holder):
             if timer is not None:
                 timer.cancel()
         self._loop.remove_reader(self._listener.fileno())
@@ -164,15 +188,11 @@ class Splicer:
         self._epoll.close()
 
     def _admit(self, token: bytes, entry: Token) -> bool:
-        if len(self._tokens_of.get(entry.session, ())) >= TOKENS_PER_SESSION_MAX:
-            self.refusals["limit"] += 1
-            return False
-        if len(self._tokens) >= TOKENS_MAX:
-            self.refusals["limit"] += 1
-            self._take(next(iter(self._tokens)))
-        self._tokens_of[entry.session].add(token)
-        self._tokens[token] = entry
-        return True
+        displaced = self._tokens.displaced
+        admitted = self._tokens.add(token, entry)
+        if refused := self._tokens.displaced - displaced + (not admitted):
+            self.refusals["limit"] += refused
+        return admitted
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_PER_WAKEUP):
@@ -204,7 +224,7 @@ class Splicer:
             self._drop(crowding, "source_limit")
         if len(self._dialled) + len(self._pairs) >= CONNECTIONS_MAX:
             return False
-        if len(self._dialled) < UNBOUND_CONNECTIONS_MAX:
+        if len(self._strangers) < STRANGERS_MAX:
             return True
         oldest = self._strangers.oldest()
         if oldest is not None:
@@ -249,34 +269,31 @@ class Splicer:
         except ProtocolError:
             self._drop(dialled, "malformed")
             return
-        entry = self._take(token)
+        entry = self._tokens.take(token)
         if entry is None:
             self._drop(dialled, "bad_token")
         elif entry.expires_at < self._loop.time():
             self._drop(dialled, "late")
         elif entry.waiting is not None:
-            self._join(entry.session, entry.waiting, dialled)
+            self._join(entry, entry.waiting, dialled)
+        elif not self._tokens.wait(dialled, entry):
+            self._drop(dialled, "limit")
         else:
-            dialled.session = entry.session
             self._strangers.discard(dialled)
-            self._waiting_of[entry.session].add(dialled)
             dialled.deadline = self._loop.time() + BIND_SECONDS
             self._on_agent_waiting(entry.session, dialled.sock.fileno())
 
-    def _take(self, token: bytes) -> Token | None:
-        entry = self._tokens.pop(token, None)
-        if entry is not None:
-            _discard(self._tokens_of, entry.session, token)
-        return entry
-
-    def _join(self, session: SessionId, agent: Dialled, connector: Dialled) -> None:
+    def _join(self, entry: Token, agent: Dialled, connector: Dialled) -> None:
         if self._dialled.get(agent.sock.fileno()) is not agent:
             self._drop(connector, "late")
             return
         try:
             for each in (agent, connector):
                 each.sock.send(wire.encode(wire.Bound(wire.NO_NONCE, peer_of(each.sock))))
-            pair = Pair(session, agent.sock, connector.sock)
+            link = entry.owner.link
+            pair = Pair(
+                entry.session, agent.sock, connector.sock, link, self._meters.of(link, self._loop.time())
+            )
         except OSError:
             self._drop(agent, "no_connector")
             self._drop(connector, "late")
@@ -284,13 +301,14 @@ class Splicer:
         for each in (agent, connector):
             self._forget(each)
             self._pairs[each.sock.fileno()] = pair
-        self._pairs_of[session].add(pair)
+        self._pairs_of[entry.session].add(pair)
         self.joined += 1
         # What came before the join made its edge already.
         self._pump(pair, pair.up, pair.down)
 
     def _pump(self, pair: Pair, *directions: Direction) -> None:
         more = False
+        self._refill(*directions)
         try:
             for direction in directions:
                 before = direction.bytes
@@ -311,8 +329,38 @@ class Splicer:
         else:
             now = self._loop.time()
             for direction in directions:
-                if not direction.is_bulk and direction.bursts(now):
+                if direction.held:
+                    self._hold(pair, direction)
+                elif not direction.is_bulk and direction.bursts(now):
                     self._start_ticks(pair, direction)
+
+    def _refill(self, *directions: Direction) -> None:
+        for direction in directions:
+            if direction.meter is not None:
+                direction.meter.refill(self._loop.time())
+
+    def _hold(self, pair: Pair, direction: Direction) -> None:
+        """Look again soon at a direction whose rate is used up: nothing else would, as its edge has been."""
+        if direction not in self._held:
+            self.refusals["link_rate"] += 1
+            self._held[direction] = pair
+        if self._holder is None:
+            self._holder = self._loop.call_later(HELD_TICK_SECONDS, self._release)
+
+    def _release(self) -> None:
+        self._holder = None
+        for direction, pair in tuple(self._held.items()):
+            if direction not in self._held:
+                continue  # its pair ended with the other direction
+            self._pump(pair, direction)
+            if not direction.held:
+                self._held.pop(direction, None)
+        if self._held:
+            # Who comes first may take it all: the next time the others come before it.
+            first = next(iter(self._held))
+            self._held[first] = self._held.pop(first)
+            if self._holder is None:
+                self._holder = self._loop.call_later(HELD_TICK_SECONDS, self._release)
 
     def _start_ticks(self, pair: Pair, direction: Direction) -> None:
         """Let arrivals gather: each costs a wakeup, and a bulk transfer makes one with every TLS record."""
@@ -333,6 +381,7 @@ class Splicer:
         for direction, pair in tuple(self._bulk.items()):
             if direction not in self._bulk:
                 continue  # its pair ended with the other direction
+            self._refill(direction)
             try:
                 most = max(most, direction.tick())
             except OSError:
@@ -364,9 +413,11 @@ class Splicer:
         self._again.discard(pair)
         for direction in (pair.up, pair.down):
             self._bulk.pop(direction, None)
-        _discard(self._pairs_of, pair.session, pair)
-        self.bytes += pair.up.bytes + pair.down.bytes
-        self._bytes_of[pair.session] += pair.up.bytes + pair.down.bytes
+            self._held.pop(direction, None)
+        discard(self._pairs_of, pair.session, pair)
+        self._take_off_quota(pair)
+        self.bytes += pair.bytes
+        self._bytes_of[pair.session] += pair.bytes
         pair.close()
 
     def _drop(self, dialled: Dialled, why: str) -> None:
@@ -377,19 +428,26 @@ class Splicer:
     def _forget(self, dialled: Dialled) -> None:
         del self._dialled[dialled.sock.fileno()]
         self._strangers.discard(dialled)
-        if dialled.session is not None:
-            _discard(self._waiting_of, dialled.session, dialled)
+        self._tokens.stop_waiting(dialled)
 
     def _sweep(self) -> None:
         now = self._loop.time()
         for dialled in [each for each in self._dialled.values() if each.deadline <= now]:
             self._drop(dialled, "late" if dialled.session is None else "no_connector")
-        for token in [token for token, each in self._tokens.items() if each.expires_at <= now]:
-            self._take(token)
+        self._tokens.void_expired(now)
+        for pair in set(self._pairs.values()) if self._has_quota else ():
+            if not self._take_off_quota(pair):
+                self.refusals["link_quota"] += 1
+                self._end(pair, abort=True)
         for why, count in (self.refusals - self._told).items():
             dropped(WHERE, why, count)
         self._told = self.refusals.copy()
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def _take_off_quota(self, pair: Pair) -> bool:
+        """Have what it carried since the last time taken off its link's quota; False when that is used up."""
+        size, pair.charged = pair.bytes - pair.charged, pair.bytes
+        return self._charge(pair.link, size)
 
 
 def listen(address: SockAddr) -> socket.socket:
@@ -424,10 +482,3 @@ def peer_of(sock: socket.socket) -> Address:
     """Return whom the socket is connected to. Raises OSError when it is no longer."""
     host, port = sock.getpeername()[:2]
     return Address(host, port)
-
-
-def _discard(sets: dict[SessionId, set[T]], session: SessionId, member: T) -> None:
-    members = sets[session]
-    members.discard(member)
-    if not members:
-        del sets[session]

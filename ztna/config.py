@@ -273,11 +273,13 @@ class RelayConfig(Section, frozen=True, kw_only=True):
     ] = 1
     link_rate_bytes_per_s: Annotated[
         LinkBytes | None,
-        about("The most that a link may carry each way over UDP, in bytes a second.", 12_500_000),
+        about(
+            "The most that a link may carry each way, over UDP and over TCP, in bytes a second.", 12_500_000
+        ),
     ] = None
     link_quota_bytes: Annotated[
         LinkBytes | None,
-        about("The most that one agent and one connector may exchange over UDP in a period.", 10**11),
+        about("The most that one agent and one connector may exchange by forwarder in a period.", 10**11),
     ] = None
     link_quota_period_s: Annotated[Seconds, about("That period, in seconds.")] = 86_400.0
     admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from relay import dialled
 from relay import splicer as module
-from relay.dialled import STRANGERS_PER_SOURCE_MAX
-from relay.splicer import BIND_SECONDS, UNBOUND_CONNECTIONS_MAX, Splicer, listen
+from relay.dialled import STRANGERS_PER_SOURCE_MAX, Owner
+from relay.splicer import BIND_SECONDS, STRANGERS_MAX, Splicer, listen
 from sidecar.link.budget import PEER_BYTES, Budget
 from sidecar.link.listener import StreamListener
 from sidecar.link.stream import ALPN, FlowRefused
@@ -64,10 +65,10 @@ class Port:
         writer.write(first)
         return reader, writer
 
-    async def pair(self, session: SessionId = SESSION) -> tuple[Streams, Streams]:
+    async def pair(self, session: SessionId = SESSION, owner: Owner | None = None) -> tuple[Streams, Streams]:
         """Be an honest agent and its connector."""
         token = os.urandom(32)
-        assert self.splicer.admit_agent(session, token)
+        assert self.splicer.admit_agent(session, token, owner)
         async with asyncio.timeout(WAIT_SECONDS):
             agent = await self.dial(wire.dial_in(token))
             connector = await self.dial(wire.dial_in(await self.tokens.get()))
@@ -133,12 +134,9 @@ async def test_ten_thousand_that_say_nothing_keep_nobody_out(port: Port) -> None
             if number % (CROWD // 10) == CROWD // 20:
                 await port.works(await port.pair())
             status = port.splicer.status()
-            assert isinstance(status["unbound"], int) and status["unbound"] <= UNBOUND_CONNECTIONS_MAX
+            assert isinstance(status["unbound"], int) and status["unbound"] <= STRANGERS_MAX
         await port.works(before)
-        assert (
-            port.splicer.refusals["limit"] + port.splicer.refusals["late"]
-            > CROWD - 2 * UNBOUND_CONNECTIONS_MAX
-        )
+        assert port.splicer.refusals["limit"] + port.splicer.refusals["late"] > CROWD - 2 * STRANGERS_MAX
     finally:
         for sock in crowd:
             sock.close()
@@ -196,11 +194,62 @@ async def test_tokens_are_neither_guessed_nor_used_twice(port: Port) -> None:
 
 
 async def test_a_session_has_so_many_tokens_and_no_more(port: Port) -> None:
-    tokens = [os.urandom(32) for _ in range(module.TOKENS_PER_SESSION_MAX + 1)]
+    tokens = [os.urandom(32) for _ in range(dialled.TOKENS_PER_SESSION_MAX + 1)]
     assert [port.splicer.admit_agent(SESSION, each) for each in tokens].count(False) == 1
     assert port.splicer.admit_agent(OTHER, os.urandom(32))
     port.splicer.end_session(SESSION)
     assert port.splicer.status()["tokens"] == 1
+
+
+async def test_an_agent_has_so_many_waiting_over_all_its_sessions_and_others_theirs(port: Port) -> None:
+    flooder, victim = Owner("flooder", "link 1"), Owner("victim", "link 2")
+    port.splicer._on_agent_waiting = lambda session, waiter: None  # connectors that never dial in
+    sessions = [SessionId(f"{number:016x}") for number in range(8)]
+    waiting: list[Streams] = []
+    held = 0
+    while held < dialled.HELD_PER_AGENT_MAX:
+        token = os.urandom(32)
+        assert port.splicer.admit_agent(sessions[held % 8], token, flooder)
+        held += 1
+        if held % 2:
+            waiting.append(await port.dial(wire.dial_in(token)))
+    async with asyncio.timeout(WAIT_SECONDS):
+        while port.splicer.status()["waiting"] != len(waiting):
+            await asyncio.sleep(0.01)
+    # Used or not, under whichever session: no more of either kind.
+    for session in sessions:
+        assert not port.splicer.admit_agent(session, os.urandom(32), flooder)
+    assert port.splicer.refusals == {"limit": len(sessions)}
+    port.splicer._on_agent_waiting = port._waiting
+    await port.works(await port.pair(OTHER, victim))
+    # What ends makes room again.
+    waiting[0][1].close()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not port.splicer.admit_agent(sessions[0], os.urandom(32), flooder):
+            await asyncio.sleep(0.01)
+    for _, writer in waiting:
+        writer.close()
+
+
+async def test_waiting_connections_are_bounded_in_all(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialled, "WAITERS_MAX", 3)
+    port.splicer._on_agent_waiting = lambda session, waiter: None
+    tokens = [os.urandom(32) for _ in range(4)]
+    assert all(port.splicer.admit_agent(SESSION, each, Owner(each, each)) for each in tokens)
+    waiting = [await port.dial(wire.dial_in(each)) for each in tokens[:3]]
+    async with asyncio.timeout(WAIT_SECONDS):
+        while port.splicer.status()["waiting"] != 3:
+            await asyncio.sleep(0.01)
+    reader, writer = await port.dial(wire.dial_in(tokens[3]))
+    await closed_without_a_byte(reader)
+    assert not port.splicer.admit_agent(OTHER, os.urandom(32))
+    assert port.splicer.refusals == {"limit": 2}
+    port.splicer.end_session(SESSION)
+    assert port.splicer.status()["waiting"] == 0
+    port.splicer._on_agent_waiting = port._waiting
+    await port.works(await port.pair(OTHER))
+    for each in (writer, *(out for _, out in waiting)):
+        each.close()
 
 
 # Half-open, between hosts

@@ -308,3 +308,24 @@ def test_what_the_kernel_counted_last_is_the_pairs_though_its_link_has_ended() -
     bound(table, A)
     bound(table, C)
     assert passed(table, A, 1) == 0
+
+
+def test_what_goes_over_tcp_costs_the_same_quota() -> None:
+    table = both_bound(Limits(quota_bytes=1_000_000, quota_period_s=1000.0))
+    table.take_changed()
+    assert table.charge("link", 0)
+    assert table.charge("link", 999_999)
+    assert not table.take_changed()
+    assert not table.charge("link", 1)
+    assert not table.charge("link", 0)
+    assert passed(table, A, 5) == 0 and table.drops == {"link_quota": 5}
+    # The kernel must stop too.
+    assert table.take_changed() == {A: None, C: None}
+    table.sweep(NOW + 1000)
+    assert table.charge("link", 10)
+
+
+def test_a_link_without_a_quota_or_end_is_charged_nothing() -> None:
+    table = both_bound()
+    assert table.charge("link", 1 << 50)
+    assert table.charge("never there", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -104,6 +105,42 @@ async def test_a_session_is_listed_with_who_what_and_how_much(seen: Seen) -> Non
     assert table.exit_code == 0 and opened.session in table.stdout and agent.name in table.stdout
     for filtered in (("--service", "other"), ("--agent", "nobody")):
         assert (await seen.ztna("list", "--relay", seen.port, "--json", *filtered)).stdout == "[]\n"
+
+
+async def until_reset(end: Dialled) -> None:
+    with pytest.raises(ConnectionError):
+        async with asyncio.timeout(WAIT_SECONDS):
+            while await end.reader.read(65_536):
+                pass
+        raise AssertionError("a clean end")
+    end.writer.close()
+
+
+async def test_a_quota_is_one_for_all_tcp_of_a_pair_of_peers_and_a_rate_slows_it(tmp_path: Path) -> None:
+    async with running(tmp_path, link_quota_bytes=3_000_000, link_rate_bytes_per_s=2_000_000) as seen:
+        connector, agent, other = (
+            await seen.mesh.connector(),
+            await seen.mesh.agent(),
+            await seen.mesh.agent("agent-2"),
+        )
+        first, _, _ = await agent.open_with(connector, request=1)
+        second, _, _ = await agent.open_with(connector, request=2)
+        spared, _, _ = await other.open_with(connector, request=1)
+        one, two = [await spliced(seen.mesh, agent, connector, each) for each in (first, second)]
+        kept = await spliced(seen.mesh, other, connector, spared)
+        began = time.monotonic()
+        one[0].writer.write(bytes(3_000_000))
+        # Cut in the second after it was used up, and of the other session too.
+        await asyncio.gather(*(until_reset(each) for each in (*one, *two)))
+        assert time.monotonic() - began >= 1.0, "half a second of it at once, and the rest at the rate"
+        agent.say(control.Dial(second.session))
+        kept[0].writer.write(b"again")
+        assert await asyncio.wait_for(kept[1].reader.readexactly(5), WAIT_SECONDS) == b"again"
+        refusals = seen.mesh.relay.splicer.refusals
+        async with asyncio.timeout(WAIT_SECONDS):
+            while refusals["link_quota"] < 3:
+                await asyncio.sleep(0.01)
+        assert refusals["link_rate"] >= 1
 
 
 async def test_closing_ends_that_session_alone_its_tcp_too_and_both_ends_hear_why(seen: Seen) -> None:

@@ -7,12 +7,14 @@ import errno
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 
 import pytest
 
-from relay import pipes
+from relay import dialled, pipes
 from relay import splicer as module
+from relay.dialled import Owner
+from relay.links import Limits
 from relay.splicer import Splicer, listen
 from ztna.errors import ZtnaError
 from ztna.names import SessionId
@@ -37,8 +39,8 @@ class Rig:
         end.writer.write(first)
         return end
 
-    async def pair(self) -> tuple[End, End]:
-        assert self.splicer.admit_agent(SESSION, AGENT_TOKEN)
+    async def pair(self, owner: Owner | None = None) -> tuple[End, End]:
+        assert self.splicer.admit_agent(SESSION, AGENT_TOKEN, owner)
         agent = await self.dial(wire.dial_in(AGENT_TOKEN))
         session, waiter = await asyncio.wait_for(self.waiting.get(), DEADLINE_S)
         assert self.splicer.admit_connector(session, waiter, CARRY_TOKEN)
@@ -294,8 +296,8 @@ async def test_all_of_a_session_ends_with_it(rig: Rig) -> None:
 
 
 async def test_numbers_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOKENS_PER_SESSION_MAX", 1)
-    monkeypatch.setattr(module, "UNBOUND_CONNECTIONS_MAX", 1)
+    monkeypatch.setattr(dialled, "TOKENS_PER_SESSION_MAX", 1)
+    monkeypatch.setattr(module, "STRANGERS_MAX", 1)
     assert rig.splicer.admit_agent(SESSION, b"1" * 32)
     assert not rig.splicer.admit_agent(SESSION, b"2" * 32)
     assert rig.splicer.admit_agent(OTHER, b"3" * 32)
@@ -306,15 +308,19 @@ async def test_numbers_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) ->
     second = await rig.dial(wire.dial_in(b"1" * 32))
     await first.refused()
     await asyncio.wait_for(rig.waiting.get(), DEADLINE_S)
-    await (await rig.dial(b"")).refused()
+    # Who waits takes no stranger's place.
+    third = await rig.dial(b"")
+    fourth = await rig.dial(b"")
+    await third.refused()
     assert rig.splicer.refusals == {"limit": 3}
-    second.writer.close()
+    for each in (second, fourth):
+        each.writer.close()
 
 
 async def test_who_hoards_tokens_keeps_nobody_out_who_uses_his(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TOKENS_MAX", 10)
+    monkeypatch.setattr(dialled, "TOKENS_MAX", 10)
     hoarded = [bytes([number]) * 32 for number in range(10)]
     assert all(rig.splicer.admit_agent(OTHER, token) for token in hoarded)
     await rig.pair()
@@ -328,7 +334,7 @@ async def test_who_hoards_tokens_keeps_nobody_out_who_uses_his(
 async def test_a_flood_of_strangers_keeps_nobody_out_who_has_a_token(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "UNBOUND_CONNECTIONS_MAX", 20)
+    monkeypatch.setattr(module, "STRANGERS_MAX", 20)
     flood = [await rig.dial(b"") for _ in range(40)]
     agent, connector = await rig.pair()
     agent.writer.write(b"all the same")
@@ -385,3 +391,103 @@ async def test_open_pairs_and_waiters_end_with_the_splicer() -> None:
 async def test_a_taken_port_is_named(rig: Rig) -> None:
     with pytest.raises(ZtnaError, match=str(rig.splicer.address[1])):
         listen(rig.splicer.address)
+
+
+class Metered:
+    """A splicer with limits, and a quota that is a number."""
+
+    def __init__(self, limits: Limits, quota: int = 1 << 60) -> None:
+        self.left = quota
+        self.rig = Rig()
+        self.rig.splicer.close()
+        self.rig.splicer = Splicer(
+            listen(("127.0.0.1", 0)),
+            lambda *session_and_waiter: self.rig.waiting.put_nowait(session_and_waiter),
+            limits,
+            self._charge,
+        )
+
+    def _charge(self, link: Hashable, size: int) -> bool:
+        if link == "free":
+            return True
+        self.left -= size
+        return self.left > 0
+
+
+@pytest.fixture
+async def metered(request: pytest.FixtureRequest) -> AsyncIterator[Metered]:
+    metered = Metered(*request.param)
+    yield metered
+    metered.rig.splicer.close()
+
+
+RATE = 4_000_000
+BURST = Limits(rate_bytes_per_s=RATE).burst_bytes
+
+
+@pytest.mark.parametrize("metered", [(Limits(rate_bytes_per_s=RATE),)], indirect=True)
+async def test_a_rate_holds_each_way_of_a_link_and_loses_nothing(metered: Metered) -> None:
+    rig, owner = metered.rig, Owner("agent", "link")
+    pairs = [await rig.pair(owner=owner) for _ in range(2)]
+    other = await rig.pair(owner=Owner("agent", "other link"))
+    size = RATE
+    began = time.monotonic()
+    for number, (agent, _) in enumerate(pairs):
+        agent.writer.write(bytes([number + 1]) * size)
+        agent.writer.write_eof()
+
+    async def received(end: End) -> tuple[bytes, float]:
+        return await end.read(), time.monotonic() - began
+
+    reading = [asyncio.create_task(received(connector)) for _, connector in pairs]
+    # What another link sends, and what comes back on this one, is not held.
+    for sender, reader in (other, (pairs[0][1], pairs[0][0])):
+        sender.writer.write(b"x" * (BURST // 2))
+        assert await reader.read(BURST // 2) == b"x" * (BURST // 2)
+    done = await asyncio.gather(*reading)
+    for number, (data, _) in enumerate(done):
+        assert data == bytes([number + 1]) * size
+    assert max(seconds for _, seconds in done) >= (2 * size - BURST) / RATE * 0.95
+    # They took turns: neither waited until the other one was through.
+    assert min(seconds for _, seconds in done) >= (size - BURST) / RATE * 1.2
+    assert rig.splicer.refusals["link_rate"] >= 2
+    for end in (*pairs[0], *pairs[1], *other):
+        end.writer.close()
+    assert rig.splicer.status()["held"] == 0
+
+
+@pytest.mark.parametrize("metered", [(Limits(rate_bytes_per_s=RATE),)], indirect=True)
+async def test_what_is_held_ends_with_its_session(metered: Metered) -> None:
+    rig, owner = metered.rig, Owner("agent", "link")
+    agent, connector = await rig.pair(owner=owner)
+    agent.writer.write(bytes(8 * RATE))
+    async with asyncio.timeout(DEADLINE_S):
+        while not rig.splicer.status()["held"]:
+            await asyncio.sleep(0.005)
+    rig.splicer.end_session(SESSION)
+    rig.splicer.end_link("link")
+    assert rig.splicer.status()["held"] == 0
+    with pytest.raises(ConnectionResetError):
+        await connector.read()
+    for each in (agent, connector):
+        each.writer.close()
+
+
+@pytest.mark.parametrize("metered", [(Limits(quota_bytes=1_000_000), 1_000_000)], indirect=True)
+async def test_who_is_beyond_a_quota_is_cut_and_gets_no_further_token(metered: Metered) -> None:
+    rig, owner = metered.rig, Owner("agent", "link")
+    agent, connector = await rig.pair(owner=owner)
+    free = await rig.pair(owner=Owner("other", "free"))
+    agent.writer.write(bytes(999_999))
+    assert len(await connector.read(999_999)) == 999_999
+    connector.writer.write(b"x")
+    assert await agent.read(1) == b"x"
+    for each in (agent, connector):
+        with pytest.raises(ConnectionResetError):
+            await each.read(1)
+    assert not rig.splicer.admit_agent(SESSION, b"d" * 32, owner)
+    assert metered.left == 0 and rig.splicer.refusals == {"link_quota": 2}
+    free[0].writer.write(b"not concerned")
+    assert await free[1].read(13) == b"not concerned"
+    for each in (agent, connector, *free):
+        each.writer.close()
