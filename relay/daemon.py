@@ -299,14 +299,14 @@ class Relay:
         if isinstance(message, control.Register):
             self._ask_about({offering.name for offering in message.services}, peer)
             if message.withdrawn:
-                self.puller.watch(self._sessions.services)
+                self.puller.watch(self._sessions.looked_up)
 
     def _ask_about(self, named: set[ServiceName], peer: Peer) -> None:
         """Have DNS asked for what a peer has registered, and never for what it only named."""
         registrant = self._sessions.peers.get(peer.key)
         served = named & registrant.services if registrant is not None else set()
         if served:
-            self.puller.watch(self._sessions.services)
+            self.puller.watch(self._sessions.looked_up)
             for service in served:
                 self.puller.ask_soon(service)
 
@@ -328,7 +328,7 @@ class Relay:
         self.carry_out(self._sessions.disconnected(peer.key, reason, time.monotonic()))
         del self._peers[peer.key]
         if served:
-            self.puller.watch(self._sessions.services)
+            self.puller.watch(self._sessions.looked_up)
 
     def _agent_waiting(self, session: SessionId, waiter: int) -> None:
         self.carry_out(self._sessions.agent_waiting(session, waiter))

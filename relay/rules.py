@@ -40,12 +40,20 @@ class Leaving:
         self._since: dict[Place, float] = {}
 
     def verdict(
-        self, place: Place, routes: tuple[Route, ...] | None, elsewhere: bool, hold_s: float, now: float
+        self,
+        place: Place,
+        routes: tuple[Route, ...] | None,
+        elsewhere: bool,
+        hold_s: float,
+        now: float,
+        *,
+        withdrew: bool = False,
     ) -> Reason | None:
         """Return why the sessions of a connector must end, None while they may go on.
 
         `routes` is what DNS says of the service, None when it cannot be relied on; `elsewhere` is whether
-        another connector could serve it.
+        another connector could serve it. One that `withdrew` by itself drains: it gets no session any more, and
+        ends those it has, for as long as an answer of DNS may be relied on.
         """
         if routes is None:
             return Reason.POLICY_UNKNOWN
@@ -55,8 +63,10 @@ class Leaving:
         gone_s = now - self._since.setdefault(place, now)
         if gone_s < self._rules.leave_grace_s:
             return None
-        if self._rules.leaving == "close" or gone_s >= hold_s:
+        if gone_s >= hold_s or (self._rules.leaving == "close" and not withdrew):
             return Reason.NO_HEALTHY_CONNECTOR
+        if withdrew:
+            return None
         return Reason.DRAINING if elsewhere else None
 
     def forget(self, place: Place) -> None:

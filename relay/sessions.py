@@ -72,8 +72,13 @@ class Sessions:
 
     @property
     def services(self) -> frozenset[ServiceName]:
-        """The services that a granted connector has registered: the only names to look up (design.md 2.2)."""
+        """The services that a granted connector has registered."""
         return self._serving.services
+
+    @property
+    def looked_up(self) -> frozenset[ServiceName]:
+        """The only names to look up (design.md 2.2): these, and those that sessions of a withdrawn one go on for."""
+        return self.services | {service for service, _ in self._book.routed}
 
     @property
     def peers(self) -> dict[ConnectionKey, Peer]:
@@ -480,7 +485,8 @@ class Sessions:
         place, routes = (service, connector_id), self._table.routes(service, now)
         live = self._serving.live(service)
         elsewhere = any(route.connector_id in live for route in routes or ())
-        reason = self._leaving.verdict(place, routes, elsewhere, self._table.hold_s, now)
+        withdrew = connector_id not in live
+        reason = self._leaving.verdict(place, routes, elsewhere, self._table.hold_s, now, withdrew=withdrew)
         if reason is not None:
             for session_id in sorted(self._book.routed[place]):
                 self._cut(self._book.live[session_id], reason, BY_RELAY, now, out)

@@ -167,14 +167,21 @@ class _Connector:
         return Address(host, bound[1])
 
     async def _drain(self, registrar: Registrar) -> None:
-        """Leave Consul, take nothing new, let TCP flows finish for a while, end everything."""
+        """Take nothing new, leave relays and Consul, let TCP flows finish for a while, end everything.
+
+        Relays hear it first, so that none sends a session here; what crosses that on its way is refused as draining,
+        and the relay tries another connector. Their connections stay for the sessions that run.
+        """
         self._serving.is_draining = True
-        await registrar.leave()
+        for client in self._relays:
+            self._withdraw(client)
+        leaving = self._tasks.create_task(registrar.leave(), name="leave Consul")
         try:
             async with asyncio.timeout(self._config.drain_s):
                 await self._serving.drained()
         except TimeoutError:
             _log.warning("drain_cut_short", seconds=self._config.drain_s)
+        await leaving
         self._serving.close()
 
     # Health
@@ -244,11 +251,19 @@ class _Connector:
         self._refusals[self._relays.label(client)] = {}
         self._serving.relay_connected(client)
         self._show_newest()
+        if self._serving.is_draining:
+            return
         offerings = [Offering(each.service, each.ports) for each in self._routes.services.values()]
         for start in range(0, len(offerings), SERVICES_PER_REGISTER):
             services = tuple(offerings[start : start + SERVICES_PER_REGISTER])
             client.send(Register(self._config.id, services, self._link_address))
         self._daemon.readiness.done("relay")
+
+    def _withdraw(self, client: RelayClient) -> None:
+        services = tuple(self._routes.services)
+        for start in range(0, len(services), SERVICES_PER_REGISTER):
+            withdrawn = services[start : start + SERVICES_PER_REGISTER]
+            client.send(Register(self._config.id, (), self._link_address, withdrawn))
 
     def _relay_lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning

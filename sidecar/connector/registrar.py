@@ -6,7 +6,7 @@ touched: only `<service>@<our connector id>` with our id in its Meta is ours, al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from sidecar.connector.health import Verdict
@@ -87,12 +87,18 @@ def registration(desired: Desired, registrant: Registrant) -> Registration:
 
 
 def plan(
-    desired: Iterable[Desired], known: Mapping[str, AgentService], registrant: Registrant, now: float
+    desired: Iterable[Desired],
+    known: Mapping[str, AgentService],
+    registrant: Registrant,
+    now: float,
+    *,
+    anew: Container[ServiceName] = (),
 ) -> Plan:
     """Return the steps that bring the local Consul agent's services to what we want.
 
     A service that is missing is registered, except one that Consul had reason to reap: it was critical for
     `deregister_after_s`, and registering it again would make it flap. That one waits until its backend passes.
+    Those `anew` are registered again though they look as they should: their checks or their token do not.
     """
     wanted = {instance_id(each.routes.service, registrant.connector_id): each for each in desired}
     register: list[Registration] = []
@@ -100,7 +106,7 @@ def plan(
     for own_id, each in wanted.items():
         target = registration(each, registrant)
         if own_id in known:
-            if _differs(target, known[own_id]):
+            if each.routes.service in anew or _differs(target, known[own_id]):
                 register.append(target)
         elif each.verdict == "critical" and now - each.since >= registrant.deregister_after_s:
             waiting.append(each.routes.service)

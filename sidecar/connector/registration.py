@@ -33,7 +33,9 @@ REFRESHES_PER_TTL = 3.0
 RECONCILE_SECONDS = 5.0
 RECONCILE_SECONDS_MIN = 0.25
 BACKOFF_SECONDS = 1.0
-LEAVE_SECONDS = 2.0
+LEAVE_SECONDS = 5.0
+LEAVING = "its connector is stopping"
+"""Why a service is in maintenance, for who looks at Consul."""
 
 Item = TypeVar("Item")
 
@@ -57,6 +59,11 @@ class Registrar:
         self._desired = desired
         self._loop = asyncio.get_running_loop()
         self._registered: set[ServiceName] = set()
+        self._generations: dict[ServiceName, int] = {}
+        """The token that each service was registered by: Consul syncs it to the catalog by that one alone, and that
+        of a predecessor may end with it."""
+        self._unchecked: set[ServiceName] = set()
+        """Services whose check Consul does not have, though it may have the service."""
         self._refused: dict[ServiceName, str] = {}
         self._urgent: dict[ServiceName, None] = {}
         self._routine: dict[ServiceName, None] = {}
@@ -89,14 +96,24 @@ class Registrar:
             tasks.create_task(self._keep_reporting(), name="report checks to Consul")
 
     async def leave(self) -> None:
-        """Deregister what is ours, within LEAVE_SECONDS; Consul that is away lets the checks run out."""
+        """Take what is ours out of use and then away, within LEAVE_SECONDS.
+
+        Maintenance comes first for all: it is quick, and holds where Consul does not take a service away from its
+        catalog at once. Consul that is away lets the checks run out.
+        """
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
                 known = await self._client.agent_services()
                 ids = own_ids(known, self._registrant.connector_id)
+                await _each(self._maintain, ids)
                 await _each(self._client.deregister_service, ids)
+                if ids:
+                    _log.info("deregistered", services=len(ids))
         except (ConsulError, TimeoutError) as error:
             _log.warning("not_deregistered", error=str(error) or f"no answer in {LEAVE_SECONDS:g} s")
+
+    async def _maintain(self, own_id: str) -> None:
+        await self._client.maintain_service(own_id, LEAVING)
 
     async def _keep_comparing(self) -> None:
         while True:
@@ -134,7 +151,10 @@ class Registrar:
     async def _compare(self) -> None:
         known = await self._client.agent_services()
         desired = self._desired()
-        planned = plan(desired.values(), known, self._registrant, self._loop.time())
+        generation = self._client.token_generation
+        anew = {each for each in desired if self._generations.get(each) != generation}
+        anew |= self._unchecked
+        planned = plan(desired.values(), known, self._registrant, self._loop.time(), anew=anew)
         own = {service: instance_id(service, self._registrant.connector_id) for service in desired}
         self._registered = {service for service, own_id in own.items() if own_id in known}
         self.waiting = planned.waiting
@@ -146,6 +166,7 @@ class Registrar:
 
     async def _register(self, registration: Registration) -> None:
         service = ServiceName(registration.service)
+        generation = self._client.token_generation
         try:
             await self._client.register_service(registration)
         except ConsulUnavailable:
@@ -158,6 +179,8 @@ class Registrar:
             return
         self._refused.pop(service, None)
         self._registered.add(service)
+        self._generations[service] = generation
+        self._unchecked.discard(service)
         # Consul keeps the status of a check it knew; and the verdict may have changed meanwhile.
         self._urgent[service] = None
         self._report.set()
@@ -178,8 +201,9 @@ class Registrar:
         own_check = check_id(service, self._registrant.connector_id)
         output = desired.output[:OUTPUT_CHARACTERS]
         if not await self._client.update_check(own_check, desired.verdict, output):
-            # Reaped, or Consul has forgotten everything: find out what is there.
+            # Reaped, or Consul has forgotten everything, or the check alone: find out what is there.
             self._registered.discard(service)
+            self._unchecked.add(service)
             self._reconcile.set()
 
     def _succeeded(self) -> None:

@@ -160,6 +160,63 @@ async def test_registers_again_what_is_lost_and_removes_what_it_left(
         await client.deregister_service(f"{other}@c3")
 
 
+async def test_a_check_that_is_lost_alone_is_registered_again(consul: ConsulUnderTest, unique: str) -> None:
+    web = f"web-{unique}"
+    async with ConsulClient(consul.config()) as client:
+        connector = Connector(client, "c8", web)
+        connector.verdicts[web] = "passing"
+
+        async def status() -> list[str]:
+            return status_of(await client.service_instances(web))
+
+        async with running(connector):
+            await until(status, lambda found: found == ["passing"])
+            # As Consul's agent has it when somebody took the check away and left the service.
+            instance = Registration(
+                service=web,
+                instance_id=f"{web}@c8",
+                address=LINK.ip,
+                port=LINK.port,
+                meta={"ztna-connector": "c8", "ztna-ports": "tcp:80"},
+                weight_passing=2,
+                weight_warning=2,
+            )
+            await client.register_service(instance)
+
+            async def checks() -> set[str]:
+                return {each for each in await client.agent_checks() if unique in each}
+
+            await until(checks, lambda found: found == set())
+            await until(checks, lambda found: found == {f"ztna:{web}@c8"})
+            await until(status, lambda found: found == ["passing"])
+        await connector.registrar.leave()
+
+
+async def test_what_consul_is_put_into_maintenance_for(consul: ConsulUnderTest, unique: str) -> None:
+    web = f"web-{unique}"
+    async with ConsulClient(consul.config()) as client:
+        connector = Connector(client, "c9", web)
+        connector.verdicts[web] = "passing"
+
+        async def status() -> list[str]:
+            return status_of(await client.service_instances(web))
+
+        async with running(connector):
+            await until(status, lambda found: found == ["passing"])
+        own = f"{web}@c9"
+        assert await client.maintain_service(own, "stopping, {it says}")
+        await until(status, lambda found: found == ["critical"])
+        assert (await client.agent_checks())[f"_service_maintenance:{own}"] == "critical"
+        assert await client.maintain_service(own, "twice")
+        assert not await client.update_check(f"_service_maintenance:{own}", "passing")
+        assert await client.maintain_service(own, None)
+        await until(status, lambda found: found == ["passing"])
+        assert await client.maintain_service(own, "and again")
+        await connector.registrar.leave()
+        assert not await client.maintain_service(own, "too late")
+        assert not [each for each in await client.agent_checks() if unique in each]
+
+
 async def test_survives_a_consul_that_stops(own_consul: ConsulUnderTest, unique: str) -> None:
     web = f"web-{unique}"
     async with ConsulClient(own_consul.config()) as client:

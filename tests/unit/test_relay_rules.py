@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from relay.policy import Route
 from relay.rules import Leaving, Rules
 from ztna.names import ConnectorId, ServiceName
@@ -35,3 +37,11 @@ def test_moving_waits_for_a_place_to_go_but_not_for_ever() -> None:
     assert left.verdict(PLACE, (), False, HOLD_S, HOLD_S - 1) is None
     assert left.verdict(PLACE, OTHER, True, HOLD_S, HOLD_S - 1) is Reason.DRAINING
     assert left.verdict(PLACE, (), False, HOLD_S, HOLD_S) is Reason.NO_HEALTHY_CONNECTOR
+
+
+@pytest.mark.parametrize("how", ["close", "move"])
+def test_one_that_withdrew_ends_its_sessions_itself_for_as_long_as_dns_may_be_relied_on(how: str) -> None:
+    left = leaving(how)
+    assert left.verdict(PLACE, OTHER, True, HOLD_S, 0.0, withdrew=True) is None
+    assert left.verdict(PLACE, OTHER, True, HOLD_S, HOLD_S - 1, withdrew=True) is None
+    assert left.verdict(PLACE, OTHER, True, HOLD_S, HOLD_S, withdrew=True) is Reason.NO_HEALTHY_CONNECTOR

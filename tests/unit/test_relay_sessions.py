@@ -816,3 +816,20 @@ def test_who_has_registered_nothing_withdraws_nothing() -> None:
     world.settle()
     world.say(X, control.Register(ConnectorId("con-x"), (), CANDIDATE, (WEB,)))
     assert world.sessions.services == {WEB} and world.quiet(X, Y)
+
+
+def test_the_sessions_of_one_that_drains_outlive_its_leaving_dns(world: World) -> None:
+    kept = world.opened()
+    world.say(X, control.Register(ConnectorId("con-x"), (), CANDIDATE, (WEB,)))
+    world.srv(WEB, "con-y")
+    world.tick(RULES.leave_grace_s)
+    world.table()
+    world.tick(RULES.leave_grace_s)
+    assert kept in world.sessions.sessions, "it ends them itself"
+    world.do(world.sessions.disconnected(Y, Reason.PEER_GONE, world.now))
+    assert (world.sessions.services, world.sessions.looked_up) == (frozenset(), {WEB})
+    world.now += HOLD_S
+    world.table()
+    world.tick()
+    assert kept not in world.sessions.sessions
+    assert world.take(ALICE, control.Closed).reason is Reason.NO_HEALTHY_CONNECTOR

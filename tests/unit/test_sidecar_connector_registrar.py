@@ -96,6 +96,13 @@ def test_registers_what_is_missing() -> None:
     assert plan([desired("passing", since=0.0)], {}, ME, 1000.0).register
 
 
+def test_registers_anew_what_looks_as_it_should() -> None:
+    # Its check is gone, or it was registered by a token that is another one by now.
+    planned = plan([desired()], known(), ME, 0.0, anew={WEB})
+    assert [each.instance_id for each in planned.register] == ["web@c1"]
+    assert plan([desired("critical")], {}, ME, 1000.0, anew={WEB}).waiting == (WEB,)
+
+
 def test_a_reaped_service_waits_for_its_backend() -> None:
     planned = plan([desired("critical", since=400.0)], {}, ME, 1000.0)
     assert (planned.register, planned.waiting) == ((), (WEB,))

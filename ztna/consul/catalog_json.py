@@ -226,7 +226,7 @@ class CatalogJson:
             "ServiceID": service.id,
             "ServiceName": service.name,
             "ServiceTags": service.tags,
-            "Type": "ttl",
+            "Type": check.kind,
             "Interval": "",
             "Timeout": "",
             "ExposedPort": 0,

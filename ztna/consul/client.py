@@ -234,6 +234,19 @@ class ConsulClient:
             return False
         return True
 
+    async def maintain_service(self, service_id: str, reason: str | None) -> bool:
+        """Make an instance critical whatever its checks say, or with None end that; False when there is none.
+
+        The local Consul agent forgets it when the instance is registered again.
+        """
+        params = [("enable", "true"), ("reason", reason)] if reason is not None else [("enable", "false")]
+        path = f"/v1/agent/service/maintenance/{service_id}"
+        try:
+            await self._put_json(path, None, _writes(f"the service of {service_id!r}"), params)
+        except NotThere:
+            return False
+        return True
+
     async def update_check(self, check_id: str, status: Status, output: str = "") -> bool:
         """Report a TTL check; False when the local Consul agent has no such TTL check (reaped, for one)."""
         body = {"Status": status, "Output": output[:OUTPUT_CHARACTERS_MAX]}

@@ -141,6 +141,7 @@ class EmbeddedConsul:
             put("/v1/session/destroy/{id}", self._destroy_session),
             put("/v1/agent/service/register", self._register),
             put("/v1/agent/service/deregister/{id}", self._deregister),
+            put("/v1/agent/service/maintenance/{id}", self._maintain),
             put("/v1/agent/check/update/{id}", self._update_check),
             put("/v1/agent/check/{verdict:pass|warn|fail}/{id}", self._judge_check),
             put("/v1/txn", self._txn),
@@ -283,6 +284,14 @@ class EmbeddedConsul:
 
     async def _deregister(self, request: web.Request) -> web.Response:
         self._registry.deregister(request.match_info["id"])
+        return self._done()
+
+    async def _maintain(self, request: web.Request) -> web.Response:
+        enable = request.query.get("enable", "")
+        if enable not in ("true", "false"):
+            raise Refusal(400, "Invalid value for enable: expected true or false")
+        reason = request.query.get("reason", "")
+        self._registry.maintain(request.match_info["id"], enable == "true", reason, time.monotonic())
         return self._done()
 
     async def _update_check(self, request: web.Request) -> web.Response:

@@ -68,14 +68,18 @@ KINDS_NOT_RUN = frozenset(
 )
 
 
+MAINTENANCE = "maintenance"
+
+
 class Check(msgspec.Struct, kw_only=True):
-    """A TTL check and what it said last."""
+    """A TTL check and what it said last; or, of the kind maintenance, that its service is not to be used."""
 
     check_id: str
     name: str
     service_id: str
     ttl_s: float
     status: str
+    kind: str = "ttl"
     notes: str = ""
     output: str = ""
     deregister_after_s: float | None = None
@@ -148,12 +152,35 @@ class Registry(msgspec.Struct):
             )
         self._drop(service_id)
 
+    def maintain(self, service_id: str, enable: bool, reason: str, now: float) -> None:
+        """Mark a service as not to be used, or end that."""
+        service = self.services.get(service_id)
+        if service is None:
+            raise Refusal(404, f'Unknown service ID "{service_id}"')
+        check_id = f"_service_maintenance:{service_id}"
+        known = self.checks.get(check_id)
+        if not enable and known is not None:
+            self._drop_check(known)
+        elif enable and known is None:
+            self._add_check(
+                Check(
+                    check_id=check_id,
+                    name="Service Maintenance Mode",
+                    service_id=service_id,
+                    ttl_s=0.0,
+                    status="critical",
+                    kind=MAINTENANCE,
+                    notes=reason,
+                ),
+                now,
+            )
+
     def report(self, check_id: str, status: str, output: str, now: float) -> None:
         """Take a TTL check's report; the TTL begins anew."""
         if status not in STATUSES:
             raise Refusal(400, f"Invalid check status: '{status}'")
         check = self.checks.get(check_id)
-        if check is None:
+        if check is None or check.kind == MAINTENANCE:
             raise Refusal(
                 404, f'Unknown check ID "{check_id}". Ensure that the check ID is passed, not the check name.'
             )
@@ -182,7 +209,7 @@ class Registry(msgspec.Struct):
     def expire(self, now: float) -> None:
         """Turn checks critical whose TTL has passed without a report."""
         for check in self.checks.values():
-            if check.expires_at <= now and check.status != "critical":
+            if check.kind != MAINTENANCE and check.expires_at <= now and check.status != "critical":
                 follows = f" (last output before timeout follows): {check.output}" if check.output else ""
                 self._set_status(check, "critical", TTL_EXPIRED + follows, now)
 
