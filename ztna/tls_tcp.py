@@ -131,6 +131,7 @@ class TlsStream:
         self._verdicts = verdicts
         self._followed: Followed | None = None
         self.peer_address: SockAddr = tls.getpeername()[:2]
+        self.own_address: SockAddr = tls.getsockname()[:2]
         self.is_ended = False
         self._tls = tls
         self._fd = tls.fileno()

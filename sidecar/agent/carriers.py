@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,6 +108,12 @@ class Carriers:
         """Close every carrier; flows that run are reset."""
         for carrier in tuple(self._carriers):
             carrier.close(Reason.DRAINING)
+
+    def network_changed(self, held: Collection[str]) -> None:
+        """Close those on addresses that this host holds no more, and try again what could not be reached directly."""
+        self._routes.clear()
+        for carrier in tuple(self._carriers):
+            carrier.network_changed(held)
 
     def take_idle(self, session: Session) -> Carrier | None:
         """Take the carrier that was used last: the others may then grow old and be closed."""

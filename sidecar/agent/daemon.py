@@ -37,6 +37,7 @@ from sidecar.agent.sessions import Sessions
 from sidecar.agent.streams import Streams
 from sidecar.agent.told import UNKNOWN, HealthBook
 from sidecar.link.control import RelayClient
+from sidecar.link.network import Network
 from sidecar.link.pulse import Life
 from sidecar.link.relays import LEAVE_SECONDS, RelayClients
 from ztna.config import AgentConfig, RelayTarget
@@ -123,6 +124,7 @@ class Agent:
             Sessions(map(self._relays.label, self._relays), config.flows_total),
             Outside(send=self._send, read_lease=self._read_lease, ended=self._ended, leave=self._leave),
         )
+        self._network = Network(self._network_changed)
         self._carriers = Carriers(self._proven, send=self._send, direct=config.direct)
         self._streams = Streams(self._broker, self._carriers, tasks=tasks)
         self._links = Links(
@@ -130,6 +132,7 @@ class Agent:
             tasks=tasks,
             relays=self._broker.sessions.relays,
             send=self._send,
+            addresses=lambda: self._network.addresses,
             direct=config.direct,
             private_candidates=config.private_candidates,
         )
@@ -170,6 +173,7 @@ class Agent:
             self._listeners,
             self._datagrams,
             self._links,
+            self._network,
             self._ranges,
         ):
             self._tasks.create_task(what.run(), name=type(what).__name__)
@@ -316,6 +320,12 @@ class Agent:
     def _send(self, relay: str, message: AnyMessage) -> None:
         # When it is not connected the loss of all its sessions is reported by on_lost.
         self._relays.send(relay, message)
+
+    def _network_changed(self) -> None:
+        for client in self._relays:
+            client.network_changed()
+        self._links.network_changed()
+        self._carriers.network_changed(self._network.held)
 
     def _tell_relays(self, conflict: Conflict) -> None:
         for client in self._relays:

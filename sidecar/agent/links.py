@@ -7,7 +7,7 @@ falls silent, closes it with its last session. What travels on a link is sidecar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from sidecar.agent.commands import Session, SessionKey
@@ -97,10 +97,13 @@ class Links:
         tasks: asyncio.TaskGroup,
         relays: Relays,
         send: Callable[[str, CandidateOffer | PunchingResult], object],
+        addresses: Callable[[], Sequence[str]],
         direct: bool,
         private_candidates: bool,
     ) -> None:
         """`relays` are only read; `send` puts a message on a control connection; `direct` allows direct paths.
+
+        `addresses` gives those of this host's interfaces.
 
         `credentials` are those that a relay's sessions were opened with: the connector expects that very leaf.
         """
@@ -108,6 +111,7 @@ class Links:
         self._tasks = tasks
         self._relays = relays
         self._send = send
+        self._addresses = addresses
         self._direct = direct
         self._private = private_candidates
         self._loop = asyncio.get_running_loop()
@@ -155,6 +159,12 @@ class Links:
             return
         self._loop.call_later(message.delay_ms / 1000, self._probe, link, key, message)
 
+    def network_changed(self) -> None:
+        """Find out anew on every link what works."""
+        for link in tuple(self._links.values()):
+            if link.packet_link is not None:
+                link.packet_link.network_changed()
+
     def relays_changed(self) -> None:
         """Leave the ways whose relay is gone, silent or no longer the nearest."""
         for link in tuple(self._links.values()):
@@ -178,6 +188,8 @@ class Links:
                 "path": link.packet_link.path if link.packet_link else "dialling",
                 "ways": sorted(link.relays.values()),
                 "sessions": len(link.sessions),
+                "rtt_ms": round(link.packet_link.rtt_s * 1000, 1) if link.packet_link else None,
+                "candidates": _candidates(link.packet_link) if link.packet_link else [],
             }
             for link in self._links.values()
         ]
@@ -197,6 +209,7 @@ class Links:
                 check=partial(_check, session),
                 receive=lambda _, service, packet: self.received(link, service, packet),
                 timeout_s=DIAL_SECONDS,
+                addresses=self._addresses,
                 allow_private=self._private,
             )
         except (LinkError, Refused) as error:
@@ -210,6 +223,7 @@ class Links:
         _log.info("link_opened", connector=link.key[0], relay=session.relay, path=made.path)
         link.relays[bytes(forwarder.bind_id)] = session.relay
         made.path_changed = lambda _: self._choose(link)
+        made.candidates_changed = lambda _, bind_id: self._offer(link, bind_id)
         for other in tuple(link.sessions.values()):
             # Those that joined while it was dialled: the certificate was checked for the first one only.
             if _is_fit(other, made.peer):
@@ -219,7 +233,7 @@ class Links:
                 self.unfit(other)
         link.path = made.path
         self._choose(link)
-        self._offer(link)
+        self._offer(link, made.carrying.bind_id)
         reason = await made.closed
         _log.info("link_ended", connector=link.key[0], relay=link.relay, reason=reason)
         self._drop(link)
@@ -269,7 +283,7 @@ class Links:
             made.use(after)
             _log.info("link_moved", connector=link.key[0], relay=link.relay, path=made.path)
             if made.path != "direct":
-                self._offer(link)
+                self._offer(link, after)
         needed = {_bind_id(session) for session in link.sessions.values()}
         for bind_id in [each for each in made.ways if each not in needed and each != after]:
             made.remove_way(bind_id)
@@ -329,12 +343,11 @@ class Links:
             for bind_id, added_at in link.added_at.items()
         )
 
-    def _offer(self, link: Link) -> None:
-        """Begin to look for a direct path on the way that carries."""
+    def _offer(self, link: Link, bind_id: bytes) -> None:
+        """Begin to look for a direct path on a way, or begin anew."""
         made = link.packet_link
         if made is None or not self._direct:
             return
-        bind_id = made.carrying.bind_id
         session = next((each for each in link.sessions.values() if _bind_id(each) == bind_id), None)
         if session is not None:
             offer = CandidateOffer(session.opened.session, made.local_candidates(bind_id))
@@ -364,6 +377,20 @@ class Links:
 def _bind_id(session: Session) -> bytes:
     forwarder = session.opened.forwarder
     return bytes(forwarder.bind_id) if forwarder is not None else b""
+
+
+def _candidates(made: PacketLink) -> list[dict[str, object]]:
+    """Return what `/status` shows of the direct paths that were tried, those of the way that carries first."""
+    ways = sorted(made.ways.values(), key=lambda way: way is not made.carrying)
+    return [
+        {
+            "address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            "state": "carries" if way is made.carrying and way.paths.current == (host, port) else state,
+            "rtt_ms": round(rtt_s * 1000, 1) if rtt_s is not None else None,
+        }
+        for way in ways
+        for (host, port), state, rtt_s in way.paths.seen
+    ]
 
 
 def _is_fit(session: Session, identity: Identity) -> bool:

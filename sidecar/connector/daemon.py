@@ -17,6 +17,7 @@ from sidecar.connector.registration import Registrar
 from sidecar.connector.routes import RouteTable, ServiceRoutes
 from sidecar.connector.serving import Serving
 from sidecar.link.control import RelayClient
+from sidecar.link.network import Network
 from sidecar.link.relays import RelayClients
 from ztna.config import ConnectorConfig, Endpoint, RelayTarget
 from ztna.consul.client import ConsulClient
@@ -95,6 +96,7 @@ class _Connector:
         now = self._loop.time()
         self._health = {service: _service_health(each, now) for service, each in routes.services.items()}
         self._leases = LeaseBook(consul, routes.services, self._lease_changed)
+        self._network = Network(self._network_changed)
         self._serving = Serving(
             routes,
             credentials,
@@ -103,6 +105,7 @@ class _Connector:
             is_available=lambda service: self._health[service].verdict != "critical",
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
+            addresses=lambda: self._network.addresses,
             private_candidates=config.private_candidates,
             tasks=tasks,
         )
@@ -144,6 +147,7 @@ class _Connector:
         tasks.create_task(self._leases.watch.run(), name="leases")
         tasks.create_task(self._tick(), name="expiry")
         tasks.create_task(self._renewal.run(), name="certificates")
+        tasks.create_task(self._network.run(), name="network")
         for service in self._routes.services.values():
             for key, check in _checks(service).items():
                 tasks.create_task(self._check(service.service, key, check), name=f"check {service.service}")
@@ -269,6 +273,11 @@ class _Connector:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
         log("relay_lost", relay=client.target.name, reason=reason)
         self._serving.relay_lost(client, client.lost_by)
+
+    def _network_changed(self) -> None:
+        for relay in self._relays:
+            relay.network_changed()
+        self._serving.network_changed(self._network.held)
 
     def _packet(self, client: RelayClient, session: SessionId, packet: bytes) -> None:
         try:

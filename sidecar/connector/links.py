@@ -8,7 +8,7 @@ travels on a link is sidecar.connector.datagrams'.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from sidecar.connector.sessions import BindKey, Session, Sessions
@@ -37,13 +37,22 @@ class Links:
         credentials: Callable[[Session], Credentials],
         *,
         receive: Receive,
+        addresses: Callable[[], Sequence[str]],
+        answer: Callable[[Session, tuple[Address, ...]], None],
         private_candidates: bool,
     ) -> None:
-        """`credentials` are those that the agent of a session was told to expect."""
+        """`credentials` are those that the agent of a session was told to expect.
+
+        `addresses` gives those of this host's interfaces; `answer` tells an agent that offered its candidates ours,
+        when they are others than before.
+        """
         self._credentials = credentials
         self._sessions = sessions
         self._receive = receive
+        self._addresses = addresses
+        self._answer = answer
         self._private = private_candidates
+        self._offered: dict[BindKey, Session] = {}
         self._links: dict[BindKey, PacketLink] = {}
         self._binds: dict[PacketLink, dict[BindKey, Session]] = {}
         self._of_agent: dict[PeerIdentity, set[PacketLink]] = {}
@@ -62,6 +71,7 @@ class Links:
                 self._credentials(session),
                 admit=partial(_admit, session),
                 receive=self._receive,
+                addresses=self._addresses,
                 allow_private=self._private,
                 stray=partial(self._adopted, session),
             )
@@ -94,9 +104,17 @@ class Links:
                 yield other
 
     def candidates(self, session: Session) -> tuple[Address, ...]:
-        """Return the addresses that the session's agent may try."""
+        """Return the addresses that the session's agent may try, who offered its own in that session."""
         link = self.of(session)
-        return link.local_candidates(session.bind[1]) if link is not None and session.bind else ()
+        if link is None or session.bind is None:
+            return ()
+        self._offered[session.bind] = session
+        return link.local_candidates(session.bind[1])
+
+    def network_changed(self) -> None:
+        """Find out anew on every link what works."""
+        for link in tuple(self._binds):
+            link.network_changed()
 
     def probe(self, session: Session, candidates: Candidates) -> None:
         """Probe the agent's candidates."""
@@ -143,11 +161,13 @@ class Links:
             if link.carrying.bind_id != bind[1]:
                 link.remove_way(bind[1])
                 del binds[bind], self._links[bind]
+                self._offered.pop(bind, None)
 
     def _add(self, link: PacketLink, bind: BindKey, session: Session) -> None:
         self._links[bind] = link
         self._binds.setdefault(link, {})[bind] = session
         self._of_agent.setdefault(session.agent, set()).add(link)
+        link.candidates_changed = self._candidates_changed
         link.closed.add_done_callback(lambda _: self._closed(link, bind, session))
 
     def _closed(self, link: PacketLink, bind: BindKey, session: Session) -> None:
@@ -159,7 +179,14 @@ class Links:
             self._of_agent.pop(session.agent, None)
         if self._links.get(bind) is link:
             del self._links[bind]
+            self._offered.pop(bind, None)
             self.serve(session)
+
+    def _candidates_changed(self, link: PacketLink, bind_id: bytes) -> None:
+        for bind in self._binds.get(link, ()):
+            session = self._offered.get(bind)
+            if bind[1] == bind_id and session is not None and self._sessions.is_live(session):
+                self._answer(session, link.local_candidates(bind_id))
 
     def _adopted(self, session: Session, data: bytes) -> PacketLink | None:
         """Return the link whose connection a packet belongs to, which came by a binding of the same agent."""

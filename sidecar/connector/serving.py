@@ -7,7 +7,7 @@ sidecar.connector.sessions' to decide. Health comes from outside. Source: protoc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from sidecar.connector.authority import FlowAuthority
 from sidecar.connector.datagrams import Datagrams
@@ -30,6 +30,7 @@ from ztna.telemetry import logger, refused
 from ztna.udp import SockAddr
 from ztna.wire.control import (
     Accepted,
+    Address,
     CandidateAnswer,
     CandidateOffer,
     Carry,
@@ -57,7 +58,8 @@ _log = logger(__name__)
 class Serving:
     """Serves the sessions that relays offer.
 
-    `tasks` owns all that runs; `is_available` says of a service that it is not critical.
+    `tasks` owns all that runs; `is_available` says of a service that it is not critical; `addresses` gives those of
+    this host's interfaces.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Serving:
         is_available: Callable[[ServiceName], bool],
         flows_per_agent: int,
         flows_total: int,
+        addresses: Callable[[], Sequence[str]],
         private_candidates: bool,
         tasks: asyncio.TaskGroup,
     ) -> None:
@@ -87,6 +90,8 @@ class Serving:
             self.sessions,
             self._proven,
             receive=self.datagrams.from_link,
+            addresses=addresses,
+            answer=self._answer_candidates,
             private_candidates=private_candidates,
         )
         self.streams = StreamListener(
@@ -195,7 +200,17 @@ class Serving:
         session = self.sessions.owned(client.connection, message.session)
         self._loop.call_later(message.delay_ms / 1000, self.links.probe, session, message.candidates)
 
+    def _answer_candidates(self, session: Session, candidates: tuple[Address, ...]) -> None:
+        client = self._relays.get(session.key[0])
+        if client is not None:
+            client.send(CandidateAnswer(session.key[1], candidates))
+
     # What Consul says, and time
+
+    def network_changed(self, held: Collection[str]) -> None:
+        """Go on from the addresses that this host holds now."""
+        self.links.network_changed()
+        self.streams.network_changed(held)
 
     def lease_changed(self, service: ServiceName, lease: Lease) -> None:
         """End the sessions under another lease; established TCP flows may finish."""

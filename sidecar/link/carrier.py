@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from ipaddress import ip_address
 
 from sidecar.link.flow import TcpFlow
 from ztna.errors import IdentityError, ProtocolError
@@ -39,6 +40,7 @@ class FrameStream:
     ) -> None:
         self.peer: Identity = tls.identity
         self.peer_address: SockAddr = tls.peer_address
+        self.own_address: SockAddr = tls.own_address
         self.flow: TcpFlow | None = None
         self.is_closed = False
         self._tls = tls
@@ -53,6 +55,12 @@ class FrameStream:
     def start(self) -> None:
         """Begin to read; it ends when the peer's certificate does, whatever runs on it."""
         self._tls.start(self._readable, self._writable, self._refused)
+
+    def network_changed(self, held: Collection[str]) -> None:
+        """Close when it stands on an address that this host holds no more: nothing can reach it there."""
+        host = self.own_address[0]
+        if host not in held and not ip_address(host).is_loopback:
+            self.close(Reason.PEER_GONE)
 
     @property
     def unacknowledged_bytes(self) -> int:

@@ -162,6 +162,11 @@ class RelayClient:
         if self._control is None or _same_leaf(credentials, self.proven):
             self.proven = credentials
 
+    def network_changed(self) -> None:
+        """Let the relay know where we are now: it answers where the last packet came from."""
+        if self._control is not None:
+            self._control.ping()
+
     async def run(self) -> None:
         """Connect, stay, and connect again, until cancelled; then close."""
         failures = 0
@@ -401,6 +406,9 @@ class _Control:
             return True
         self._connection.close(CLOSE_PROTOCOL_ERROR, "control stream is stuck")
         return False
+
+    def ping(self) -> None:
+        self._connection.ping()
 
     def send_packet(self, session: SessionId, service: ServiceName, packet: bytes) -> bool:
         data = datagram.encode(datagram.SessionPacket(session, packet))

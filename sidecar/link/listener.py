@@ -10,7 +10,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from sidecar.link.budget import Budget
 from sidecar.link.carrier import FrameStream
@@ -100,6 +100,11 @@ class StreamListener:
         """Close carriers that idle while their agent (by name) has no live session: call it about once a second."""
         for carrier in tuple(self._carriers):
             carrier.close_if_unowned(has_session, now)
+
+    def network_changed(self, held: Collection[str]) -> None:
+        """Close the carriers on addresses that this host holds no more."""
+        for carrier in tuple(self._carriers):
+            carrier.frames.network_changed(held)
 
     def stop_accepting(self) -> None:
         """Take no new connection (drain); those that stand go on."""

@@ -44,6 +44,7 @@ _WHERE = "packet_carrier"
 _SERVER_NAME = "connector.ztna"
 
 Receive = Callable[["PacketLink", ServiceName, bytes], None]
+Addresses = Callable[[], Sequence[str]]
 Stray = Callable[[bytes], "PacketLink | None"]
 
 
@@ -51,11 +52,19 @@ class PacketLink:
     """One end of a packet carrier. `closed` tells why it ended; until then `send` may be called."""
 
     def __init__(
-        self, bind: ForwarderBind, probe_key: Secret, receive: Receive, *, allow_private: bool
+        self,
+        bind: ForwarderBind,
+        probe_key: Secret,
+        receive: Receive,
+        *,
+        addresses: Addresses,
+        allow_private: bool,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.path_changed: Callable[[PacketLink], None] = lambda link: None
         """Called when another path of any way carries from now on."""
+        self.candidates_changed: Callable[[PacketLink, bytes], None] = lambda link, bind_id: None
+        """Called when the other end is to hear of a way's candidates, as they are others than before."""
         self.closed: asyncio.Future[Reason] = loop.create_future()
         self.established: asyncio.Future[None] = loop.create_future()
         self._receive = receive
@@ -64,6 +73,7 @@ class PacketLink:
         self._unanswered_since: float | None = None
         self._endpoint: Client | Server | None = None
         self._wait_timer: asyncio.TimerHandle | None = None
+        self._addresses = addresses
         self._allow_private = allow_private
         self._stray: Stray | None = None
         # What QUIC believes in, whatever way the packets take.
@@ -84,15 +94,17 @@ class PacketLink:
         check: Callable[[Identity], None],
         receive: Receive,
         timeout_s: float = DIAL_SECONDS,
+        addresses: Addresses = tuple,
         allow_private: bool = False,
     ) -> PacketLink:
         """Bind at the forwarder and connect to the connector on its other side (the agent's end).
 
         `check` raises Refused for a connector that is not the one meant. `timeout_s` is for each sign of progress: a
-        long way, or a slow host, is no reason to begin anew, which costs it as much again. Raises LinkError, Refused.
+        long way, or a slow host, is no reason to begin anew, which costs it as much again. `addresses` gives those of
+        this host's interfaces. Raises LinkError, Refused.
         """
         try:
-            link = cls(bind, probe_key, receive, allow_private=allow_private)
+            link = cls(bind, probe_key, receive, addresses=addresses, allow_private=allow_private)
         except (ZtnaError, OSError) as error:
             raise LinkError(f"no socket for a packet link through {bind.address}: {error}") from None
         client = link._endpoint = Client(
@@ -126,6 +138,7 @@ class PacketLink:
         *,
         admit: Callable[[Identity], None],
         receive: Receive,
+        addresses: Addresses = tuple,
         allow_private: bool = False,
         stray: Stray | None = None,
     ) -> PacketLink:
@@ -135,7 +148,7 @@ class PacketLink:
         connection carries; without any for WAIT_SECONDS the link closes itself. `stray` is asked about packets of a
         connection that is not ours: the link whose it is, having adopted this one, or None.
         """
-        link = cls(bind, probe_key, receive, allow_private=allow_private)
+        link = cls(bind, probe_key, receive, addresses=addresses, allow_private=allow_private)
         link._stray = stray
         link._endpoint = Server(
             _Carrying(link),
@@ -196,7 +209,6 @@ class PacketLink:
         way = self._ways[bind_id]
         if way is not self._carrying:
             self._carrying = way
-            self._unanswered_since = None
             self._path_changed(bind_id)
 
     def knows(self, data: bytes) -> bool:
@@ -209,7 +221,7 @@ class PacketLink:
         other.close()
         for bind_id, way in ways.items():
             self._ways[bind_id] = way
-            way.hand_over(partial(self._packets_received, bind_id), partial(self._path_changed, bind_id))
+            way.hand_over(*self._hooks(bind_id))
             self.use(bind_id)  # and let it be heard there; the next packet decides where to stay
 
     @property
@@ -250,6 +262,11 @@ class PacketLink:
         """Return at most CANDIDATES_MAX addresses that the peer may try over one way."""
         return self._ways[bind_id].local_candidates()
 
+    def network_changed(self) -> None:
+        """This host has other addresses or another way out: find out anew what works."""
+        for way in tuple(self._ways.values()):
+            way.network_changed()
+
     def close(self, reason: Reason = Reason.CLOSED_BY_PEER) -> None:
         """Tell the other end and close; again is harmless."""
         if self.closed.done():
@@ -281,11 +298,21 @@ class PacketLink:
         way = self._ways[bind_id] = PathSwitch(
             bind,
             probe_key,
-            partial(self._packets_received, bind_id),
-            partial(self._path_changed, bind_id),
+            *self._hooks(bind_id),
+            addresses=self._addresses,
             allow_private=self._allow_private,
         )
         return way
+
+    def _hooks(
+        self, bind_id: bytes
+    ) -> tuple[Callable[[Sequence[tuple[bytes, SockAddr]]], None], Callable[[], None], Callable[[], None]]:
+        """Return what a way calls."""
+        return (
+            partial(self._packets_received, bind_id),
+            partial(self._path_changed, bind_id),
+            lambda: self.candidates_changed(self, bind_id),
+        )
 
     def _send_packets(self, packets: Sequence[tuple[bytes, SockAddr]]) -> None:
         self._carrying.send(packets)
@@ -323,9 +350,11 @@ class PacketLink:
             self.path_changed(self)
 
     def _path_changed(self, bind_id: bytes) -> None:
-        # The new way may carry less than the old one: what fits is found out again.
-        if self._connection is not None and self._carrying.bind_id == bind_id:
-            self._connection.restart_path()
+        if self._carrying.bind_id == bind_id:
+            # What the old path owed says nothing of the new one, which may carry less: what fits is found out again.
+            self._unanswered_since = None
+            if self._connection is not None:
+                self._connection.restart_path()
         self.path_changed(self)
 
     def _message_received(self, message: bytes) -> None:

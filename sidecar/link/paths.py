@@ -4,15 +4,19 @@ Pure: `now` is seconds of any one clock, transactions are drawn by the caller. S
 (sidecar.link.packet does), and is invisible to QUIC.
 
     candidate --> probing --answer--> valid --3 probes silent--> resting --30 s--> probing
-                     |                                              ^
-                     +----------------10 s without answer-----------+
+                   ^ |                  |                           ^
+                   | +------------------|--10 s without answer------+
+                   +--3 probes silent---+ in doubt: a network changed, here or there
+
+A valid path that is in doubt goes on carrying while it is asked at the pace of probing, so that one that still works
+is not left, and one that does not is left within a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import StrEnum
 from ipaddress import IPv4Network, ip_address
 from typing import NamedTuple
 
@@ -26,6 +30,14 @@ SILENT_PROBES_MAX = 3
 SILENCE_VERDICT_SECONDS = 0.8
 REST_SECONDS = 30.0
 BETTER_RTT_RATIO = 1.5
+BETTER_RTT_SECONDS = 0.001
+"""Another path takes over when it is faster by both: of two in one building either may be twice as fast at times."""
+RTT_WEIGHT = 0.25
+"""What a new measurement counts against those before."""
+DOUBT_ROUND_TRIPS = 2.0
+"""How long at least the answer of a path in doubt is waited for, of its round trips."""
+WONDER_SECONDS = 0.3
+"""A path that was answered so lately is not doubted because of what the other end does."""
 TRANSACTIONS_MAX = 256
 
 _SHARED_ADDRESSES = IPv4Network("100.64.0.0/10")  # RFC 6598: private in all but name
@@ -55,20 +67,32 @@ class Probe(NamedTuple):
     transaction: bytes
 
 
-class _State(Enum):
-    PROBING = auto()
-    VALID = auto()
-    RESTING = auto()
+class State(StrEnum):
+    """What is known of a candidate."""
+
+    PROBING = "probing"
+    VALID = "valid"
+    RESTING = "resting"
+
+
+class Seen(NamedTuple):
+    """A candidate as it is now; `rtt_s` is None while it was never answered."""
+
+    address: SockAddr
+    state: State
+    rtt_s: float | None
 
 
 @dataclass(slots=True)
 class _Candidate:
     address: SockAddr
-    state: _State
+    state: State
     due_at: float
     since: float
     silent: int = 0
-    rtt: float = 0.0
+    rtt: float | None = None
+    heard_at: float = 0.0
+    doubted_at: float | None = None
 
 
 class Paths:
@@ -85,22 +109,44 @@ class Paths:
         """Whether packets go straight to the peer now."""
         return self.current != self.forwarder
 
+    @property
+    def seen(self) -> list[Seen]:
+        """The candidates as they are now."""
+        return [Seen(each.address, each.state, each.rtt) for each in self._candidates.values()]
+
     def add(self, addresses: Iterable[SockAddr], now: float) -> int:
         """Start probing candidates that are not known yet; return how many found no room.
 
-        The caller has sorted out unusable ones (`is_usable`). Naming a resting candidate again starts it again.
+        The caller has sorted out unusable ones (`is_usable`). Naming a resting candidate again starts it again. A new
+        one takes the place of the one that has rested longest.
         """
         turned_away = 0
         for address in addresses:
             known = self._candidates.get(address)
             if known is not None:
-                if known.state is _State.RESTING:
+                if known.state is State.RESTING:
                     self._probe_again(known, now)
-            elif address == self.forwarder or len(self._candidates) >= CANDIDATES_TRIED_MAX:
+            elif address == self.forwarder or not self._has_room():
                 turned_away += 1
             else:
-                self._candidates[address] = _Candidate(address, _State.PROBING, now, now)
+                self._candidates[address] = _Candidate(address, State.PROBING, now, now)
         return turned_away
+
+    def doubt(self, now: float) -> None:
+        """Believe no longer what was found out: a network changed. Everything is asked again at once."""
+        for candidate in self._candidates.values():
+            if candidate.state is State.VALID:
+                candidate.doubted_at, candidate.silent, candidate.due_at = now, 0, now
+            else:
+                self._probe_again(candidate, now)
+
+    def wonder(self, now: float) -> bool:
+        """Doubt the path that carries, unless it was doubted or answered lately; return whether it is."""
+        current = self._candidates.get(self.current)
+        if current is None or current.doubted_at is not None or now - current.heard_at < WONDER_SECONDS:
+            return False
+        current.doubted_at, current.silent, current.due_at = now, 0, now
+        return True
 
     def due(self, now: float, draw: Callable[[], bytes]) -> list[Probe]:
         """Return the probes to send at `now`, and fall back when a path went silent; `draw` gives 12 random bytes."""
@@ -119,11 +165,16 @@ class Paths:
         if sent is None or sent[0] != source:
             return False
         del self._transactions[transaction]
-        candidate = self._candidates[source]
-        candidate.rtt = now - sent[1]
-        candidate.silent = 0
-        if candidate.state is not _State.VALID:
-            candidate.state = _State.VALID
+        candidate = self._candidates.get(source)
+        if candidate is None:
+            return False
+        rtt = now - sent[1]
+        candidate.rtt = rtt if candidate.rtt is None else candidate.rtt + RTT_WEIGHT * (rtt - candidate.rtt)
+        if candidate.doubted_at is not None and sent[1] < candidate.doubted_at:
+            return True  # it says nothing of now
+        candidate.silent, candidate.heard_at = 0, now
+        if candidate.state is not State.VALID or candidate.doubted_at is not None:
+            candidate.state, candidate.doubted_at = State.VALID, None
             candidate.due_at = now + KEEPALIVE_INTERVAL_SECONDS
         self._choose()
         return True
@@ -134,28 +185,48 @@ class Paths:
 
     def _step(self, candidate: _Candidate, now: float) -> bool:
         """Move a candidate whose time has come; return whether to probe it."""
-        if candidate.state is _State.RESTING:
+        if candidate.state is State.VALID and candidate.silent >= SILENT_PROBES_MAX:
+            if candidate.doubted_at is None:
+                return self._rest(candidate, now)
+            self._probe_again(candidate, now)  # the other end may be about to find its way here
+        if candidate.state is State.RESTING:
             self._probe_again(candidate, now)
-        if candidate.state is _State.PROBING:
+        if candidate.state is State.PROBING:
             if now - candidate.since >= PROBE_GIVE_UP_SECONDS:
                 return self._rest(candidate, now)
             candidate.due_at = now + PROBE_INTERVAL_SECONDS
             return True
-        if candidate.silent >= SILENT_PROBES_MAX:
-            return self._rest(candidate, now)
         candidate.silent += 1
-        last = candidate.silent == SILENT_PROBES_MAX
-        candidate.due_at = now + (SILENCE_VERDICT_SECONDS if last else KEEPALIVE_INTERVAL_SECONDS)
+        candidate.due_at = now + self._patience(candidate)
         return True
 
     @staticmethod
+    def _patience(candidate: _Candidate) -> float:
+        """Return for how long the answer of a valid path is waited for."""
+        if candidate.doubted_at is not None:
+            return max(PROBE_INTERVAL_SECONDS, DOUBT_ROUND_TRIPS * (candidate.rtt or 0.0))
+        last = candidate.silent == SILENT_PROBES_MAX
+        return SILENCE_VERDICT_SECONDS if last else KEEPALIVE_INTERVAL_SECONDS
+
+    @staticmethod
     def _probe_again(candidate: _Candidate, now: float) -> None:
-        candidate.state, candidate.since, candidate.due_at = _State.PROBING, now, now
+        candidate.state, candidate.since, candidate.due_at = State.PROBING, now, now
+        candidate.silent, candidate.rtt, candidate.doubted_at = 0, None, None
 
     @staticmethod
     def _rest(candidate: _Candidate, now: float) -> bool:
-        candidate.state, candidate.due_at = _State.RESTING, now + REST_SECONDS
+        candidate.state, candidate.since, candidate.due_at = State.RESTING, now, now + REST_SECONDS
         return False
+
+    def _has_room(self) -> bool:
+        """Make room for one more where one rests."""
+        if len(self._candidates) < CANDIDATES_TRIED_MAX:
+            return True
+        resting = [each for each in self._candidates.values() if each.state is State.RESTING]
+        if not resting:
+            return False
+        del self._candidates[min(resting, key=lambda each: each.since).address]
+        return True
 
     def _remember(self, transaction: bytes, address: SockAddr, now: float) -> None:
         if len(self._transactions) >= TRANSACTIONS_MAX:
@@ -163,11 +234,16 @@ class Paths:
         self._transactions[transaction] = (address, now)
 
     def _choose(self) -> None:
-        valid = [candidate for candidate in self._candidates.values() if candidate.state is _State.VALID]
+        valid = {
+            each.address: each.rtt or 0.0 for each in self._candidates.values() if each.state is State.VALID
+        }
         if not valid:
             self.current = self.forwarder
             return
-        best = min(valid, key=lambda candidate: candidate.rtt)
-        current = self._candidates.get(self.current)
-        if current is None or current.state is not _State.VALID or best.rtt * BETTER_RTT_RATIO < current.rtt:
-            self.current = best.address
+        best = min(valid, key=lambda address: valid[address])
+        if self.current not in valid or _is_better(valid[best], valid[self.current]):
+            self.current = best
+
+
+def _is_better(rtt: float, current: float) -> bool:
+    return rtt * BETTER_RTT_RATIO < current and rtt + BETTER_RTT_SECONDS < current

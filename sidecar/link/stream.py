@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -129,6 +129,10 @@ class Carrier:
     def is_idle(self) -> bool:
         """Whether it can carry a flow now."""
         return not self._frames.is_closed and self._frames.flow is None and self._answer is None
+
+    def network_changed(self, held: Collection[str]) -> None:
+        """Close when it stands on an address that this host holds no more."""
+        self._frames.network_changed(held)
 
     def close_if_unheard(self) -> None:
         """Close it when written bytes are yet to be acknowledged by the other end's kernel."""

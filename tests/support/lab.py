@@ -590,10 +590,10 @@ def open_tails() -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def lab(*hosts: str, pool: str = "127.100.0.0/16") -> Iterator[Lab]:
+def lab(*hosts: str, pool: str = "127.100.0.0/16", subnet: str = "10.91.0") -> Iterator[Lab]:
     """A lab with these hosts, where nothing unexpected may happen; on a failure the tails of all logs are printed."""
     directory = Path(tempfile.mkdtemp(prefix="ztna-lab-"))
-    net = Network()
+    net = Network(subnet)
     made: Lab | None = None
     try:
         net.open()

@@ -91,17 +91,17 @@ class Host:
             matches = "\n".join(f"{rule} drop" for rule in rules)
             lines.append(f"chain {hook} {{ type filter hook {hook} priority -10;\n{matches}\n}}")
         lines.append("}")
-        subprocess.run(
-            [*self.prefix, "nft", "-f", "-"],
-            input="\n".join(lines),
-            text=True,
-            check=True,
-            timeout=COMMAND_SECONDS,
-        )
+        self.nft("\n".join(lines))
         try:
             yield
         finally:
             self.run("nft", "delete", "table", "inet", table)
+
+    def nft(self, rules: str) -> None:
+        """Load rules on this host, as `nft -f` takes them."""
+        argv = [*self.prefix, "nft", "-f", "-"]
+        done = subprocess.run(argv, input=rules, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        assert done.returncode == 0, f"nft on {self.name}: {done.stderr}\n{rules}"
 
     def processes(self) -> list[int]:
         """Return the pids that live in this namespace."""
@@ -167,6 +167,21 @@ class Network:
         run("ip", "-n", namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
         run("ip", "-n", namespace, "link", "set", "eth0", "up")
         run("ip", "-n", self._switch, "link", "set", f"port{number}", "master", "br0", "up")
+        return host
+
+    def behind(self, name: str, router: Host, address: str, gateway: str) -> Host:
+        """Make a host that is on no bridge: it has one neighbour, a router, which forwards for it from now on."""
+        namespace = f"zt{self.token}{name}"
+        host = self.hosts[name] = Host(name, namespace, address)
+        run("ip", "netns", "add", namespace)
+        pair = ("link", "add", "eth0", "type", "veth", "peer", "name", "lan0", "netns", router.namespace)
+        run("ip", "-n", namespace, *pair)
+        run("ip", "-n", namespace, "link", "set", "lo", "up")
+        for at, own, device in ((namespace, address, "eth0"), (router.namespace, gateway, "lan0")):
+            run("ip", "-n", at, "addr", "add", f"{own}/24", "dev", device)
+            run("ip", "-n", at, "link", "set", device, "up")
+        run("ip", "-n", namespace, "route", "add", "default", "via", gateway)
+        router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
         return host
 
     def close(self) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from relay.forwarder import Forwarder
+from sidecar.link.network import standing
 from sidecar.link.packet import HALF_OPEN_MAX, PacketLink
-from sidecar.link.switch import PathSwitch, _interface_addresses
+from sidecar.link.switch import PathSwitch
 from tests.support.certificates import Pki
 from tests.support.hostile import client_connection
 from ztna import udp
@@ -74,7 +75,11 @@ class Ground:
         self.links: list[PacketLink] = []
 
     def serve(
-        self, admit: Callable[[Identity], None] = anybody, *, allow_private: bool = False
+        self,
+        admit: Callable[[Identity], None] = anybody,
+        *,
+        addresses: Sequence[str] = (),
+        allow_private: bool = False,
     ) -> PacketLink:
         link = PacketLink.serve(
             self.binds[1],
@@ -82,6 +87,7 @@ class Ground:
             self.connector,
             admit=admit,
             receive=self.far,
+            addresses=lambda: addresses,
             allow_private=allow_private,
         )
         self.links.append(link)
@@ -91,6 +97,7 @@ class Ground:
         self,
         check: Callable[[Identity], None] = anybody,
         *,
+        addresses: Sequence[str] = (),
         allow_private: bool = False,
         timeout_s: float = DEADLINE_SECONDS,
     ) -> PacketLink:
@@ -100,6 +107,7 @@ class Ground:
             self.agent,
             check=check,
             receive=self.near,
+            addresses=lambda: addresses,
             allow_private=allow_private,
             timeout_s=timeout_s,
         )
@@ -263,7 +271,7 @@ async def test_a_cut_binding_closes_nothing_of_others_and_garbage_is_dropped(gro
     before = DROPS.labels("packet_carrier", "malformed")._value.get()
     forged = DROPS.labels("packet_carrier", "forged_probe")._value.get()
     stranger = udp.UdpSocket.open(("127.0.0.1", 0), lambda _: None)
-    target = ("127.0.0.1", far.carrying._socket.address[1])
+    target = ("127.0.0.1", far.carrying._out.address[1])
     stranger.send(
         [
             (b"", target),
@@ -285,7 +293,7 @@ async def test_strangers_take_no_part_of_the_handshakes(ground: Ground) -> None:
     """Only a few may be half open: who is neither the forwarder nor proved the probe key gets none of them."""
     far = ground.serve()
     stranger = udp.UdpSocket.open(("127.0.0.1", 0), lambda _: None)
-    target = ("127.0.0.1", far.carrying._socket.address[1])
+    target = ("127.0.0.1", far.carrying._out.address[1])
     before = DROPS.labels("packet_carrier", "unknown_source")._value.get()
     for _ in range(2 * HALF_OPEN_MAX):
         client = client_connection("ztna-link", None)
@@ -321,13 +329,13 @@ async def test_a_bidirectional_stream_ends_the_connection(ground: Ground) -> Non
 
 async def test_a_validated_candidate_carries_and_the_forwarder_rests(tmp_path: Path) -> None:
     """Needs an address that is not loopback; packets to it stay on this machine all the same."""
-    hosts = [host for host in _interface_addresses() if not host.startswith("127.")]
+    hosts = (await asyncio.to_thread(standing)).addresses
     if not hosts:
         pytest.skip("no interface with an address beside loopback")
     ground = Ground(tmp_path, host=hosts[0])
     try:
-        far = ground.serve(allow_private=True)
-        near = await ground.dial(allow_private=True)
+        far = ground.serve(addresses=hosts, allow_private=True)
+        near = await ground.dial(addresses=hosts, allow_private=True)
         assert near.local_candidates(near.carrying.bind_id)
         near.probe(near.carrying.bind_id, far.local_candidates(far.carrying.bind_id))
         async with asyncio.timeout(DEADLINE_SECONDS):
@@ -353,7 +361,7 @@ async def test_packets_that_nothing_answers_are_noticed(ground: Ground) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while near.unanswered_s < 0.1:
             near.send(ECHO, b"y")
-            stranger.send([(b"\x40" + bytes(40), ("127.0.0.1", near.carrying._socket.address[1]))])
+            stranger.send([(b"\x40" + bytes(40), ("127.0.0.1", near.carrying._out.address[1]))])
             await asyncio.sleep(0.01)  # the time that passes is what is seen
     stranger.close()
 

@@ -13,6 +13,7 @@ from sidecar.link.paths import (
     Paths,
     Probe,
     SockAddr,
+    State,
     is_usable,
 )
 
@@ -27,6 +28,7 @@ class Link:
     def __init__(self, *candidates: SockAddr) -> None:
         self.paths = Paths(FORWARDER)
         self.now = 100.0
+        self.last: dict[SockAddr, Probe] = {}
         self._numbers = itertools.count()
         self.paths.add(candidates, self.now)
 
@@ -39,6 +41,7 @@ class Link:
         for _ in range(round(seconds * 10)):
             for probe in self.due():
                 count += 1
+                self.last[probe.address] = probe
                 if probe.address in answering:
                     rtt = answering[probe.address]
                     assert self.paths.answered(probe.transaction, probe.address, self.now + rtt)
@@ -97,8 +100,21 @@ def test_the_faster_path_carries_and_small_differences_do_not_swing() -> None:
     assert link.paths.current == FAR
     link.run(3, {NEAR: 0.009, FAR: 0.01})
     assert link.paths.current == FAR
-    link.run(3, {NEAR: 0.002, FAR: 0.01})
+    link.run(5, {NEAR: 0.002, FAR: 0.01})
     assert link.paths.current == NEAR
+
+
+def test_one_quick_answer_moves_nothing_and_nor_does_less_than_a_millisecond() -> None:
+    link = Link(NEAR, FAR)
+    link.run(0.1, {NEAR: 0.02, FAR: 0.01})
+    link.run(1, {NEAR: 0.001, FAR: 0.01})
+    link.run(2, {NEAR: 0.02, FAR: 0.01})
+    assert link.paths.current == FAR
+    near = Link(NEAR, FAR)
+    near.run(0.1, {NEAR: 0.0005, FAR: 0.0004})
+    assert near.paths.current == NEAR, "the first that answered"
+    near.run(10, {NEAR: 0.0009, FAR: 0.0002})
+    assert near.paths.current == NEAR
 
 
 def test_a_silent_path_falls_back_within_four_seconds_and_is_tried_again_later() -> None:
@@ -146,6 +162,84 @@ def test_a_resting_candidate_that_is_named_again_is_probed_at_once() -> None:
     assert [probe.address for probe in link.due()] == [NEAR]
     link.paths.add([NEAR], link.now)
     assert link.due() == []
+
+
+def test_a_path_in_doubt_that_still_works_is_not_left() -> None:
+    link = Link(NEAR)
+    link.run(5, {NEAR: 0.01})
+    link.paths.doubt(link.now)
+    for _ in range(30):
+        link.run(0.1, {NEAR: 0.01})
+        assert link.paths.current == NEAR
+    assert link.run(5, {NEAR: 0.01}) in (4, 5, 6), "and from then on it is only kept alive"
+
+
+def test_a_path_in_doubt_that_is_dead_is_left_within_a_second_and_probed_on() -> None:
+    link = Link(NEAR)
+    link.run(5, {NEAR: 0.01})
+    link.paths.doubt(link.now)
+    assert link.run(1, {}) >= 4
+    assert not link.paths.is_direct
+    link.run(PROBE_GIVE_UP_SECONDS - 2, {})
+    link.run(0.3, {NEAR: 0.01})
+    assert link.paths.current == NEAR
+
+
+def test_a_path_in_doubt_is_given_its_round_trips() -> None:
+    link = Link(NEAR)
+    [probe] = link.due()
+    assert link.paths.answered(probe.transaction, NEAR, link.now + 0.5)
+    link.now += 1.5
+    link.paths.doubt(link.now)
+    link.run(2.9, {})
+    assert link.paths.is_direct
+    link.run(0.2, {})
+    assert not link.paths.is_direct
+
+
+def test_an_answer_to_what_was_asked_before_the_doubt_ends_none() -> None:
+    link = Link(NEAR)
+    link.run(5, {NEAR: 0.01})
+    link.now += 1
+    [probe] = link.due()
+    link.now += 0.05
+    link.paths.doubt(link.now)
+    assert link.paths.answered(probe.transaction, NEAR, link.now)
+    link.run(1, {})
+    assert not link.paths.is_direct
+
+
+def test_doubt_wakes_what_rests_and_begins_what_is_probed_anew() -> None:
+    link = Link(NEAR)
+    link.run(PROBE_GIVE_UP_SECONDS + 1, {})
+    link.paths.doubt(link.now)
+    link.run(PROBE_GIVE_UP_SECONDS / 2, {})
+    link.paths.doubt(link.now)
+    assert link.run(PROBE_GIVE_UP_SECONDS, {}) >= 40
+    assert link.run(REST_SECONDS / 2, {}) == 0
+
+
+def test_what_is_seen_of_candidates() -> None:
+    link = Link(NEAR, FAR)
+    link.run(0.1, {NEAR: 0.01})
+    assert link.paths.seen == [(NEAR, State.VALID, pytest.approx(0.01)), (FAR, State.PROBING, None)]
+    link.run(PROBE_GIVE_UP_SECONDS + 1, {NEAR: 0.01})
+    assert [each.state for each in link.paths.seen] == [State.VALID, State.RESTING]
+
+
+def test_a_new_candidate_takes_the_place_of_the_one_that_rested_longest() -> None:
+    others = [(f"198.51.100.{number}", 1) for number in range(3, CANDIDATES_TRIED_MAX + 1)]
+    link = Link(NEAR, FAR)
+    link.run(1, {NEAR: 0.01})
+    link.paths.add(others, link.now)
+    link.run(PROBE_GIVE_UP_SECONDS - 0.5, {NEAR: 0.01})
+    newest = ("198.51.100.200", 1)
+    assert link.paths.add([newest], link.now) == 0
+    known = [each.address for each in link.paths.seen]
+    assert FAR not in known and {NEAR, newest, *others} <= set(known)
+    last = link.last[FAR]
+    assert not link.paths.answered(last.transaction, FAR, link.now), "it is forgotten"
+    assert link.paths.add([FAR], link.now) == 1, "all others are in use"
 
 
 def test_candidates_and_transactions_are_bounded() -> None:

@@ -1,0 +1,113 @@
+"""This host's addresses, and word of each change that may matter to a path: an address, or a default route.
+
+The kernel says that something changed (rtnetlink(7)); what, is read again then. Events come in bursts, and most mean
+nothing here: containers come and go without a change of what is kept. Who has to do what is the owner's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from pyroute2 import IPRoute
+
+from ztna.telemetry import logger
+
+SETTLE_SECONDS = 0.1
+"""How long what follows a first event is waited for."""
+PAUSE_SECONDS = 1.0
+"""How long after one look the next one is, at the least."""
+EVENTS_BYTES = 65_536
+
+# linux/rtnetlink.h, linux/if_addr.h
+_GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # links, addresses and routes of IPv4 and IPv6
+_ROUTE_TABLE_MAIN = 254
+_UNUSABLE, _DEPRECATED = 0x08 | 0x40, 0x20  # duplicate or tentative (RFC 4862)
+
+_log = logger(__name__)
+
+
+class Standing(NamedTuple):
+    """What a host's paths depend on."""
+
+    addresses: tuple[str, ...] = ()
+    """Those of its interfaces that others may reach, IPv6 first, none of loopback or of one link only."""
+    held: frozenset[str] = frozenset()
+    """These and those from which nothing new is to begin (RFC 4862, deprecated)."""
+    defaults: frozenset[tuple[int, str, int]] = frozenset()
+    """Its default routes: family, gateway, interface."""
+
+
+class Network:
+    """Keeps `addresses` while `run` runs, and calls `changed` after each change."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        self._standing = Standing()
+        self._news = asyncio.Event()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses of this host's interfaces as they were last seen."""
+        return self._standing.addresses
+
+    @property
+    def held(self) -> frozenset[str]:
+        """The addresses on which what has begun may go on."""
+        return self._standing.held
+
+    async def run(self) -> None:
+        """Read once, then again after each event, until cancelled."""
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
+            events.setblocking(False)
+            events.bind((0, _GROUPS))
+            # Before the first look, so that nothing is missed between.
+            loop.add_reader(events.fileno(), self._heard, events)
+            try:
+                self._standing = await asyncio.to_thread(standing)
+                while True:
+                    await self._news.wait()
+                    await asyncio.sleep(SETTLE_SECONDS)
+                    self._news.clear()
+                    await self._look()
+                    await asyncio.sleep(PAUSE_SECONDS)
+            finally:
+                loop.remove_reader(events.fileno())
+
+    async def _look(self) -> None:
+        before, self._standing = self._standing, await asyncio.to_thread(standing)
+        if self._standing != before:
+            _log.info("network_changed", addresses=list(self.addresses))
+            self._changed()
+
+    def _heard(self, events: socket.socket) -> None:
+        # What was said does not matter, nor that there was too much of it (ENOBUFS).
+        with suppress(OSError):
+            while events.recv(EVENTS_BYTES):
+                pass
+        self._news.set()
+
+
+def standing() -> Standing:
+    """Return what this host's paths depend on now. Not for a running loop's thread, as pyroute2 has its own."""
+    with IPRoute() as netlink:
+        found, held = [], set()
+        for each in netlink.get_addr():
+            flags = each.get_attr("IFA_FLAGS") or each["flags"]
+            own = ip_address(each.get_attr("IFA_LOCAL") or each.get_attr("IFA_ADDRESS"))
+            if flags & _UNUSABLE or own.is_loopback or own.is_link_local:
+                continue
+            held.add(str(own))
+            if not flags & _DEPRECATED:
+                found.append((-own.version, str(own)))
+        defaults = frozenset(
+            (each["family"], each.get_attr("RTA_GATEWAY") or "", each.get_attr("RTA_OIF") or 0)
+            for each in netlink.get_routes(table=_ROUTE_TABLE_MAIN)
+            if each["dst_len"] == 0 and each["family"] in (socket.AF_INET, socket.AF_INET6)
+        )
+    return Standing(tuple(own for _, own in sorted(found)), frozenset(held), defaults)
