@@ -2,7 +2,8 @@
 
 One YAML or JSON file, one top key per daemon (`relay`, `dnsd`, `connector`, `agent`) beside the shared
 `domain`, `consul` and `log`. An unknown key or a bad value raises ConfigError with its path. Opens no file
-that a configuration names: certificates, keys and tokens are their users'.
+that a configuration names: certificates, keys and tokens are their users'. What a connector fronts is
+ztna.routes_config's.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import msgspec
 import yaml
 
 from ztna import sections
-from ztna.leases import Protocol
 from ztna.names import ConnectorId, ServiceName, Zone
+from ztna.routes_config import BackendConfig as BackendConfig
+from ztna.routes_config import BackendTlsConfig as BackendTlsConfig
+from ztna.routes_config import CheckConfig as CheckConfig
+from ztna.routes_config import RouteConfig as RouteConfig
+from ztna.sections import Count, Seconds, Section, Server, about
 from ztna.sections import Endpoint as Endpoint
-from ztna.sections import Section, Server, about
 from ztna.wire.control import Address
 
 DAEMON_SECTIONS = ("relay", "dnsd", "connector", "agent")
 
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
-PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 ListenPort = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 LinkBytes = Annotated[int, msgspec.Meta(ge=10_000, le=10**15)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 
 class TlsConfig(Section, frozen=True, kw_only=True):
@@ -363,102 +364,6 @@ class RelayTarget(Section, frozen=True, kw_only=True):
     ] = ()
 
 
-class CheckConfig(Section, frozen=True, kw_only=True):
-    """How a backend's health is found out. Texts to send and to expect may be `hex:00ff...`."""
-
-    kind: Annotated[
-        Literal["auto", "tcp", "udp", "http", "grpc", "icmp", "script", "none"],
-        about(
-            "tcp (connect), udp (ICMP errors fail), http, grpc (its health service), icmp (ping), script, "
-            "none (passing) or auto (by protocol)."
-        ),
-    ] = "auto"
-    port: Annotated[
-        PortNumber | None, about("Ask this port of the backend's host instead of its own.", 8081)
-    ] = None
-    tls: Annotated[bool, about("Ask by TLS (http, grpc).")] = False
-    ca: Annotated[
-        str | None,
-        about("PEM file of the authorities for that; unset: the system's.", "/etc/ztna/backend-ca.pem"),
-    ] = None
-    tls_name: Annotated[
-        str | None, about("The name in its certificate; unset: the backend's host.", "web.internal")
-    ] = None
-    tls_skip_verify: Annotated[bool, about("Take any certificate: what answers may be anybody.")] = False
-    method: Annotated[Literal["GET", "HEAD", "POST"], about("How an http check asks.")] = "GET"
-    path: Annotated[str, about("What an http check asks for.")] = "/"
-    headers: Annotated[
-        tuple[str, ...], about("Headers an http check sends, each `Name: value`.", ["Host: web.internal"])
-    ] = ()
-    status: Annotated[tuple[str, ...], about("What may answer an http check: statuses and ranges.")] = (
-        "200-299",
-    )
-    body: Annotated[
-        str | None, about("Regular expression that the first 64 KiB of the answer must match.", "ready")
-    ] = None
-    send: Annotated[str | None, about("What a udp or tcp check sends.", "ping")] = None
-    expect: Annotated[str | None, about("What the reply to it must contain; unset: anything.", "pong")] = None
-    grpc_service: Annotated[str, about("The service that a grpc check asks about; empty: the server.")] = ""
-    command: Annotated[
-        tuple[str, ...],
-        about("What a script check runs, no shell: 0 passes, 1 warns.", ["/usr/lib/checks/web", "--fast"]),
-    ] = ()
-    interval_s: Annotated[Seconds, about("Seconds from one check to the next.")] = 5.0
-    jitter: Annotated[
-        Annotated[float, msgspec.Meta(ge=0, le=0.5)],
-        about("Each wait is up to this part of it longer or shorter."),
-    ] = 0.1
-    timeout_s: Annotated[Seconds, about("A check that takes longer has failed, in seconds.")] = 2.0
-    success_before_passing: Annotated[Count, about("Successes in a row before the service is passing.")] = 1
-    failures_before_warning: Annotated[
-        Count | None, about("Failures in a row before it is warning; unset: it never is.", 1)
-    ] = None
-    failures_before_critical: Annotated[Count, about("Failures in a row before the service is critical.")] = 2
-    flaps_max: Annotated[
-        Count, about("After it was critical so many times in 300 s it has to prove itself for flap_hold_s.")
-    ] = 5
-    flap_hold_s: Annotated[Seconds, about("That time without a failure, in seconds.")] = 60.0
-
-
-class RouteConfig(Section, frozen=True, kw_only=True):
-    """One service: where its backend listens, its virtual port, how it is checked."""
-
-    service: Annotated[ServiceName, about("The service's name: one lower-case label.", "web-app")]
-    backend: Annotated[Endpoint, about("Where it really listens.", "127.0.0.1:8080")]
-    port: Annotated[
-        PortNumber | None,
-        about("The port on its virtual address; required, but for icmp, which has none.", 80),
-    ] = None
-    protocol: Annotated[Protocol, about("tcp, udp or icmp (ping, from agents in mode tun).")] = "tcp"
-    icmp: Annotated[
-        Literal["backend", "connector"],
-        about("Who answers pings of a route of protocol icmp: the backend's host, or the connector."),
-    ] = "backend"
-    checks: Annotated[
-        tuple[CheckConfig, ...], about("How its health is found out: the worst of these is the service's.")
-    ] = (CheckConfig(),)
-    slow_start_s: Annotated[
-        Annotated[float, msgspec.Meta(ge=0, le=86_400)],
-        about("Its weight grows for so long after it was critical, in seconds; 0: at once."),
-    ] = 0.0
-    connect_timeout_s: Annotated[
-        Seconds, about("How long a connection to the backend may take, in seconds.")
-    ] = 5.0
-    udp_idle_s: Annotated[Seconds, about("A UDP flow that is silent for so many seconds is forgotten.")] = (
-        120.0
-    )
-    allow_v1: Annotated[bool, about("Take packets of ztna-v1 agents, which the relay can read.")] = False
-    weight: Annotated[
-        Annotated[int, msgspec.Meta(ge=1, le=65535)],
-        about("Weight among the service's instances (RFC 2782)."),
-    ] = 1
-    wildcard: Annotated[bool, about("Let every name under the service's lead to it, too.")] = False
-    virtual_ip: Annotated[
-        IPv4Address | None,
-        about("The virtual address it asks for; given if nobody else has it.", "10.100.0.80"),
-    ] = None
-
-
 class ConnectorConfig(Section, frozen=True, kw_only=True):
     """ztna-sidecar connector."""
 
@@ -495,9 +400,13 @@ class ConnectorConfig(Section, frozen=True, kw_only=True):
     private_candidates: Annotated[
         bool, about("Offer and try private addresses (RFC 1918) too when looking for a direct path.")
     ] = False
-    flows_per_agent: Annotated[Count, about("The most UDP flows of one agent.")] = 1000
-    flows_total: Annotated[Count, about("The most UDP flows in all.")] = 20_000
-    drain_s: Annotated[Seconds, about("How long TCP flows may go on after SIGTERM, in seconds.")] = 25.0
+    flows_per_agent: Annotated[
+        Count, about("The most flows of one agent: so many of UDP and ICMP, and so many of TCP.")
+    ] = 1000
+    flows_total: Annotated[Count, about("The most flows in all, counted alike.")] = 20_000
+    drain_s: Annotated[
+        Seconds, about("How long TCP flows may go on after SIGTERM, in seconds; a route may say less.")
+    ] = 25.0
 
 
 class Override(Section, frozen=True, kw_only=True):

@@ -26,6 +26,10 @@ CONFIG_BYTES_MAX = 4 * 1024 * 1024
 HIDDEN = "***"
 UNIX_PREFIX = "unix:"
 
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
+PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
 
 class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=False):
     """A section: unknown keys are errors. What is secret in it is not in its repr."""
@@ -149,6 +153,8 @@ def plain(value: Any, *, secrets: bool) -> Any:
         }
     if isinstance(value, tuple):
         return [plain(entry, secrets=secrets) for entry in value]
+    if isinstance(value, dict):
+        return {key: plain(entry, secrets=secrets) for key, entry in value.items()}
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return str(value)
@@ -169,7 +175,7 @@ def described(field: msgspec.structs.FieldInfo, indent: str = "") -> Iterator[st
         yield f"{indent}{field.name}:"
         for inner in msgspec.structs.fields(type_):
             yield from described(inner, indent + "  ")
-    elif get_origin(type_) is tuple and _is_section(get_args(type_)[0]):
+    elif get_origin(type_) is tuple and _is_section(get_args(type_)[0]) and field.default is not None:
         yield f"{indent}{field.name}:"
         lines = [
             line

@@ -5,22 +5,30 @@ Each OPEN and RESUME is checked against its session and the peer's certificate, 
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 
 from sidecar.connector.backends import dial_tcp
+from sidecar.connector.fronting import Claim, Fronting
 from sidecar.connector.leasebook import LeaseBook
-from sidecar.connector.routes import Route, RouteTable
+from sidecar.connector.routes import Route
 from sidecar.connector.sessions import Session, Sessions, standing
-from sidecar.link.flow import abort
+from sidecar.link.flow import TcpFlow, abort
 from sidecar.link.stream import FlowRefused
 from ztna.errors import Refused
 from ztna.identity import Identity, require_agent
 from ztna.names import ServiceName, SessionId
 from ztna.reasons import Reason
+from ztna.sections import Endpoint
 from ztna.telemetry import logger, refused
 from ztna.verdicts import Verdicts
 from ztna.wire.stream import OpenFrame, OpenStatus, ResumeFrame
+
+BACKENDS_TRIED_MAX = 3
+"""How many backends of a route are dialled for one flow, as nothing was said to any of them yet."""
+DIALLING_SECONDS = 12.0
+"""All of that; the agent waits 15 s for OPENED."""
 
 _WHERE = "connector"
 
@@ -32,18 +40,19 @@ class FlowAuthority:
 
     def __init__(
         self,
-        routes: RouteTable,
+        fronting: Fronting,
         sessions: Sessions,
         leases: LeaseBook,
         *,
         verdicts: Verdicts,
         is_draining: Callable[[], bool],
     ) -> None:
-        self._routes = routes
+        self._fronting = fronting
         self._sessions = sessions
         self._leases = leases
         self._verdicts = verdicts
         self._is_draining = is_draining
+        self._claims: dict[tuple[str, str], Claim] = {}
 
     async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
         """Return a socket connected to the backend of this flow. Raises FlowRefused."""
@@ -53,11 +62,18 @@ class FlowAuthority:
             raise FlowRefused(OpenStatus.DENIED, "the connector is draining")
         await self._check_lease(frame)
         route = self._route_of(frame)
-        sock = await dial_tcp(route.backend, route.connect_timeout_s)
+        sock, claim = await self._dial(route, peer.name)
         if not self._sessions.has_flows(session):
+            claim.release()
             abort(sock)
             raise FlowRefused(OpenStatus.DENIED, "the session ended while the backend was dialled")
+        self._claims[peer.name, frame.flow] = claim
         return sock
+
+    def began(self, flow: TcpFlow) -> None:
+        """The flow whose backend `open` dialled runs from now on."""
+        claim = self._claims.pop((flow.peer.name, flow.opened.flow))
+        flow.finished.add_done_callback(lambda _: claim.release())
 
     def resume(self, peer: Identity, frame: ResumeFrame, service: ServiceName | None) -> None:
         """Check that the session is live, the peer's and its flow's. Raises FlowRefused.
@@ -90,7 +106,34 @@ class FlowAuthority:
             raise FlowRefused(OpenStatus.STALE_EPOCH, f"{frame.service} has another lease")
 
     def _route_of(self, frame: OpenFrame) -> Route:
-        route = self._routes.pick(frame.service, "tcp", frame.destination.port)
+        route = self._fronting.table.pick(frame.service, "tcp", frame.destination.port)
         if route is None:
             raise FlowRefused(OpenStatus.REFUSED, f"{frame.service} has no port tcp {frame.destination.port}")
         return route
+
+    async def _dial(self, route: Route, agent: str) -> tuple[socket.socket, Claim]:
+        """Dial the route's backends, the best first, until one answers. Raises FlowRefused, as the last one did."""
+        loop, tried = asyncio.get_running_loop(), list[Endpoint]()
+        ends_at = loop.time() + DIALLING_SECONDS
+        refusal = FlowRefused(OpenStatus.UNREACHABLE, f"{route.service} has no backend")
+        while len(tried) < BACKENDS_TRIED_MAX and loop.time() < ends_at:
+            claim = self._fronting.choose(route, agent, tried)
+            if claim is None:
+                break
+            try:
+                sock = await dial_tcp(claim.backend, min(route.connect_timeout_s, ends_at - loop.time()))
+            except FlowRefused as error:
+                claim.release()
+                if error.status is OpenStatus.DENIED:  # we have no descriptor left: no backend's fault
+                    raise
+                claim.failed()
+                tried.append(claim.backend)
+                refusal = error
+                _log.info("backend_failed", service=route.service, backend=str(claim.backend), error=error)
+            except BaseException:
+                claim.release()
+                raise
+            else:
+                claim.succeeded()
+                return sock, claim
+        raise refusal

@@ -15,8 +15,10 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from sidecar.connector.flows import FlowKey, FlowTable, SessionKey
+from sidecar.connector.routes import Route
 from sidecar.link.stream import FlowRefused
 from ztna.config import Endpoint
 from ztna.errors import PacketError, Refused
@@ -139,10 +141,32 @@ def ping_problem() -> str | None:
     return None
 
 
+class Claimed(Protocol):
+    """What a flow needs of the backend that was chosen for it; `release` when it ends."""
+
+    @property
+    def route(self) -> Route:
+        """The route whose backend it is."""
+
+    @property
+    def backend(self) -> Endpoint:
+        """Which one."""
+
+    def succeeded(self) -> None:
+        """It answered."""
+
+    def failed(self) -> None:
+        """It could not be reached."""
+
+    def release(self) -> None:
+        """The flow has ended."""
+
+
 @dataclass(slots=True)
 class _UdpFlow:
     key: FlowKey
     socket: socket.socket
+    claim: Claimed
     reply: Callable[[bytes], object]
     last: bytes
 
@@ -206,27 +230,34 @@ class UdpFlows:
         self,
         key: FlowKey,
         agent: str,
-        backend: SockAddr,
+        claim: Claimed,
+        address: SockAddr,
         *,
         packet: bytes,
-        idle_s: float,
         reply: Callable[[bytes], object],
     ) -> None:
-        """Begin a flow; `reply` gets whole IP packets for the agent. Raises Refused(limit_reached)."""
-        for ended in self._table.make_room(agent):
-            refused(_WHERE, Reason.LIMIT_REACHED)
-            self._close(ended)
+        """Begin a flow to the claimed backend, at its numeric address; `reply` gets whole IP packets for the agent.
+
+        The claim is the flow's from here on, whatever comes of it. Raises Refused(limit_reached).
+        """
         is_udp = key.protocol == PROTOCOL_UDP
         try:
-            sock = connected_udp(backend) if is_udp else connected_ping(backend)
+            for ended in self._table.make_room(agent):
+                refused(_WHERE, Reason.LIMIT_REACHED)
+                self._close(ended)
+            sock = connected_udp(address) if is_udp else connected_ping(address)
+        except Refused:
+            claim.release()
+            raise
         except OSError as error:
+            claim.release()
             if error.errno in _NO_DESCRIPTORS:
                 raise Refused(Reason.LIMIT_REACHED, f"no socket for a flow: {error.strerror}") from None
             # No route to the backend: the same answer as if a router on the way had said so.
             _answer(reply, packet, _KINDS.get(error.errno or 0, Unreachable.HOST))
             return
-        flow = (_UdpFlow if is_udp else _EchoFlow)(key, sock, reply, packet)
-        self._table.add(key, agent, flow, idle_s=idle_s, now=self._loop.time())
+        flow = (_UdpFlow if is_udp else _EchoFlow)(key, sock, claim, reply, packet)
+        self._table.add(key, agent, flow, idle_s=claim.route.udp_idle_s, now=self._loop.time())
         self._flows[sock.fileno()] = flow
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
@@ -244,6 +275,13 @@ class UdpFlows:
         for flow in self._table.end_session(session):
             self._close(flow)
 
+    def leave(self, route: Route, backend: Endpoint) -> None:
+        """End the flows at a backend of a route, as there is a better one: the next datagram of each goes there."""
+        for flow in list(self._flows.values()):
+            if flow.claim.backend == backend and flow.claim.route.is_same(route):
+                self._table.discard(flow.key)
+                self._close(flow)
+
     def expire(self) -> None:
         """End the flows that were idle for their time."""
         for flow in self._table.expire(self._loop.time()):
@@ -260,6 +298,7 @@ class UdpFlows:
         self._epoll.unregister(flow.socket.fileno())
         del self._flows[flow.socket.fileno()]
         flow.socket.close()
+        flow.claim.release()
 
     def _pass_on(self, flow: _UdpFlow, payload: bytes) -> None:
         for _attempt in range(2):
@@ -296,6 +335,7 @@ class UdpFlows:
                 return
             except OSError:
                 continue  # the error queue has told it, or will
+            flow.claim.succeeded()
             try:
                 packet = flow.answer(data)
             except PacketError:
@@ -306,7 +346,7 @@ class UdpFlows:
 
     def _tell_errors(self, flow: _UdpFlow) -> bool:
         """Answer the agent with what the socket's error queue has; say whether there was anything."""
-        told = False
+        told = has_failed = False
         for _ in range(DATAGRAMS_PER_TURN):
             try:
                 _data, ancillary, _flags, _address = flow.socket.recvmsg(
@@ -319,8 +359,11 @@ class UdpFlows:
                     number, _origin, _type, _code, _pad, info, _data2 = _EXTENDED_ERROR.unpack_from(data)
                     _answer(flow.reply, flow.last, _KINDS.get(number, Unreachable.HOST), info)
                     told = True
+                    has_failed |= number != errno.EMSGSIZE
         # The queue is told; what the kernel also keeps as the socket's error must not be reported twice.
         flow.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if has_failed:
+            flow.claim.failed()  # which may end it
         return told
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import socket
 from contextlib import AsyncExitStack
 
 from sidecar.connector.backends import ping_problem, resolve
-from sidecar.connector.checks import Check
-from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, next_delay
+from sidecar.connector.fronting import Fronting
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.probes import Prober
 from sidecar.connector.registrar import Desired, Registrant
 from sidecar.connector.registration import Registrar
-from sidecar.connector.routes import RouteTable, ServiceRoutes
+from sidecar.connector.routes import RouteTable
 from sidecar.connector.serving import Serving
 from sidecar.link.control import RelayClient
 from sidecar.link.network import Network
@@ -89,20 +87,15 @@ class _Connector:
         self._daemon = daemon
         self._tasks = tasks
         self._config = config
-        self._routes = routes
         self._consul = consul
-        self._prober = prober
         self._loop = asyncio.get_running_loop()
-        now = self._loop.time()
-        self._health = {service: _service_health(each, now) for service, each in routes.services.items()}
-        self._leases = LeaseBook(consul, routes.services, self._lease_changed)
+        self._fronting = Fronting(routes, prober, changed=self._health_changed, tasks=tasks)
+        self._leases = LeaseBook(consul, self._fronting, self._lease_changed)
         self._network = Network(self._network_changed)
         self._serving = Serving(
-            routes,
+            self._fronting,
             credentials,
             leases=self._leases,
-            prober=prober,
-            is_available=lambda service: self._health[service].verdict != "critical",
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
             addresses=lambda: self._network.addresses,
@@ -126,7 +119,7 @@ class _Connector:
     async def run(self) -> None:
         """Start everything, wait for the stop, drain."""
         self._link_address = await self._listen()
-        if self._routes.pings and (problem := ping_problem()) is not None:
+        if self._fronting.table.pings and (problem := ping_problem()) is not None:
             self._daemon.readiness.warn("icmp", f"routes of protocol icmp: {problem}; the others are served")
         registrar = self._registrar = Registrar(
             self._consul,
@@ -148,9 +141,7 @@ class _Connector:
         tasks.create_task(self._tick(), name="expiry")
         tasks.create_task(self._renewal.run(), name="certificates")
         tasks.create_task(self._network.run(), name="network")
-        for service in self._routes.services.values():
-            for key, check in _checks(service).items():
-                tasks.create_task(self._check(service.service, key, check), name=f"check {service.service}")
+        self._fronting.start()
         self._relays.start(self._config.resolvers, self._daemon.config.domain)
         await self._daemon.stopping.wait()
         registering.cancel()
@@ -190,37 +181,24 @@ class _Connector:
 
     # Health
 
-    async def _check(self, service: ServiceName, key: CheckKey, check: Check) -> None:
-        """Check one backend for ever."""
-        config = check.config
-        while True:
-            outcome = await self._prober.probe(check)
-            self._checked(service, key, outcome)
-            await asyncio.sleep(next_delay(config.interval_s, config.jitter, random.random()))
-
-    def _checked(self, service: ServiceName, key: CheckKey, outcome: Outcome) -> None:
-        health = self._health[service]
-        before = health.output
-        changed = health.handle(key, outcome, self._loop.time())
-        if changed:
-            log = _log.info if health.verdict == "passing" else _log.warning
-            log("health", service=service, verdict=health.verdict, output=health.output)
-        if (changed or before != health.output) and self._registrar is not None:
+    def _health_changed(self, service: ServiceName) -> None:
+        if self._registrar is not None:
             self._registrar.verdict_changed(service)
 
     def _desired(self) -> dict[ServiceName, Desired]:
         now = self._loop.time()
-        return {
-            service: Desired(
-                routes=self._routes.services[service],
-                weight=health.weight(self._routes.services[service].weight, now),
-                verdict=health.verdict,
-                since=health.since,
-                output=health.output,
-                lease=self._leases.lease(service),
-            )
-            for service, health in self._health.items()
-        }
+        return {service: self._desired_of(service, now) for service in self._fronting.table.services}
+
+    def _desired_of(self, service: ServiceName, now: float) -> Desired:
+        routes, health = self._fronting.table.services[service], self._fronting.health(service)
+        return Desired(
+            routes=routes,
+            weight=health.weight(routes.weight, now),
+            verdict=health.verdict,
+            since=health.since,
+            output=health.output,
+            lease=self._leases.lease(service),
+        )
 
     def _lease_changed(self, service: ServiceName, lease: Lease) -> None:
         self._serving.lease_changed(service, lease)
@@ -257,14 +235,14 @@ class _Connector:
         self._show_newest()
         if self._serving.is_draining:
             return
-        offerings = [Offering(each.service, each.ports) for each in self._routes.services.values()]
+        offerings = [Offering(each.service, each.ports) for each in self._fronting.table.services.values()]
         for start in range(0, len(offerings), SERVICES_PER_REGISTER):
             services = tuple(offerings[start : start + SERVICES_PER_REGISTER])
             client.send(Register(self._config.id, services, self._link_address))
         self._daemon.readiness.done("relay")
 
     def _withdraw(self, client: RelayClient) -> None:
-        services = tuple(self._routes.services)
+        services = tuple(self._fronting.table.services)
         for start in range(0, len(services), SERVICES_PER_REGISTER):
             withdrawn = services[start : start + SERVICES_PER_REGISTER]
             client.send(Register(self._config.id, (), self._link_address, withdrawn))
@@ -327,7 +305,7 @@ class _Connector:
     # Operators
 
     def _check_credentials(self, credentials: Credentials) -> None:
-        self._routes.require_granted(credentials.identity, self._config.id)
+        self._fronting.table.require_granted(credentials.identity, self._config.id)
 
     def _use_credentials(self, credentials: Credentials) -> None:
         self._credentials = credentials
@@ -343,7 +321,7 @@ class _Connector:
         return {
             "id": self._config.id,
             "link_address": self._link_address,
-            "services": {service: self._service_status(service) for service in self._routes.services},
+            "services": {service: self._service_status(service) for service in self._fronting.table.services},
             "consul": {"problem": self._registrar.problem if self._registrar is not None else None},
             "relays": [
                 {
@@ -358,7 +336,7 @@ class _Connector:
         } | self._serving.status()
 
     def _service_status(self, service: ServiceName) -> dict[str, object]:
-        health, registrar = self._health[service], self._registrar
+        health, registrar = self._fronting.health(service), self._registrar
         return {
             "verdict": health.verdict,
             "since_s": round(self._loop.time() - health.since, 1),
@@ -366,31 +344,8 @@ class _Connector:
             "refused": registrar.refusal(service) if registrar is not None else None,
             "waiting_for_backend": registrar is not None and service in registrar.waiting,
             "lease": self._leases.lease(service),
-            "checks": [
-                {
-                    "protocol": key.port.protocol,
-                    "port": key.port.port,
-                    "kind": check.kind,
-                    "target": str(check.target),
-                    "verdict": health.checks[key].verdict,
-                    "output": health.checks[key].output,
-                }
-                for key, check in _checks(self._routes.services[service]).items()
-            ],
+            "backends": self._fronting.status(service),
         }
-
-
-def _checks(service: ServiceRoutes) -> dict[CheckKey, Check]:
-    return {
-        CheckKey(route.port, number): check
-        for route in service.routes
-        for number, check in enumerate(route.checks)
-    }
-
-
-def _service_health(service: ServiceRoutes, now: float) -> ServiceHealth:
-    checks = {key: CheckHealth(check.config, now) for key, check in _checks(service).items()}
-    return ServiceHealth(checks, now, service.slow_start_s)
 
 
 async def _local_address(outside: Endpoint) -> str:

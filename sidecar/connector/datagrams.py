@@ -11,9 +11,9 @@ from functools import partial
 
 from sidecar.connector.backends import UdpFlows
 from sidecar.connector.flows import FlowKey
+from sidecar.connector.fronting import Fronting
 from sidecar.connector.links import Links
-from sidecar.connector.probes import Prober
-from sidecar.connector.routes import ICMP_PORT, Route, RouteTable
+from sidecar.connector.routes import ICMP_PORT, Route
 from sidecar.connector.sessions import Session, Sessions
 from sidecar.link.control import RelayClient
 from sidecar.link.packet import PacketLink
@@ -27,9 +27,6 @@ from ztna.verdicts import Verdicts
 
 _WHERE = "connector"
 
-PING_IDLE_SECONDS = 60.0
-"""RFC 5508, 3.1: an ICMP query session lives that long at least."""
-
 Reply = Callable[[bytes], object]
 
 
@@ -38,18 +35,17 @@ class Datagrams:
 
     def __init__(
         self,
-        routes: RouteTable,
+        fronting: Fronting,
         sessions: Sessions,
-        prober: Prober,
         *,
         verdicts: Verdicts,
         flows_per_agent: int,
         flows_total: int,
     ) -> None:
         self.flows = UdpFlows(per_agent=flows_per_agent, total=flows_total)
-        self._routes = routes
+        self._fronting = fronting
+        fronting.lost = self.flows.leave
         self._sessions = sessions
-        self._prober = prober
         self.links: Links
         self._verdicts = verdicts
 
@@ -131,17 +127,17 @@ class Datagrams:
         if packet.protocol != PROTOCOL_UDP:
             self._open_ping(session, key, packet, data, reply)
             return
-        route = self._routes.pick(session.service, "udp", packet.destination_port)
+        route = self._fronting.table.pick(session.service, "udp", packet.destination_port)
         self._open(session, route, key, data, reply)
 
     def _open_ping(self, session: Session, key: FlowKey, packet: Packet, data: bytes, reply: Reply) -> None:
-        route = self._routes.pick(session.service, "icmp", ICMP_PORT)
+        route = self._fronting.table.pick(session.service, "icmp", ICMP_PORT)
         if route is None:
             reply(icmp_error(data, Unreachable.PROHIBITED))
         elif route.answers_pings:
             reply(echo_reply(packet))
         else:
-            self._open(session, route, key, data, reply, idle_s=PING_IDLE_SECONDS)
+            self._open(session, route, key, data, reply)
 
     def _open_v1(
         self, session: Session, client: RelayClient, key: FlowKey, packet: Packet, data: bytes
@@ -149,32 +145,24 @@ class Datagrams:
         if packet.protocol != PROTOCOL_UDP:
             dropped(_WHERE, "protocol")
             return
-        route = self._routes.pick(session.service, "udp", packet.destination_port)
+        route = self._fronting.table.pick(session.service, "udp", packet.destination_port)
         if route is not None and not route.allow_v1:
             route = None
         self._open(session, route, key, data, partial(self._reply_v1, session, client))
 
-    def _open(
-        self,
-        session: Session,
-        route: Route | None,
-        key: FlowKey,
-        data: bytes,
-        reply: Reply,
-        *,
-        idle_s: float | None = None,
-    ) -> None:
+    def _open(self, session: Session, route: Route | None, key: FlowKey, data: bytes, reply: Reply) -> None:
         """Begin a flow, or answer with an ICMP error where the agent should know."""
         if route is None:
             reply(icmp_error(data, Unreachable.PORT))
             return
-        host = self._prober.addresses.get(route.backend.host)
-        if host is None:
+        claim = self._fronting.choose(route, session.agent.name)
+        address = None if claim is None else self._fronting.address(claim.backend)
+        if claim is None or address is None:
+            if claim is not None:
+                claim.release()
             reply(icmp_error(data, Unreachable.HOST))
             return
-        address = (host, route.backend.port)
-        idle_s = route.udp_idle_s if idle_s is None else idle_s
-        self.flows.open(key, session.agent.name, address, packet=data, idle_s=idle_s, reply=reply)
+        self.flows.open(key, session.agent.name, claim, address, packet=data, reply=reply)
 
     def _reply_v1(self, session: Session, client: RelayClient, packet: bytes) -> None:
         # A flow that outlives its relay connection has nobody to answer on the next one.

@@ -1,4 +1,7 @@
-"""Backend health: outcomes of checks -> a verdict per check, and one per service (the worst of its checks).
+"""Backend health: outcomes of checks -> a verdict per check, backend, published port and service.
+
+A backend is as bad as the worst of its checks, a port as good as the best of its backends, a service as bad as the
+worst of its ports.
 
     critical --success_before_passing good ones in a row--------------> passing
     passing  --failures_before_warning bad ones in a row, or a warning-> warning
@@ -11,12 +14,13 @@ Pure. Who probes a backend is sidecar.connector.probes; who tells Consul is side
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ztna.config import CheckConfig
 from ztna.leases import Port
+from ztna.sections import Endpoint
 
 Verdict = Literal["passing", "warning", "critical"]
 
@@ -37,9 +41,10 @@ class Outcome:
 
 
 class CheckKey(NamedTuple):
-    """One check of a service: the published port whose backend it asks, and its place among that port's checks."""
+    """One check of a service: the published port, the backend that it asks, its place among that one's checks."""
 
     port: Port
+    backend: Endpoint
     number: int = 0
 
 
@@ -50,7 +55,9 @@ class CheckHealth:
         self.verdict: Verdict = "critical"
         self.output = "not yet checked"
         self.since = now
-        self._config = config
+        self.is_settled = False
+        """Whether enough was asked for the verdict to be one."""
+        self.config = config
         self._good = 0
         self._bad = 0
         self._good_since = now
@@ -65,6 +72,7 @@ class CheckHealth:
         else:
             self._good, self._bad = 0, self._bad + 1
         verdict = self._next(outcome, now)
+        self.is_settled |= verdict != "critical" or self._bad >= self.config.failures_before_critical
         if verdict == self.verdict:
             return False
         if verdict == "critical":
@@ -74,7 +82,7 @@ class CheckHealth:
         return True
 
     def _next(self, outcome: Outcome, now: float) -> Verdict:
-        config = self._config
+        config = self.config
         if not outcome.ok:
             if self._bad >= config.failures_before_critical:
                 return "critical"
@@ -98,13 +106,16 @@ class CheckHealth:
         while self._falls and now - self._falls[0] > FLAP_WINDOW_SECONDS:
             self._falls.popleft()
         is_flapping = len(self._falls) == self._falls.maxlen
-        return is_flapping and now - self._good_since < self._config.flap_hold_s
+        return is_flapping and now - self._good_since < self.config.flap_hold_s
 
 
 class ServiceHealth:
-    """The verdict on one service: the worst of its checks."""
+    """The verdict on one service, made of the verdicts on its ports' backends.
 
-    def __init__(self, checks: dict[CheckKey, CheckHealth], now: float, slow_start_s: float = 0.0) -> None:
+    A port of whose backends too little is known yet leaves it as it was, so that exchanging backends is no outage.
+    """
+
+    def __init__(self, checks: Mapping[CheckKey, CheckHealth], now: float, slow_start_s: float = 0.0) -> None:
         self.checks = checks
         self.verdict: Verdict = "critical"
         self.since = now
@@ -114,7 +125,21 @@ class ServiceHealth:
     def handle(self, key: CheckKey, outcome: Outcome, now: float) -> bool:
         """Take the outcome of one check in; say whether the service's verdict changed."""
         self.checks[key].handle(outcome, now)
-        verdict = _worst(self.checks.values())
+        return self._judge(now)
+
+    def update(self, checks: Mapping[CheckKey, CheckHealth], now: float, slow_start_s: float) -> bool:
+        """Go on with other checks; say whether the service's verdict changed."""
+        self.checks, self._slow_start_s = checks, slow_start_s
+        return self._judge(now)
+
+    def backend(self, port: Port, backend: Endpoint) -> Verdict:
+        """Return the verdict on one backend."""
+        return _worst(
+            check.verdict for key, check in self.checks.items() if (key.port, key.backend) == (port, backend)
+        )
+
+    def _judge(self, now: float) -> bool:
+        verdict = self._verdict()
         if verdict == self.verdict:
             return False
         if self.verdict == "critical":
@@ -122,6 +147,17 @@ class ServiceHealth:
         self.verdict = verdict
         self.since = now
         return True
+
+    def _verdict(self) -> Verdict:
+        ports: dict[Port, dict[Endpoint, list[CheckHealth]]] = {}
+        for key, check in self.checks.items():
+            ports.setdefault(key.port, {}).setdefault(key.backend, []).append(check)
+        worst: list[Verdict] = []
+        for backends in ports.values():
+            settled = [checks for checks in backends.values() if all(check.is_settled for check in checks)]
+            verdicts = [_worst(check.verdict for check in checks) for checks in settled]
+            worst.append(min(verdicts, key=_RANK.__getitem__) if verdicts else self.verdict)
+        return _worst(worst)
 
     def weight(self, full: int, now: float) -> int:
         """Return what to say of a configured weight now: little while critical and just after, never nothing."""
@@ -133,14 +169,14 @@ class ServiceHealth:
 
     @property
     def output(self) -> str:
-        """What the checks last said, the worst ones alone when there are any."""
-        worst = _worst(self.checks.values())
-        if worst == "passing":
-            return "; ".join(check.output for check in self.checks.values())
+        """What the checks last said, the worst first; of a service that is not passing only those that are not."""
+        worst_first = sorted(self.checks.items(), key=lambda item: -_RANK[item[1].verdict])
+        if self.verdict == "passing":
+            return "; ".join(check.output for _, check in worst_first)
         return "; ".join(
             f"{key.port.protocol}:{key.port.port} {check.output}"
-            for key, check in self.checks.items()
-            if check.verdict == worst
+            for key, check in worst_first
+            if check.verdict != "passing"
         )
 
 
@@ -149,5 +185,5 @@ def next_delay(interval_s: float, jitter: float, draw: float) -> float:
     return interval_s * (1 - jitter + 2 * jitter * draw)
 
 
-def _worst(checks: Iterable[CheckHealth]) -> Verdict:
-    return max((check.verdict for check in checks), key=_RANK.__getitem__)
+def _worst(verdicts: Iterable[Verdict]) -> Verdict:
+    return max(verdicts, key=_RANK.__getitem__)

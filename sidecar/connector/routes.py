@@ -1,4 +1,4 @@
-"""The route table: service and published port -> backend, check and limits (design decision 6).
+"""The route table: service and published port -> backends, checks and limits (design decision 6).
 
 Pure. Dials nothing and knows no health; `destination` of a flow picks a published port here, never an address.
 """
@@ -6,12 +6,15 @@ Pure. Dials nothing and knows no health; `destination` of a flow picks a publish
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from typing import Literal
 
+from sidecar.connector.balance import Policy
 from sidecar.connector.checks import CHECKS_PER_ROUTE_MAX, Check, parse
-from ztna.config import Endpoint, RouteConfig
+from ztna.config import BackendConfig, BackendTlsConfig, CheckConfig, Endpoint, RouteConfig
 from ztna.errors import ConfigError
 from ztna.identity import Identity
 from ztna.leases import Port, Protocol
@@ -19,21 +22,47 @@ from ztna.names import ConnectorId, ServiceName
 
 ICMP_PORT = 0
 """ICMP has no ports: it is published as `icmp:0`."""
+PING_IDLE_SECONDS = 60.0
+"""RFC 5508, 3.1: an ICMP query session lives that long at least."""
+BACKENDS_PER_ROUTE_MAX = 64
+
+ProxyProtocol = Literal["none", "v1", "v2"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One place where a port of a service is really served."""
+
+    address: Endpoint
+    weight: int
+    checks: tuple[Check, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One published port of a service and the backend behind it."""
+    """One published port of a service and the backends behind it."""
 
     service: ServiceName
     port: Port
-    backend: Endpoint
-    checks: tuple[Check, ...]
+    backends: tuple[Backend, ...]
+    policy: Policy
     connect_timeout_s: float
+    tcp_idle_s: float
     udp_idle_s: float
+    proxy_protocol: ProxyProtocol = "none"
+    backend_tls: BackendTlsConfig | None = None
     allow_v1: bool = False
     answers_pings: bool = False
     """Whether the connector answers pings itself (ICMP)."""
+
+    @property
+    def weights(self) -> dict[Endpoint, int]:
+        """The weight of each backend."""
+        return {backend.address: backend.weight for backend in self.backends}
+
+    def is_same(self, other: Route) -> bool:
+        """Whether it is the same published port, in whichever table."""
+        return (self.service, self.port) == (other.service, other.port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +75,7 @@ class ServiceRoutes:
     virtual_ip: IPv4Address | None = None
     wildcard: bool = False
     slow_start_s: float = 0.0
+    drain_s: float | None = None
 
     @property
     def allow_v1(self) -> bool:
@@ -65,11 +95,7 @@ class RouteTable:
         """Group the routes by service. Raises ConfigError naming the route that cannot be used."""
         grouped: dict[ServiceName, list[tuple[RouteConfig, Route]]] = {}
         for index, config in enumerate(configs):
-            if config.allow_v1 and config.protocol != "udp":
-                raise ConfigError(
-                    f"connector.routes[{index}].allow_v1: expected protocol udp, which is what v1 agents are "
-                    f"served, got {config.protocol}"
-                )
+            _require_protocol(config, f"connector.routes[{index}]")
             grouped.setdefault(config.service, []).append(
                 (config, _route(config, f"connector.routes[{index}]"))
             )
@@ -133,24 +159,35 @@ def _service_routes(service: ServiceName, group: list[tuple[RouteConfig, Route]]
         virtual_ip=next(iter(asked), None),
         wildcard=any(config.wildcard for config in configs),
         slow_start_s=max(config.slow_start_s for config in configs),
+        drain_s=max((config.drain_s for config in configs if config.drain_s is not None), default=None),
     )
 
 
+def _require_protocol(config: RouteConfig, where: str) -> None:
+    """Raise ConfigError for a key that means nothing to the route's protocol."""
+    for key, is_set, protocol, why in (
+        ("allow_v1", config.allow_v1, "udp", "which is what v1 agents are served"),
+        ("proxy_protocol", config.proxy_protocol != "none", "tcp", "which has a beginning to say it at"),
+        ("backend_tls", config.backend_tls is not None, "tcp", "which TLS runs on"),
+    ):
+        if is_set and config.protocol != protocol:
+            raise ConfigError(f"{where}.{key}: expected protocol {protocol}, {why}, got {config.protocol}")
+
+
 def _route(config: RouteConfig, where: str) -> Route:
-    if not 0 < len(config.checks) <= CHECKS_PER_ROUTE_MAX:
-        raise ConfigError(
-            f"{where}.checks: expected 1 to {CHECKS_PER_ROUTE_MAX} (kind none checks nothing), got {len(config.checks)}"
-        )
+    tls = config.backend_tls
+    if tls is not None and (tls.certificate is None) != (tls.key is None):
+        raise ConfigError(f"{where}.backend_tls: expected certificate and key, or neither")
     return Route(
         service=config.service,
         port=_port(config, where),
-        backend=config.backend,
-        checks=tuple(
-            parse(check, config.protocol, config.backend, f"{where}.checks[{number}]")
-            for number, check in enumerate(config.checks)
-        ),
+        backends=_backends(config, where),
+        policy=Policy(config.balance, config.eject_after, config.eject_s),
         connect_timeout_s=config.connect_timeout_s,
-        udp_idle_s=config.udp_idle_s,
+        tcp_idle_s=config.tcp_idle_s,
+        udp_idle_s=PING_IDLE_SECONDS if config.protocol == "icmp" else config.udp_idle_s,
+        proxy_protocol=config.proxy_protocol,
+        backend_tls=tls,
         allow_v1=config.allow_v1,
         answers_pings=config.icmp == "connector",
     )
@@ -171,3 +208,40 @@ def _port(config: RouteConfig, where: str) -> Port:
 def _place(route: Route) -> tuple[bool, Port]:
     """ICMP stands last: where one port stands for a service, it is one that programs can connect to."""
     return (route.port.protocol == "icmp", route.port)
+
+
+def _backends(config: RouteConfig, where: str) -> tuple[Backend, ...]:
+    if (config.backend is None) == (not config.backends):
+        raise ConfigError(
+            f"{where}: expected backend or backends, got {'both' if config.backends else 'neither'}"
+        )
+    if len(config.backends) > BACKENDS_PER_ROUTE_MAX:
+        raise ConfigError(
+            f"{where}.backends: expected at most {BACKENDS_PER_ROUTE_MAX}, got {len(config.backends)}"
+        )
+    if config.backend is not None:
+        return (_backend(BackendConfig(address=config.backend), config, where),)
+    backends = tuple(
+        _backend(each, config, where if each.checks is None else f"{where}.backends[{number}]")
+        for number, each in enumerate(config.backends)
+    )
+    twice = [address for address, times in Counter(each.address for each in backends).items() if times > 1]
+    if twice:
+        raise ConfigError(f"{where}.backends: {twice[0]} is there twice: give it the weight instead")
+    return backends
+
+
+def _backend(config: BackendConfig, route: RouteConfig, where: str) -> Backend:
+    checks: tuple[CheckConfig, ...] = route.checks if config.checks is None else config.checks
+    if not 0 < len(checks) <= CHECKS_PER_ROUTE_MAX:
+        raise ConfigError(
+            f"{where}.checks: expected 1 to {CHECKS_PER_ROUTE_MAX} (kind none checks nothing), got {len(checks)}"
+        )
+    return Backend(
+        address=config.address,
+        weight=config.weight,
+        checks=tuple(
+            parse(check, route.protocol, config.address, f"{where}.checks[{number}]")
+            for number, check in enumerate(checks)
+        ),
+    )

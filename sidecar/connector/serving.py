@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection, Sequence
 from sidecar.connector.authority import FlowAuthority
 from sidecar.connector.datagrams import Datagrams
 from sidecar.connector.flows import RelayConnection
+from sidecar.connector.fronting import Fronting
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.links import Links
-from sidecar.connector.probes import Prober
-from sidecar.connector.routes import RouteTable
 from sidecar.connector.sessions import Session, Sessions, standing
 from sidecar.link.budget import Budget
 from sidecar.link.control import RelayClient
@@ -58,18 +57,15 @@ _log = logger(__name__)
 class Serving:
     """Serves the sessions that relays offer.
 
-    `tasks` owns all that runs; `is_available` says of a service that it is not critical; `addresses` gives those of
-    this host's interfaces.
+    `tasks` owns all that runs; `addresses` gives those of this host's interfaces.
     """
 
     def __init__(
         self,
-        routes: RouteTable,
+        fronting: Fronting,
         credentials: Credentials,
         *,
         leases: LeaseBook,
-        prober: Prober,
-        is_available: Callable[[ServiceName], bool],
         flows_per_agent: int,
         flows_total: int,
         addresses: Callable[[], Sequence[str]],
@@ -79,9 +75,8 @@ class Serving:
         self.sessions = Sessions()
         self.is_draining = False
         self.datagrams = Datagrams(
-            routes,
+            fronting,
             self.sessions,
-            prober,
             verdicts=credentials.verdicts,
             flows_per_agent=flows_per_agent,
             flows_total=flows_total,
@@ -94,24 +89,20 @@ class Serving:
             answer=self._answer_candidates,
             private_candidates=private_candidates,
         )
-        self.streams = StreamListener(
-            credentials,
-            FlowAuthority(
-                routes,
-                self.sessions,
-                leases,
-                verdicts=credentials.verdicts,
-                is_draining=lambda: self.is_draining,
-            ),
-            tasks=tasks,
-            budget=Budget(),
+        authority = FlowAuthority(
+            fronting,
+            self.sessions,
+            leases,
+            verdicts=credentials.verdicts,
+            is_draining=lambda: self.is_draining,
         )
+        self.streams = StreamListener(credentials, authority, tasks=tasks, budget=Budget())
+        self.streams.served.began = authority.began
         self._verdicts = credentials.verdicts
         self._verdicts.on_refused = self.peer_refused
         self._fallen: dict[str, Reason] = {}
-        self._routes = routes
+        self._fronting = fronting
         self._leases = leases
-        self._is_available = is_available
         self._tasks = tasks
         self._relays: dict[RelayConnection, RelayClient] = {}
         self._offers_waiting = 0
@@ -296,12 +287,13 @@ class Serving:
             return Reason.POLICY_UNKNOWN
         if offer.agent.fingerprint in self._fallen:
             return self._fallen[offer.agent.fingerprint]
-        if offer.service not in self._routes.services:
+        services = self._fronting.table.services
+        if offer.service not in services:
             return Reason.NO_SUCH_SERVICE
-        if offer.v1 and not self._routes.services[offer.service].allow_v1:
+        if offer.v1 and not services[offer.service].allow_v1:
             # The relay reads v1 traffic: only where that was asked for.
             return Reason.NO_GRANT
-        if not self._is_available(offer.service):
+        if not self._fronting.is_available(offer.service):
             return Reason.NO_HEALTHY_CONNECTOR
         if offer.v1:
             return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from sidecar.link.budget import Budget, Share
@@ -70,6 +70,8 @@ class ServedFlows:
 
     def __init__(self, authority: Authority, *, tasks: asyncio.TaskGroup, budget: Budget) -> None:
         self.authority = authority
+        self.began: Callable[[TcpFlow], object] = lambda flow: None
+        """Called with each flow once its backend is dialled; `finished` tells of its end."""
         self.known: KnownFlows[ServedFlow] = KnownFlows()
         self._tasks = tasks
         self._budget = budget
@@ -223,6 +225,7 @@ class ServedFlow:
         else:
             self.flow = TcpFlow(self.opened, peer, share, backend)
             self.flow.session = self.session
+            self._flows.began(self.flow)
             self.flow.finished.add_done_callback(lambda _: self.settle())
             self._begin()
 

@@ -47,7 +47,8 @@ def weights(made: Lab, service: str) -> list[int]:
 
 def reported(connector: Daemon, service: str) -> dict[str, str]:
     """What the connector's own status says of each check, by kind."""
-    checks = connector.status()["connector"]["services"][service]["checks"]
+    backends = connector.status()["connector"]["services"][service]["backends"]
+    checks = [check for backend in backends for check in backend["checks"]]
     return {check["kind"]: f"{check['verdict']}: {check['output']}" for check in checks}
 
 

@@ -12,10 +12,11 @@ import uvloop
 
 from sidecar.connector.backends import UdpFlows, dial_tcp
 from sidecar.connector.flows import FlowKey, SessionKey
+from sidecar.connector.routes import Route, RouteTable
 from sidecar.link.stream import FlowRefused
-from ztna.config import Endpoint
+from ztna.config import Endpoint, RouteConfig
 from ztna.errors import Refused
-from ztna.names import SessionId
+from ztna.names import ServiceName, SessionId
 from ztna.packet import PROTOCOL_ICMP, PROTOCOL_UDP, Packet, build_udp, parse
 from ztna.reasons import Reason
 from ztna.wire.stream import OpenStatus
@@ -85,6 +86,28 @@ def key(session: SessionKey, source_port: int = 40_000) -> FlowKey:
     return FlowKey(session, PROTOCOL_UDP, "127.0.0.1", source_port, VIP, VIP_PORT)
 
 
+SERVICE = ServiceName("dns")
+
+
+class Chosen:
+    """A backend that was chosen for a flow; counts what its flow says of it."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.backend = Endpoint(*address)
+        config = RouteConfig(service=SERVICE, backend=self.backend, port=VIP_PORT, protocol="udp")
+        self.route: Route = RouteTable([config]).services[SERVICE].routes[0]
+        self.successes = self.failures = self.releases = 0
+
+    def succeeded(self) -> None:
+        self.successes += 1
+
+    def failed(self) -> None:
+        self.failures += 1
+
+    def release(self) -> None:
+        self.releases += 1
+
+
 class Agent:
     """Sends datagrams in one session and keeps what comes back."""
 
@@ -93,14 +116,14 @@ class Agent:
         self._flows = flows
         self._session = session
         self._backend = backend
+        self.chosen = Chosen(backend)
 
     def send(self, payload: bytes, source_port: int = 40_000) -> bytes:
         packet = build_udp("127.0.0.1", source_port, VIP, VIP_PORT, payload)
         own = key(self._session, source_port)
         if not self._flows.send(own, payload, packet):
-            self._flows.open(
-                own, self._session[1], self._backend, packet=packet, idle_s=60.0, reply=self._reply
-            )
+            agent = self._session[1]
+            self._flows.open(own, agent, self.chosen, self._backend, packet=packet, reply=self._reply)
             self._flows.send(own, payload, packet)
         return packet
 
@@ -182,6 +205,19 @@ async def test_a_closed_port_comes_back_as_an_icmp_error(flows: UdpFlows) -> Non
         assert (error.source, error.destination) == (VIP, "127.0.0.1")
         assert sent.startswith(error.payload[:28])
     assert len(flows) == 1
+    assert ann.chosen.failures == 3
+
+
+async def test_flows_leave_a_backend_for_a_better_one(flows: UdpFlows) -> None:
+    async with udp_echo() as (backend, _seen):
+        ann, bob = Agent(flows, ANN, backend), Agent(flows, BOB, ("127.0.0.1", closed_udp_port()))
+        ann.send(b"x")
+        await ann.reply()
+        assert ann.chosen.successes == 1
+        bob.send(b"x")
+        flows.leave(bob.chosen.route, ann.chosen.backend)
+        assert len(flows) == 1, "the same published port, whatever table says so"
+        assert (ann.chosen.releases, bob.chosen.releases) == (1, 0)
 
 
 async def test_a_flow_survives_a_backend_that_comes_later(flows: UdpFlows) -> None:
@@ -202,7 +238,7 @@ async def test_a_datagram_too_big_for_the_way_says_so(flows: UdpFlows) -> None:
     async with udp_echo() as (backend, _seen):
         ann = Agent(flows, ANN, backend)
         sent = build_udp("127.0.0.1", 40_000, VIP, VIP_PORT, b"small")
-        flows.open(key(ANN), ANN[1], backend, packet=sent, idle_s=60.0, reply=ann._reply)
+        flows.open(key(ANN), ANN[1], ann.chosen, backend, packet=sent, reply=ann._reply)
         # More than any UDP datagram: the kernel says EMSGSIZE as it does for a small path MTU.
         flows.send(key(ANN), bytes(65_530), sent)
         error = await ann.reply()
@@ -212,9 +248,10 @@ async def test_a_datagram_too_big_for_the_way_says_so(flows: UdpFlows) -> None:
 async def test_no_route_to_the_backend_is_an_icmp_error(flows: UdpFlows) -> None:
     ann = Agent(flows, ANN, ("255.255.255.255", 53))
     packet = build_udp("127.0.0.1", 40_000, VIP, VIP_PORT, b"x")
-    flows.open(key(ANN), ANN[1], ("255.255.255.255", 53), packet=packet, idle_s=1.0, reply=ann._reply)
+    flows.open(key(ANN), ANN[1], ann.chosen, ("255.255.255.255", 53), packet=packet, reply=ann._reply)
     assert (await ann.reply()).icmp_type == 3
     assert len(flows) == 0
+    assert ann.chosen.releases == 1
 
 
 async def test_limits_and_ends(flows: UdpFlows) -> None:
@@ -226,11 +263,14 @@ async def test_limits_and_ends(flows: UdpFlows) -> None:
         assert len(flows) == 10 and len(set(seen)) == 11
         for port in range(1, 11):
             bob.send(b"x", port)
+        carol = Agent(flows, (("relay-2", 2), SessionId("c" * 16)), backend)
         with pytest.raises(Refused) as refused:
-            Agent(flows, (("relay-2", 2), SessionId("c" * 16)), backend).send(b"x")
+            carol.send(b"x")
         assert refused.value.reason is Reason.LIMIT_REACHED
+        assert carol.chosen.releases == 1, "what was counted at its backend is taken back"
         flows.end_session(ANN)
         assert len(flows) == 10
+        assert (ann.chosen.releases, bob.chosen.releases) == (11, 0)
         assert not flows.send(key(ANN, 5), b"x", b"")
         flows.expire()
         assert len(flows) == 10

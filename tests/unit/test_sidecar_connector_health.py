@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 
 from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, next_delay
-from ztna.config import CheckConfig
+from ztna.config import CheckConfig, Endpoint
 from ztna.leases import Port
 
 GOOD, BAD = Outcome(True, "connected"), Outcome(False, "connection refused")
 WARNING = Outcome(True, "disk is nearly full", is_warning=True)
-TCP, UDP = CheckKey(Port("tcp", 80)), CheckKey(Port("udp", 53), 1)
+ONE, TWO = Endpoint("10.0.0.1", 80), Endpoint("10.0.0.2", 80)
+TCP, UDP = CheckKey(Port("tcp", 80), ONE), CheckKey(Port("udp", 53), ONE, 1)
 
 
 def health(passing: int = 1, critical: int = 2, **config: object) -> CheckHealth:
@@ -89,7 +90,48 @@ def test_a_service_is_as_bad_as_its_worst_check() -> None:
     assert (service.verdict, service.output) == ("warning", "tcp:80 disk is nearly full")
     assert service.handle(UDP, BAD, 3.0)
     assert (service.verdict, service.since) == ("critical", 3.0)
-    assert service.output == "udp:53 connection refused"
+    assert service.output == "udp:53 connection refused; tcp:80 disk is nearly full"
+
+
+def test_a_port_is_as_good_as_its_best_backend() -> None:
+    first, second = CheckKey(Port("tcp", 80), ONE), CheckKey(Port("tcp", 80), TWO)
+    service = ServiceHealth({first: health(critical=1), second: health(critical=1), UDP: health()}, 0.0)
+    service.handle(UDP, GOOD, 1.0)
+    assert service.handle(first, GOOD, 1.0)
+    assert (service.verdict, service.backend(Port("tcp", 80), TWO)) == ("passing", "critical")
+    assert not service.handle(second, BAD, 2.0)
+    assert service.output == "connection refused; connected; connected", "what is wrong comes first"
+    assert service.handle(first, WARNING, 3.0)
+    assert service.verdict == "warning"
+    assert service.output == "tcp:80 connection refused; tcp:80 disk is nearly full"
+    assert service.handle(first, BAD, 4.0)
+    assert service.verdict == "critical"
+    assert service.handle(second, GOOD, 5.0)
+    assert service.verdict == "passing"
+
+
+def test_a_backend_is_as_bad_as_its_worst_check() -> None:
+    tcp, http = CheckKey(Port("tcp", 80), ONE), CheckKey(Port("tcp", 80), ONE, 1)
+    service = ServiceHealth({tcp: health(), http: health(critical=1)}, 0.0)
+    service.handle(tcp, GOOD, 1.0)
+    service.handle(http, BAD, 1.0)
+    assert service.backend(Port("tcp", 80), ONE) == service.verdict == "critical"
+
+
+def test_exchanging_backends_is_no_outage() -> None:
+    first, second = CheckKey(Port("tcp", 80), ONE), CheckKey(Port("tcp", 80), TWO)
+    service = ServiceHealth({first: health()}, 0.0)
+    service.handle(first, GOOD, 1.0)
+    assert not service.update({second: health(critical=2)}, 2.0, 10.0)
+    assert not service.handle(second, BAD, 3.0), "its thresholds hold for a new backend too"
+    assert service.verdict == "passing"
+    assert service.handle(second, BAD, 4.0)
+    assert service.verdict == "critical"
+    assert service.weight(100, 4.0) == 20, "the slow start is the newer one"
+    gone = {first: service.checks[second], second: health()}
+    gone[first].handle(GOOD, 5.0)
+    assert service.update(gone, 5.0, 0.0), "what is left decides at once"
+    assert service.verdict == "passing"
 
 
 def test_weight_grows_after_it_was_critical() -> None:

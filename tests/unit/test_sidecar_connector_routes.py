@@ -5,8 +5,9 @@ from ipaddress import IPv4Address
 
 import pytest
 
+from sidecar.connector.balance import Policy
 from sidecar.connector.routes import RouteTable
-from ztna.config import CheckConfig, Endpoint, RouteConfig
+from ztna.config import BackendConfig, BackendTlsConfig, CheckConfig, Endpoint, RouteConfig
 from ztna.errors import ConfigError
 from ztna.identity import Grants, Identity
 from ztna.leases import Port
@@ -17,7 +18,12 @@ WEB = ServiceName("web")
 
 
 def route(service: str = "web", port: int | None = 80, **others: object) -> RouteConfig:
-    return RouteConfig(service=ServiceName(service), backend=BACKEND, port=port, **others)  # type: ignore[arg-type]
+    fields = {"service": ServiceName(service), "backend": BACKEND, "port": port} | others
+    return RouteConfig(**fields)  # type: ignore[arg-type]
+
+
+def several(*backends: BackendConfig) -> RouteConfig:
+    return route(backend=None, backends=backends)
 
 
 def identity(*, services: tuple[str, ...] = (), id_name: str | None = "c1") -> Identity:
@@ -37,7 +43,7 @@ def test_groups_the_ports_of_a_service() -> None:
 def test_picks_by_published_port() -> None:
     table = RouteTable([route(), route(port=53, protocol="udp")])
     picked = table.pick(WEB, "udp", 53)
-    assert picked is not None and picked.backend == BACKEND
+    assert picked is not None and picked.weights == {BACKEND: 1}
     assert table.pick(WEB, "tcp", 53) is None
     assert table.pick(ServiceName("db"), "tcp", 80) is None
 
@@ -51,7 +57,7 @@ def test_pings_are_published_last_and_answered_by_the_backend_unless_told() -> N
     assert (
         table.pings and not RouteTable([route(), route(port=None, protocol="icmp", icmp="connector")]).pings
     )
-    assert [check.kind for check in table.services[WEB].routes[1].checks] == ["icmp"]
+    assert [check.kind for check in table.services[WEB].routes[1].backends[0].checks] == ["icmp"]
 
 
 def test_v1_agents_are_served_udp_where_a_route_says_so() -> None:
@@ -71,6 +77,36 @@ def test_one_route_may_ask_for_the_address_of_all() -> None:
     assert table.services[ServiceName("db")].virtual_ip is None
 
 
+def test_several_backends_share_a_port() -> None:
+    own = (CheckConfig(kind="http", path="/ready"), CheckConfig())
+    other = Endpoint("10.0.0.2", 80)
+    table = RouteTable(
+        [
+            route(
+                backend=None,
+                backends=(BackendConfig(address=BACKEND, weight=3), BackendConfig(address=other, checks=own)),
+                balance="source_hash",
+                eject_after=1,
+                eject_s=2.0,
+                drain_s=7.0,
+            ),
+            route(port=81),
+            route("db", port=5432),
+        ]
+    )
+    shared, alone = table.services[WEB].routes
+    assert shared.weights == {BACKEND: 3, other: 1}
+    assert shared.policy == Policy("source_hash", 1, 2.0)
+    assert [[check.kind for check in backend.checks] for backend in shared.backends] == [
+        ["tcp"],
+        ["http", "tcp"],
+    ]
+    assert [check.target for check in shared.backends[1].checks] == [other, other]
+    assert shared.is_same(RouteTable([route()]).services[WEB].routes[0])
+    assert not shared.is_same(alone)
+    assert (table.services[WEB].drain_s, table.services[ServiceName("db")].drain_s) == (7.0, None)
+
+
 @pytest.mark.parametrize(
     ("routes", "said"),
     [
@@ -82,6 +118,32 @@ def test_one_route_may_ask_for_the_address_of_all() -> None:
         ([route(), route()], "tcp port 80 is routed twice"),
         ([route(weight=1), route(port=81, weight=2)], "one weight, got 1, 2"),
         ([route(checks=())], r"routes\[0\]\.checks: expected 1 to 16"),
+        (
+            [route(backends=(BackendConfig(address=BACKEND),))],
+            r"routes\[0\]: expected backend or backends, got both",
+        ),
+        ([route(backend=None)], r"routes\[0\]: expected backend or backends, got neither"),
+        (
+            [several(BackendConfig(address=BACKEND), BackendConfig(address=BACKEND))],
+            "127.0.0.1:8080 is there twice",
+        ),
+        (
+            [several(*(BackendConfig(address=Endpoint("b", number)) for number in range(1, 66)))],
+            "expected at most 64, got 65",
+        ),
+        (
+            [several(BackendConfig(address=BACKEND, checks=(CheckConfig(path="x"),)))],
+            r"routes\[0\]\.backends\[0\]\.checks\[0\]\.path",
+        ),
+        ([route(proxy_protocol="v2", protocol="udp")], r"routes\[0\]\.proxy_protocol: expected protocol tcp"),
+        (
+            [route(backend_tls=BackendTlsConfig(), protocol="udp")],
+            r"routes\[0\]\.backend_tls: expected protocol tcp",
+        ),
+        (
+            [route(backend_tls=BackendTlsConfig(key="k"))],
+            r"routes\[0\]\.backend_tls: expected certificate and key",
+        ),
         ([route(), route("db", checks=(CheckConfig(path="x"),))], r"routes\[1\]\.checks\[0\]\.path"),
         (
             [route(virtual_ip=IPv4Address("10.0.0.2")), route(port=81, virtual_ip=IPv4Address("10.0.0.1"))],
@@ -98,7 +160,7 @@ def test_checks_as_the_protocol_unless_told() -> None:
     table = RouteTable(
         [route(), route(port=53, protocol="udp", checks=(CheckConfig(kind="none"), CheckConfig()))]
     )
-    kinds = [[check.kind for check in each.checks] for each in table.services[WEB].routes]
+    kinds = [[check.kind for check in each.backends[0].checks] for each in table.services[WEB].routes]
     assert kinds == [["tcp"], ["none", "udp"]]
 
 

@@ -1,0 +1,249 @@
+"""The services as this connector fronts them now: the route table, every backend's health, the choice among them.
+
+Runs the checks. Which backend a flow gets is sidecar.connector.balance's to decide, what an outcome comes to
+sidecar.connector.health's; who may have a flow was decided before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from sidecar.connector.balance import Balancer, Standing
+from sidecar.connector.checks import Check
+from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, Verdict, next_delay
+from sidecar.connector.probes import Prober
+from sidecar.connector.routes import Route, RouteTable, ServiceRoutes
+from ztna.leases import Port
+from ztna.names import ServiceName
+from ztna.sections import Endpoint
+from ztna.telemetry import logger
+
+_log = logger(__name__)
+
+_PortKey = tuple[ServiceName, Port]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """A backend that was chosen for one flow; `release` it when the flow has ended, once."""
+
+    route: Route
+    backend: Endpoint
+    _fronting: Fronting
+
+    def succeeded(self) -> None:
+        """It answered."""
+        self._fronting.balancer(self.route).succeeded(self.backend)
+
+    def failed(self) -> None:
+        """It could not be reached."""
+        self._fronting.failed(self)
+
+    def release(self) -> None:
+        """The flow has ended."""
+        self._fronting.balancer(self.route).ended(self.backend)
+
+
+class Fronting:
+    """`changed(service)` is called when what its checks say has changed, `lost(route, backend)` when a backend is out.
+
+    A reader takes `table` for one decision; `replace` puts another in its place, and what stays in it keeps its health
+    and its standing.
+    """
+
+    def __init__(
+        self,
+        table: RouteTable,
+        prober: Prober,
+        *,
+        changed: Callable[[ServiceName], None],
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.table = table
+        self.lost: Callable[[Route, Endpoint], None] = lambda route, backend: None
+        self._prober = prober
+        self._changed = changed
+        self._tasks = tasks
+        self._loop = asyncio.get_running_loop()
+        self._health: dict[ServiceName, ServiceHealth] = {}
+        self._balancers: dict[_PortKey, Balancer] = {}
+        self._checking: dict[tuple[ServiceName, CheckKey], tuple[Check, asyncio.Task[None]]] = {}
+        self._is_started = False
+        self._take_up(table)
+
+    def __contains__(self, service: object) -> bool:
+        return service in self._health
+
+    def start(self) -> None:
+        """Begin to check."""
+        self._is_started = True
+        self._check_all()
+
+    def replace(self, table: RouteTable) -> None:
+        """Front what another table says from now on."""
+        self.table = table
+        for service in self._take_up(table):
+            self._changed(service)
+        self._check_all()
+
+    def health(self, service: ServiceName) -> ServiceHealth:
+        """Return the health of a service of the table."""
+        return self._health[service]
+
+    def is_available(self, service: ServiceName) -> bool:
+        """Say whether a service is there and not critical."""
+        health = self._health.get(service)
+        return health is not None and health.verdict != "critical"
+
+    def address(self, backend: Endpoint) -> tuple[str, int] | None:
+        """Return a backend's numeric address as its checks last found it."""
+        host = self._prober.addresses.get(backend.host)
+        return None if host is None else (host, backend.port)
+
+    def choose(self, route: Route, agent: str, tried: Collection[Endpoint] = ()) -> Claim | None:
+        """Choose a backend that was not tried yet for a flow of an agent (by name); None when all were."""
+        backend = self.balancer(route).pick(agent, self._loop.time(), tried)
+        return None if backend is None else Claim(route, backend, self)
+
+    def balancer(self, route: Route) -> Balancer:
+        """Return what chooses among a route's backends; of a route that is gone, what nothing comes of."""
+        known = self._balancers.get((route.service, route.port))
+        return known if known is not None else Balancer(route.weights, route.policy)
+
+    def failed(self, claim: Claim) -> None:
+        """Count a failure of a backend against it, and pass it over when it fails too often."""
+        route, balancer = claim.route, self.balancer(claim.route)
+        if balancer.failed(claim.backend, self._loop.time()):
+            _log.warning("backend_ejected", service=route.service, backend=str(claim.backend))
+            self._tell_lost(route, balancer, claim.backend)
+
+    def status(self, service: ServiceName) -> list[dict[str, object]]:
+        """Return how each backend of a service is doing, for the admin page."""
+        now, health = self._loop.time(), self._health[service]
+        return [
+            {
+                "protocol": route.port.protocol,
+                "port": route.port.port,
+                "backend": str(standing.address),
+                "verdict": standing.verdict,
+                "ejected": standing.is_ejected(now),
+                "flows": standing.flows,
+                "weight": standing.weight,
+                "checks": [
+                    {
+                        "kind": check.kind,
+                        "target": str(check.target),
+                        "verdict": health.checks[key].verdict,
+                        "output": health.checks[key].output,
+                    }
+                    for key, check in _checks_of(route, standing)
+                ],
+            }
+            for route in self.table.services[service].routes
+            for standing in self.balancer(route).standings()
+        ]
+
+    def _take_up(self, table: RouteTable) -> list[ServiceName]:
+        """Make health and balancers what the table wants; return the services whose verdict changed by that."""
+        now, changed = self._loop.time(), []
+        known, self._health = self._health, {}
+        for service, routes in table.services.items():
+            before = known.get(service)
+            checks = _check_healths(routes, before, now)
+            health = self._health[service] = before or ServiceHealth(checks, now, routes.slow_start_s)
+            if health.update(checks, now, routes.slow_start_s):
+                changed.append(service)
+        balancers, self._balancers = self._balancers, {}
+        for routes in table.services.values():
+            for route in routes.routes:
+                key = (route.service, route.port)
+                balancer = self._balancers[key] = balancers.get(key) or Balancer({}, route.policy)
+                balancer.update(route.weights, route.policy)
+                for backend in route.backends:
+                    verdict = self._health[route.service].backend(route.port, backend.address)
+                    balancer.judge(backend.address, verdict)
+        return changed
+
+    def _check_all(self) -> None:
+        """Have a task for each check of the table, and no other."""
+        if not self._is_started:
+            return
+        wanted = {
+            (routes.service, key): check
+            for routes in self.table.services.values()
+            for key, check in _checks(routes).items()
+        }
+        for place, (check, task) in list(self._checking.items()):
+            if wanted.get(place) != check:
+                task.cancel()
+                del self._checking[place]
+        for place in wanted.keys() - self._checking.keys():
+            service, key = place
+            task = self._tasks.create_task(self._check(service, key, wanted[place]), name=f"check {service}")
+            self._checking[place] = wanted[place], task
+
+    async def _check(self, service: ServiceName, key: CheckKey, check: Check) -> None:
+        """Check one backend for ever."""
+        config = check.config
+        while True:
+            self._checked(service, key, await self._prober.probe(check))
+            await asyncio.sleep(next_delay(config.interval_s, config.jitter, random.random()))
+
+    def _checked(self, service: ServiceName, key: CheckKey, outcome: Outcome) -> None:
+        health = self._health[service]
+        before = health.output
+        is_changed = health.handle(key, outcome, self._loop.time())
+        self._judge(service, key, health.backend(key.port, key.backend))
+        if is_changed:
+            log = _log.info if health.verdict == "passing" else _log.warning
+            log("health", service=service, verdict=health.verdict, output=health.output)
+        if is_changed or before != health.output:
+            self._changed(service)
+
+    def _judge(self, service: ServiceName, key: CheckKey, verdict: Verdict) -> None:
+        route = self.table.pick(service, key.port.protocol, key.port.port)
+        assert route is not None, "checks of routes that are gone are cancelled"
+        balancer = self.balancer(route)
+        if balancer.judge(key.backend, verdict):
+            log = _log.info if verdict == "passing" else _log.warning
+            log("backend_health", service=service, backend=str(key.backend), verdict=verdict)
+            if verdict == "critical":
+                self._tell_lost(route, balancer, key.backend)
+
+    def _tell_lost(self, route: Route, balancer: Balancer, backend: Endpoint) -> None:
+        """Tell that flows had better leave a backend, if there is a better one."""
+        if balancer.has_better(backend, self._loop.time()):
+            self.lost(route, backend)
+
+
+def _checks(routes: ServiceRoutes) -> dict[CheckKey, Check]:
+    return {
+        CheckKey(route.port, backend.address, number): check
+        for route in routes.routes
+        for backend in route.backends
+        for number, check in enumerate(backend.checks)
+    }
+
+
+def _checks_of(route: Route, standing: Standing) -> list[tuple[CheckKey, Check]]:
+    return [
+        (CheckKey(route.port, standing.address, number), check)
+        for backend in route.backends
+        if backend.address == standing.address
+        for number, check in enumerate(backend.checks)
+    ]
+
+
+def _check_healths(
+    routes: ServiceRoutes, before: ServiceHealth | None, now: float
+) -> dict[CheckKey, CheckHealth]:
+    """Return a health for each check, the known one where nothing changed for it."""
+    known = before.checks if before is not None else {}
+    healths = {}
+    for key, check in _checks(routes).items():
+        health = known.get(key)
+        healths[key] = health if health and health.config == check.config else CheckHealth(check.config, now)
+    return healths
