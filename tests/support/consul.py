@@ -20,7 +20,8 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ def binary_version(binary: Path) -> str:
     return found[1]
 
 
+@dataclass(frozen=True)
+class ServerTls:
+    """Files of a server's certificate and of whom it believes, and the port where it takes https."""
+
+    port: int
+    ca: str
+    certificate: str
+    key: str
+
+
 def server_argv(
     binary: Path,
     kind: str,
@@ -95,10 +106,13 @@ def server_argv(
     acl: bool = False,
     joins: Sequence[str] = (),
     node: str | None = None,
+    tls: ServerTls | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Return the command of a server that keeps its data and elects itself within two seconds.
 
-    With `joins`, the Serf addresses of others, it waits for all of them before the first election.
+    With `joins`, the Serf addresses of others, it waits for all of them before the first election. With `tls` it
+    takes https too, from clients with a certificate only. `more` are settings of the test's own.
     """
     version = tuple(int(part) for part in binary_version(binary).split("."))
     ports = {"http": http, "dns": -1, "grpc": -1, "serf_lan": serf or http + 1, "serf_wan": -1}
@@ -127,6 +141,12 @@ def server_argv(
         initial = "initial_management" if version >= (1, 11) else "master"
         tokens = {initial: MANAGEMENT_TOKEN, "agent": MANAGEMENT_TOKEN}
         settings["acl"] = {"enabled": True, "default_policy": "deny", "tokens": tokens}
+    if tls is not None:
+        ports["https"] = tls.port
+        files = {"ca_file": tls.ca, "cert_file": tls.certificate, "key_file": tls.key}
+        verifying = files | {"verify_incoming": True, "verify_outgoing": True}
+        settings |= {"tls": {"defaults": verifying}} if version >= (1, 12) else verifying
+    settings |= more or {}
     return [str(binary), "agent", f"-hcl={_hcl(settings)}"]
 
 
@@ -239,8 +259,23 @@ class ConsulUnderTest:
         """Return a new token with exactly the rules of a policy file (a path, or a name in docs/policies)."""
         file = policy if isinstance(policy, Path) else POLICIES / policy
         name = f"{file.stem}-{uuid.uuid4().hex[:8]}"
-        self._taken("/v1/acl/policy", {"Name": name, "Rules": file.read_text()})
-        return str(self._taken("/v1/acl/token", {"Policies": [{"Name": name}]})["SecretID"])
+        self.write_acl("policy", {"Name": name, "Rules": file.read_text()})
+        return str(self.write_acl("token", {"Policies": [{"Name": name}]})["SecretID"])
+
+    def tokens(self) -> dict[str, str]:
+        """Return the secret of every ACL token, by accessor; those of logins too."""
+        accessors = [each["AccessorID"] for each in self.request("GET", "/v1/acl/tokens")[1]]
+        found = {each: self.request("GET", f"/v1/acl/token/{each}")[1] for each in accessors}
+        return {each: token["SecretID"] for each, token in found.items() if isinstance(token, dict)}
+
+    def revoke(self, secret: str) -> None:
+        """Delete the ACL token with this secret."""
+        (accessor,) = [each for each, known in self.tokens().items() if known == secret]
+        assert self.request("DELETE", f"/v1/acl/token/{accessor}")[0] == HTTPStatus.OK
+
+    def write_acl(self, kind: str, body: object) -> Any:
+        """Create an ACL object (`policy`, `token`, `role`, ...) and return what Consul says of it."""
+        return self._taken(f"/v1/acl/{kind}", body)
 
     def _taken(self, path: str, body: object) -> Any:
         """Write an ACL object until it is taken: a server just started under load refuses them for a moment."""

@@ -29,7 +29,15 @@ from typing import Any
 import msgspec
 from cryptography import x509
 
-from tests.support.consul import MANAGEMENT_TOKEN, POLICIES, free_ports, require_binary, server_argv
+from tests.support.consul import (
+    MANAGEMENT_TOKEN,
+    POLICIES,
+    ServerTls,
+    free_ports,
+    require_binary,
+    server_argv,
+)
+from tests.support.consul_tls import ConsulPki
 from tests.support.namespaces import Host, LocalNetwork, Network
 from ztna import config as configuration
 from ztna.ca import Authority, replace_file, write_private
@@ -51,7 +59,7 @@ from ztna.config import (
 from ztna.names import ConnectorId, ServiceName
 from ztna.wire.control import Address
 
-CONSUL_PORT = 8500
+CONSUL_PORT, CONSUL_TLS_PORT = 8500, 8510
 READY_SECONDS = 30.0
 POLL_SECONDS = 0.05
 STOP_SECONDS = 10.0
@@ -285,14 +293,24 @@ class Lab:
 
     # -- Consul --------------------------------------------------------------------------------------
 
-    def start_consul(self, kind: str, host: str = "core", *, acl: bool = True) -> Running:
+    def start_consul(
+        self,
+        kind: str,
+        host: str = "core",
+        *,
+        acl: bool = True,
+        tls: bool = False,
+        more: Mapping[str, Any] | None = None,
+    ) -> Running:
         """Start a Consul (a kind of tests.support.consul) that keeps its data over a restart; waits for its leader.
 
-        A real one denies by default, and each daemon gets a token with its policy of docs/policies.
+        A real one denies by default, and each daemon gets a token with its policy of docs/policies. With `tls`, what
+        daemons are told to use is https with a client certificate. `more` are settings of the test's own.
         """
         at = self.host(host)
         self._acl = acl and kind != "embedded"
-        self.consul = ConsulConfig(address=f"http://{at.address}:{CONSUL_PORT}")
+        self._consul_address = f"http://{at.address}:{CONSUL_PORT}"
+        self.consul = ConsulConfig(address=self._consul_address)
         self._consul_host = at
         data = self.directory / "consul"
         if kind == "embedded":
@@ -300,15 +318,29 @@ class Lab:
             running = self.python("consul", at, "-m", "ztna.consul.embedded", *where)
         else:
             binary = require_binary(kind)
-            argv = server_argv(binary, kind, data, bind=at.address, http=CONSUL_PORT, acl=self._acl)
+            pki = ConsulPki(self.directory, at.address) if tls else None
+            argv = server_argv(
+                binary,
+                kind,
+                data,
+                bind=at.address,
+                http=CONSUL_PORT,
+                acl=self._acl,
+                tls=ServerTls(CONSUL_TLS_PORT, pki.ca, *pki.issue("consul-server")) if pki else None,
+                more=more,
+            )
             running = self.spawn("consul", at, *argv)
+            if pki is not None:
+                certificate, key = pki.issue("consul-client")
+                address = f"https://{at.address}:{CONSUL_TLS_PORT}"
+                self.consul = ConsulConfig(address=address, ca=pki.ca, certificate=certificate, key=key)
         until("Consul has a leader", lambda: self.consul_get("/v1/status/leader"), READY_SECONDS)
         return running
 
     def consul_get(self, path: str) -> Any:
         """Return what Consul's HTTP API answers; OSError when it does not with 200."""
         token = f"{'&' if '?' in path else '?'}token={MANAGEMENT_TOKEN}" if self._acl else ""
-        code, text = http_get(self._consul_host, self.consul.address + path + token)
+        code, text = http_get(self._consul_host, self._consul_address + path + token)
         if code != 200:
             raise OSError(f"Consul {path}: {code} {text[:200]}")
         return json.loads(text)
@@ -317,7 +349,7 @@ class Lab:
         """PUT to Consul's HTTP API and return what it answers; OSError when it does not with 200."""
         data = json.dumps(body) if body is not None else ""
         header = f"X-Consul-Token: {MANAGEMENT_TOKEN if self._acl else ''}"
-        argv = ("curl", "-sS", "--fail", "-X", "PUT", "-H", header, "-d", data, self.consul.address + path)
+        argv = ("curl", "-sS", "--fail", "-X", "PUT", "-H", header, "-d", data, self._consul_address + path)
         done = self._consul_host.try_run(*argv)
         if done.returncode != 0:
             raise OSError(f"Consul PUT {path}: {done.stderr}")
@@ -330,14 +362,23 @@ class Lab:
         """
         if not self._acl:
             return self.consul
+        return msgspec.structs.replace(self.consul, token=self.token_for(self.rules(daemon, services)))
+
+    @staticmethod
+    def rules(daemon: str, services: Iterable[str] = ()) -> str:
+        """Return a daemon's policy of docs/policies, the samples of its services replaced by these."""
         rules = (POLICIES / f"{daemon}.hcl").read_text()
         if services:
             rules = _SERVICE_RULE.sub("", rules)
             rules += "".join(f'service "{service}" {{\n  policy = "write"\n}}\n' for service in services)
-        name = f"{daemon}-{secrets.token_hex(4)}"
+        return rules
+
+    def token_for(self, rules: str) -> str:
+        """Return a new token with exactly these rules."""
+        name = f"policy-{secrets.token_hex(4)}"
         until("policy", lambda: self.consul_put("/v1/acl/policy", {"Name": name, "Rules": rules}))
         made = until("token", lambda: self.consul_put("/v1/acl/token", {"Policies": [{"Name": name}]}))
-        return msgspec.structs.replace(self.consul, token=made["SecretID"])
+        return str(made["SecretID"])
 
     def check_states(self, service: str) -> list[str]:
         """Return the states of a service's checks in Consul."""

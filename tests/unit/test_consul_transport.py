@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
 import pytest
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from tests.support.consul_tls import ConsulPki
 from ztna.config import ConsulConfig
 from ztna.consul import transport
 from ztna.consul.client import ConsulClient
@@ -338,52 +333,8 @@ def test_how_long_a_query_blocks() -> None:
 # TLS
 
 
-class Pki:
-    """A throw-away CA that issues for 127.0.0.1 and for a client."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
-        self.ca = self._write("ca", self._sign(self._name, self._key, ca=True))
-
-    def issue(self, name: str) -> tuple[str, str]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        certificate = self._write(name, self._sign(subject, key, ca=False))
-        pem = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        (self.folder / f"{name}.key").write_bytes(pem)
-        return certificate, str(self.folder / f"{name}.key")
-
-    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
-            )
-            .sign(self._key, hashes.SHA256())
-        )
-
-    def _write(self, name: str, certificate: x509.Certificate) -> str:
-        file = self.folder / f"{name}.pem"
-        file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        return str(file)
-
-
 async def test_tls_with_a_ca_and_a_client_certificate(tmp_path: Path) -> None:
-    pki = Pki(tmp_path)
+    pki = ConsulPki(tmp_path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki.ca)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(*pki.issue("server"))
