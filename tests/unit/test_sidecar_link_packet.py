@@ -13,6 +13,7 @@ import pytest
 from relay.forwarder import Forwarder
 from sidecar.link.network import standing
 from sidecar.link.packet import HALF_OPEN_MAX, PacketLink
+from sidecar.link.paths import Paths, State
 from sidecar.link.switch import PathSwitch
 from tests.support.certificates import Pki
 from tests.support.hostile import client_connection
@@ -371,3 +372,96 @@ async def test_loopback_is_never_a_candidate(ground: Ground) -> None:
     near = await ground.dial()
     assert all(not each.ip.startswith("127.") for each in near.local_candidates(near.carrying.bind_id))
     assert near.probe(near.carrying.bind_id, [Address("127.0.0.1", 4435), Address("169.254.0.1", 4435)]) == 2
+
+
+async def test_another_path_owes_no_answers_of_the_one_before(ground: Ground) -> None:
+    """Or a link that has just left a dead path would be taken for dead itself."""
+    far = ground.serve()
+    near = await ground.dial()
+    near.send(ECHO, b"x")
+    await ground.far.wait(1)
+    far.carrying.close()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while near.unanswered_s < 0.1:
+            near.send(ECHO, b"y")
+            await asyncio.sleep(0.01)  # the time that passes is what is seen
+    near._path_changed(near.carrying.bind_id)
+    assert near.unanswered_s == 0
+
+
+async def test_after_a_change_of_the_network_it_is_bound_anew_and_the_candidates_told(ground: Ground) -> None:
+    hosts = ["8.8.8.8"]
+    ground.serve()
+    near = await ground.dial(addresses=hosts)
+    told: asyncio.Queue[bytes] = asyncio.Queue()
+    near.candidates_changed = lambda link, bind_id: told.put_nowait(bind_id)
+    way = near.carrying
+    assert [each.ip for each in near.local_candidates(way.bind_id)] == hosts
+    hosts[:] = ["8.8.4.4", "8.8.8.8"]
+    near.network_changed()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await told.get() == way.bind_id
+    assert [each.ip for each in near.local_candidates(way.bind_id)] == hosts
+
+    way.reflexive = Address("192.0.2.9", 9)  # as after a NAT was restarted: the next bind shows another
+    way._bind_at = 0.0
+    way._tick()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await told.get()
+    assert way.reflexive == Address("127.0.0.1", way._out.address[1])
+    assert told.empty()
+
+
+async def test_candidates_of_the_other_family_have_a_socket_of_their_own(ground: Ground) -> None:
+    ground.serve()
+    near = await ground.dial(addresses=["2600::1", "8.8.8.8"])
+    six, four = near.local_candidates(near.carrying.bind_id)
+    assert (six.ip, four.ip) == ("2600::1", "8.8.8.8")
+    assert four.port == near.carrying._out.address[1] != six.port
+    assert near.local_candidates(near.carrying.bind_id) == (six, four)
+
+
+async def test_a_family_that_this_host_lacks_is_neither_offered_nor_tried(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = udp.UdpSocket.open
+
+    def open_ipv4(address: tuple[str, int], receive: object) -> object:
+        if ":" in address[0]:
+            raise ZtnaError("no such family")
+        return opened(address, receive)
+
+    monkeypatch.setattr(udp.UdpSocket, "open", open_ipv4)
+    ground.serve()
+    near = await ground.dial(addresses=["2600::1", "8.8.8.8"])
+    bind_id = near.carrying.bind_id
+    assert [each.ip for each in near.local_candidates(bind_id)] == ["8.8.8.8"]
+    assert near.probe(bind_id, [Address("2600::2", 4435)]) == 1
+
+
+async def test_a_direct_path_is_doubted_when_the_other_end_leaves_it(tmp_path: Path) -> None:
+    """Needs an address that is not loopback, as above."""
+    hosts = (await asyncio.to_thread(standing)).addresses
+    if not hosts:
+        pytest.skip("no interface with an address beside loopback")
+    ground = Ground(tmp_path, host=hosts[0])
+    try:
+        far = ground.serve(addresses=hosts, allow_private=True)
+        near = await ground.dial(addresses=hosts, allow_private=True)
+        near.probe(near.carrying.bind_id, far.local_candidates(far.carrying.bind_id))
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while near.path != "direct" or far.path != "direct":
+                await asyncio.sleep(0.05)
+        # Dead for the near end, which sends by the forwarder; the far end hears it there, and no answer of its own.
+        near.carrying.paths = Paths(near.carrying.forwarder)
+        near.carrying._look_at_path()
+        near.carrying._probed = lambda packet, source: None  # type: ignore[method-assign]
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while far.path == "direct":
+                near.send(ECHO, b"by the forwarder")
+                await asyncio.sleep(0.05)
+        assert State.PROBING in [each.state for each in far.carrying.paths.seen], (
+            "what falls silent by itself rests"
+        )
+    finally:
+        ground.close()

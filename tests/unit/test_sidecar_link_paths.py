@@ -256,3 +256,15 @@ def test_the_next_timer_is_the_earliest() -> None:
     assert link.paths.next_timer() == link.now
     link.due()
     assert link.paths.next_timer() == pytest.approx(link.now + PROBE_INTERVAL_SECONDS)
+
+
+def test_the_path_that_carries_is_wondered_about_once_it_was_not_heard_for_a_while() -> None:
+    link = Link(NEAR)
+    assert not link.paths.wonder(link.now), "the forwarder is not to be doubted"
+    link.run(0.1, {NEAR: 0.01})
+    assert not link.paths.wonder(link.now), "it was answered just now"
+    link.now += 0.5
+    assert link.paths.wonder(link.now)
+    assert not link.paths.wonder(link.now), "it is in doubt already"
+    link.run(1, {})
+    assert not link.paths.is_direct
