@@ -246,8 +246,7 @@ class Relay:
         self._close_sockets()
         self.forwarder.close()
         self.splicer.close()
-        if self.reports.audit is not None:
-            self.reports.audit.close()
+        self.reports.close()
 
     def carry_out(self, commands: Iterable[Command]) -> None:
         """Do what relay.sessions decided, in order."""

@@ -1,12 +1,15 @@
-"""Tells of sessions and refusals: metrics count all of them, the audit log has a line each, the log keeps quiet.
+"""Tells of sessions and refusals: metrics count all of them, the audit log tells of each, the log keeps quiet.
 
 Decides nothing; relay.sessions says what happened.
 """
 
 from __future__ import annotations
 
+import math
+
 from relay.audit import AuditLog
 from relay.commands import Event, Refusal, Told
+from relay.denials import Denials
 from relay.peers import WHERE
 from ztna.quiet import Quiet
 from ztna.reasons import Reason
@@ -21,6 +24,7 @@ class Reports:
     def __init__(self, audit: AuditLog | None) -> None:
         self.audit = audit
         self._quiet = Quiet()
+        self._denials = Denials()
 
     def session(self, told: Told, more: dict[str, object], now: float) -> None:
         """Tell that a session was opened or closed; `more` is what the relay knows beside."""
@@ -38,8 +42,10 @@ class Reports:
         """Tell what a peer was refused."""
         refused(WHERE, refusal.reason)
         if refusal.about == "open" and self.audit is not None:
-            fields = {"agent": refusal.name, "service": refusal.subject, "reason": refusal.reason}
-            self.audit.write("session_denied", fields | more)
+            kind = refusal.name, refusal.subject, str(refusal.reason)
+            line = self._denials.note(kind, more, now)
+            if line is not None:
+                self.audit.write("session_denied", line)
         if not self._quiet.allows((refusal.name, refusal.about, refusal.reason), now):
             return
         log = _log.warning if refusal.reason is Reason.NOT_YOUR_SESSION else _log.info
@@ -58,6 +64,18 @@ class Reports:
             _log.info(event.event, **event.fields)
 
     def tick(self, now: float) -> None:
-        """Say how many lines were left out of the log; call it about once a second."""
+        """Say how many denials and lines there were that have none; call it about once a second."""
+        self._tell_denials(now)
         for about, count in self._quiet.over(now):
             _log.info("lines_left_out", about=" ".join(about), count=count)
+
+    def close(self) -> None:
+        """Say what is left to say, and write it."""
+        self._tell_denials(math.inf)
+        if self.audit is not None:
+            self.audit.close()
+
+    def _tell_denials(self, now: float) -> None:
+        for line in self._denials.over(now):
+            if self.audit is not None:
+                self.audit.write("session_denied", line)
