@@ -12,7 +12,7 @@ import msgspec
 from ztna.jsontypes import Secret
 from ztna.names import SessionId
 from ztna.reasons import Reason
-from ztna.wire.control import AnyMessage, Carry, DialToken
+from ztna.wire.control import AnyMessage, Carry, DialToken, Health
 
 ConnectionKey = int
 """Stands for one connection object while it lives; never used again."""
@@ -33,6 +33,13 @@ class Send(msgspec.Struct, frozen=True):
 
     to: ConnectionKey
     message: AnyMessage
+
+
+class SendHealth(msgspec.Struct, frozen=True):
+    """Send a connection news of many services at once."""
+
+    to: ConnectionKey
+    news: tuple[Health, ...]
 
 
 class AddLink(msgspec.Struct, frozen=True):
@@ -106,4 +113,15 @@ class Event(msgspec.Struct, frozen=True):
     fields: dict[str, str]
 
 
-Command = Send | AddLink | RemoveLink | AdmitAgent | AdmitConnector | EndSession | Refusal | Told | Event
+Command = (
+    Send
+    | SendHealth
+    | AddLink
+    | RemoveLink
+    | AdmitAgent
+    | AdmitConnector
+    | EndSession
+    | Refusal
+    | Told
+    | Event
+)

@@ -27,6 +27,7 @@ from relay.commands import (
     Refusal,
     RemoveLink,
     Send,
+    SendHealth,
     Told,
 )
 from relay.dialled import Owner
@@ -74,6 +75,8 @@ UDP_PAYLOAD_PROBED_BYTES = 1350
 PING_SECONDS = 10.0
 RESOLVER_SECONDS = 3.0
 TICK_SECONDS = 1.0
+GATHER_SECONDS = 0.1
+"""How long news of services' health wait for more: what an agent is told at once shares packets."""
 GONE_SECONDS = 5.0
 """A connector pings each 3 s: so much silence ends its sessions as `peer_gone`, long before the idle timeout."""
 
@@ -142,6 +145,7 @@ class Relay:
         self._legs = v1_peers.Legs(self._sessions, self._peers)
         self._next_key = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._telling: asyncio.Handle | None = None
         self._is_closing = False
         self._idle = asyncio.Event()
         """Set once it drains and no session is left."""
@@ -240,8 +244,9 @@ class Relay:
 
     def close(self) -> None:
         """Close every socket; harmless twice."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for handle in (self._timer, self._telling):
+            if handle is not None:
+                handle.cancel()
         self.server.close()
         self._close_sockets()
         self.forwarder.close()
@@ -253,6 +258,8 @@ class Relay:
         for command in commands:
             self._do(command)
         self._arm()
+        if self._sessions.has_news and self._telling is None:
+            self._telling = self._loop.call_later(GATHER_SECONDS, self._tell_health)
         if self._doorkeeper.draining and not self._sessions.sessions:
             self._idle.set()
 
@@ -349,6 +356,14 @@ class Relay:
         if at is not None and self._timer is None:
             self._timer = self._loop.call_later(max(0.0, at - time.monotonic()), self._tick)
 
+    def _tell_health(self) -> None:
+        """Tell agents of services' health; what is too much for one turn in further ones, with others between."""
+        self._telling = None
+        commands = self._sessions.tell(time.monotonic())
+        if self._sessions.has_news:
+            self._telling = self._loop.call_soon(self._tell_health)
+        self.carry_out(commands)
+
     def _mind_silence(self) -> None:
         now = time.monotonic()
         for peer in list(self._peers.values()):
@@ -370,6 +385,10 @@ class Relay:
         match command:
             case Send(to, message):
                 self._send(to, message)
+            case SendHealth(to, news):
+                peer = self._peers.get(to)
+                if isinstance(peer, ControlPeer):
+                    peer.send_all(news)
             case AddLink(link, agent, connector, peers):
                 self.forwarder.add_link(
                     link, (agent.bind_id, agent.secret), (connector.bind_id, connector.secret), peers

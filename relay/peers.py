@@ -5,6 +5,7 @@ The handler that ztna.quic calls; what the messages mean is its owner's. Source:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from relay.commands import ConnectionKey
@@ -57,6 +58,12 @@ class ControlPeer:
             dropped(WHERE, "signaling_queue_full")
             return
         sent = self.connection.send_stream(CONTROL_STREAM, control.encode(message))
+        if not sent and self.connection.is_open:
+            self.disconnect(Reason.LIMIT_REACHED)
+
+    def send_all(self, messages: Sequence[control.AnyMessage]) -> None:
+        """Send many messages by one write; otherwise as `send`."""
+        sent = self.connection.send_stream(CONTROL_STREAM, b"".join(map(control.encode, messages)))
         if not sent and self.connection.is_open:
             self.disconnect(Reason.LIMIT_REACHED)
 

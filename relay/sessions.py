@@ -7,7 +7,7 @@ Does not know how a connection or a forwarder works. Source: protocol.md, Contro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
 from relay import policy
@@ -22,6 +22,7 @@ from relay.commands import (
     Event,
     Refusal,
     Send,
+    SendHealth,
     Told,
 )
 from relay.ownership import AboutSession, Signaling, owns
@@ -29,6 +30,7 @@ from relay.pace import Kind
 from relay.registrations import Registrations
 from relay.rules import Leaving, Rules
 from relay.state import Attempt, Peer, Session
+from relay.telling import HealthNews
 from ztna.errors import ProtocolError, Refused
 from ztna.identity import Identity
 from ztna.jsontypes import Binary, Secret
@@ -62,6 +64,7 @@ class Sessions:
         self._peers: dict[ConnectionKey, Peer] = {}
         self._serving = Registrations()
         self._book = SessionBook(random)
+        self._news = HealthNews()
         self._offers: dict[SessionId, float] = {}
         self._parked: list[tuple[ConnectionKey, Attempt]] = []
         self._leaving = Leaving(rules)
@@ -105,6 +108,7 @@ class Sessions:
     def disconnected(self, key: ConnectionKey, reason: Reason, now: float) -> list[Command]:
         """Forget a connection; `peer_gone` when it went without a word. Its sessions end."""
         peer = self._peers.pop(key)
+        self._news.left(key)
         out: list[Command] = []
         self._parked = [each for each in self._parked if each[0] != key]
         for service in peer.services:
@@ -121,7 +125,7 @@ class Sessions:
             other = session.agent if session.connector == key else session.connector
             self._end(session, reason, peer.identity.name, now, out)
             self._send(other, control.Closed(session_id, reason), out)
-        self._tell_health(peer.services, now, out)
+        self._news.changed(peer.services)
         return out
 
     def silence(self, key: ConnectionKey, gone: bool, heard_at: float, now: float) -> list[Command]:
@@ -172,7 +176,7 @@ class Sessions:
         parked, self._parked = self._parked, []
         for key, attempt in parked:
             self._begin(key, attempt, now, out)
-        self._tell_health(changed | self._freshness_changed(now), now, out)
+        self._news.changed(changed | self._freshness_changed(now))
         return out
 
     def agent_waiting(self, session_id: SessionId, waiter: int) -> list[Command]:
@@ -198,12 +202,26 @@ class Sessions:
         parked, self._parked = self._parked, []
         for key, attempt in parked:
             self._begin(key, attempt, now, out)
-        self._tell_health(self._freshness_changed(now), now, out)
+        self._news.changed(self._freshness_changed(now))
         for service, connector_id in list(self._book.routed):
             self._hold(service, connector_id, now, out)
         self._end_idle(now, out)
         self._book.forget_ended(now)
         return out
+
+    @property
+    def has_news(self) -> bool:
+        """Whether agents are to be told of services' health: call `tell` soon then, each time in a turn of its own."""
+        return self._news.is_due
+
+    def tell(self, now: float) -> list[Command]:
+        """Tell agents of services' health, a bounded piece at a time."""
+        by_peer: dict[ConnectionKey, list[control.Health]] = {}
+        for key, service, state in self._news.piece(
+            lambda service: policy.health(service, self._serving.live(service), self._table, now)
+        ):
+            by_peer.setdefault(key, []).append(control.Health(service, state))
+        return [SendHealth(key, tuple(news)) for key, news in by_peer.items()]
 
     def message(self, key: ConnectionKey, message: AnyMessage, now: float) -> list[Command]:
         """Act on a message. Raises ProtocolError for one that a peer never sends, or sends before `hello`."""
@@ -236,7 +254,8 @@ class Sessions:
             raise ProtocolError(f"hello: version {message.version}, expected {control.PROTOCOL_VERSION}")
         peer.features = message.features & control.FEATURES
         out.append(Send(peer.key, control.Hello()))
-        self._tell_health(self._known_services(), now, out, only=peer)
+        if "health" in peer.features:
+            self._news.listen(peer.key, peer.identity, self._known_services())
 
     def _register(self, peer: Peer, message: control.Register, now: float, out: list[Command]) -> None:
         if peer.connector_id not in (None, message.connector_id):
@@ -263,7 +282,7 @@ class Sessions:
                 if self._serving.add(peer.key, message.connector_id, service):
                     fields = {"connector_id": message.connector_id, "service": service}
                     out.append(Event("connector_id_twice", fields | {"newer": peer.identity.name}))
-            self._tell_health(accepted, now, out)
+            self._news.changed(accepted)
 
     def _withdraw(self, peer: Peer, services: Iterable[ServiceName], now: float, out: list[Command]) -> None:
         """Offer the connection no new session of these; those it has go on, and are the connector's to end."""
@@ -273,7 +292,7 @@ class Sessions:
         for service in sorted(withdrawn):
             peer.services.discard(service)
             self._serving.remove(peer.key, peer.connector_id, service)
-        self._tell_health(withdrawn, now, out)
+        self._news.changed(withdrawn)
 
     def _conflict(self, peer: Peer, message: control.Conflict, now: float, out: list[Command]) -> None:
         if not peer.pace.allows(Kind.CONFLICT, now):
@@ -558,21 +577,6 @@ class Sessions:
 
     def _known_services(self) -> set[ServiceName]:
         return {*self._serving.services, *self._table.entries}
-
-    def _tell_health(
-        self, services: Iterable[ServiceName], now: float, out: list[Command], only: Peer | None = None
-    ) -> None:
-        for service in sorted(services):
-            state = policy.health(service, self._serving.live(service), self._table, now)
-            for peer in self._listeners(service, only):
-                if peer.told_health.get(service) != state:
-                    peer.told_health[service] = state
-                    self._send(peer.key, control.Health(service, state), out)
-
-    def _listeners(self, service: ServiceName, only: Peer | None) -> Iterator[Peer]:
-        for peer in (only,) if only is not None else self._peers.values():
-            if peer.features is not None and peer.identity.may_use(service):
-                yield peer
 
     def _send(self, key: ConnectionKey, message: AnyMessage, out: list[Command]) -> None:
         peer = self._peers.get(key)

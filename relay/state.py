@@ -33,7 +33,6 @@ class Peer:
     services: set[ServiceName] = field(default_factory=set)
     sessions: set[SessionId] = field(default_factory=set)
     silent_since: float | None = None
-    told_health: dict[ServiceName, str] = field(default_factory=dict)
     conflicts: dict[str, control.Conflict] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
 

@@ -21,6 +21,7 @@ from relay.commands import (
     Refusal,
     RemoveLink,
     Send,
+    SendHealth,
     Told,
 )
 from relay.pace import Kind
@@ -57,10 +58,14 @@ class World:
 
     def do(self, commands: Iterable[Command]) -> list[Command]:
         commands = list(commands)
+        while self.sessions.has_news:
+            commands += self.sessions.tell(self.now)
         self.commands += commands
         for command in commands:
             if isinstance(command, Send | AdmitAgent | AdmitConnector):
                 self.inbox.setdefault(command.to, []).append(command.message)
+            if isinstance(command, SendHealth):
+                self.inbox.setdefault(command.to, []).extend(command.news)
         return commands
 
     def join(self, key: int, hello: bool = True, v1: bool = False, **grants: object) -> None:
