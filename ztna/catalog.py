@@ -16,6 +16,7 @@ TXN_OPERATIONS_MAX = 64
 MESH_TAG = "ztna"
 
 Status = Literal["passing", "warning", "critical"]
+ProbeKind = Literal["tcp", "udp", "http", "grpc", "script"]
 
 
 class TaggedAddress(msgspec.Struct, frozen=True):
@@ -155,6 +156,53 @@ class CheckDefinition(msgspec.Struct, frozen=True, kw_only=True):
     deregister_after_s: float | None = None
 
 
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """How Consul's agent asks a backend itself; `target` is host:port, a URL for http, host:port/service for grpc."""
+
+    kind: ProbeKind
+    target: str
+    interval_s: float
+    timeout_s: float
+    success_before_passing: int = 1
+    failures_before_critical: int = 1
+    failures_before_warning: int | None = None
+    tls: bool = False
+    tls_name: str | None = None
+    tls_skip_verify: bool = False
+    method: str = "GET"
+    headers: tuple[tuple[str, str], ...] = ()
+    command: tuple[str, ...] = ()
+
+
+class ProbeDefinition(msgspec.Struct, frozen=True, kw_only=True):
+    """A check of a service that Consul's agent runs; reaping as in CheckDefinition.
+
+    An agent that is given another probe for a known check id goes on with the old one as well (seen on 1.8.7 and
+    1.19.2), so another probe needs another id.
+    """
+
+    check_id: str
+    name: str
+    probe: Probe
+    status: Status = "critical"
+    deregister_after_s: float | None = None
+
+
+class CheckSeen(msgspec.Struct, frozen=True):
+    """What Consul says of one check."""
+
+    status: Status
+    output: str
+
+
+class ChecksSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Every check on one node, by id. `confirmed_at` as in CatalogSnapshot."""
+
+    checks: Mapping[str, CheckSeen] = {}
+    index: int = 0
+    confirmed_at: float = 0.0
+
+
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
     """A service instance as one asks the local Consul agent to register it."""
 
@@ -167,7 +215,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     tagged_addresses: Mapping[str, TaggedAddress] = {}
     weight_passing: int = 1
     weight_warning: int = 1
-    checks: tuple[CheckDefinition, ...] = ()
+    checks: tuple[CheckDefinition | ProbeDefinition, ...] = ()
 
 
 class AgentService(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,12 @@ class CheckConfig(Section, frozen=True, kw_only=True):
             "none (passing) or auto (by protocol)."
         ),
     ] = "auto"
+    runner: Annotated[
+        Literal["sidecar", "consul"],
+        about(
+            "Who asks: sidecar, the connector itself, or consul, its agent, where it can (docs/consul.md)."
+        ),
+    ] = "sidecar"
     port: Annotated[
         PortNumber | None, about("Ask this port of the backend's host instead of its own.", 8081)
     ] = None

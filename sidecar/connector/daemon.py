@@ -7,10 +7,11 @@ import socket
 from contextlib import AsyncExitStack
 
 from sidecar.connector.backends import ping_problem, resolve
+from sidecar.connector.delegation import Delegation
 from sidecar.connector.fronting import Fronting
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.probes import Prober
-from sidecar.connector.registrar import Desired, Registrant
+from sidecar.connector.registrar import Desired, Registrant, check_id
 from sidecar.connector.registration import Registrar
 from sidecar.connector.routes import RouteTable
 from sidecar.connector.serving import Serving
@@ -115,6 +116,7 @@ class _Connector:
         )
         self._link_address: Address | None = None
         self._registrar: Registrar | None = None
+        self._delegation: Delegation | None = None
 
     async def run(self) -> None:
         """Start everything, wait for the stop, drain."""
@@ -131,6 +133,14 @@ class _Connector:
             ),
             self._desired,
         )
+        delegation = self._fronting.delegate = self._delegation = Delegation(
+            self._consul,
+            self._fronting,
+            check_id=lambda service: check_id(service, self._config.id),
+            deregister_after_s=self._config.deregister_critical_after_s,
+            changed=registrar.checks_changed,
+            lost=registrar.check_lost,
+        )
         self._daemon.on_reload.append(self._renewal.reload)
         self._daemon.status_sources["certificate"] = self._renewal.status
         self._daemon.status_sources["connector"] = self._status
@@ -138,6 +148,7 @@ class _Connector:
         registering = tasks.create_task(registrar.run(), name="registration")
         tasks.create_task(self._registered(registrar), name="first registration")
         tasks.create_task(self._leases.watch.run(), name="leases")
+        tasks.create_task(delegation.run(), name="checks that Consul runs")
         tasks.create_task(self._tick(), name="expiry")
         tasks.create_task(self._renewal.run(), name="certificates")
         tasks.create_task(self._network.run(), name="network")
@@ -191,13 +202,16 @@ class _Connector:
 
     def _desired_of(self, service: ServiceName, now: float) -> Desired:
         routes, health = self._fronting.table.services[service], self._fronting.health(service)
+        verdict, output = health.part(lambda key: not self._fronting.is_delegated(service, key))
         return Desired(
             routes=routes,
             weight=health.weight(routes.weight, now),
             verdict=health.verdict,
             since=health.since,
-            output=health.output,
+            output=output,
             lease=self._leases.lease(service),
+            reported=verdict,
+            probes=self._delegation.probes(service) if self._delegation is not None else (),
         )
 
     def _lease_changed(self, service: ServiceName, lease: Lease) -> None:

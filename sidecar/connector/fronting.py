@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 from sidecar.connector.balance import Balancer, Standing
 from sidecar.connector.checks import Check
@@ -47,6 +48,16 @@ class Claim:
         self._fronting.balancer(self.route).ended(self.backend)
 
 
+class Delegate(Protocol):
+    """Knows which checks somebody else runs."""
+
+    def runs(self, service: ServiceName, key: CheckKey) -> bool:
+        """Whether its verdict on the check is to be had."""
+
+    def why_not(self, service: ServiceName, key: CheckKey) -> str | None:
+        """Why it does not run a check that it was asked to run."""
+
+
 class Fronting:
     """`changed(service)` is called when what its checks say has changed, `lost(route, backend)` when a backend is out.
 
@@ -64,6 +75,7 @@ class Fronting:
     ) -> None:
         self.table = table
         self.lost: Callable[[Route, Endpoint], None] = lambda route, backend: None
+        self.delegate: Delegate | None = None
         self._prober = prober
         self._changed = changed
         self._tasks = tasks
@@ -138,6 +150,7 @@ class Fronting:
                         "target": str(check.target),
                         "verdict": health.checks[key].verdict,
                         "output": health.checks[key].output,
+                        **self._runner(service, key),
                     }
                     for key, check in _checks_of(route, standing)
                 ],
@@ -145,6 +158,20 @@ class Fronting:
             for route in self.table.services[service].routes
             for standing in self.balancer(route).standings()
         ]
+
+    def follow(self, service: ServiceName, key: CheckKey, verdict: Verdict, output: str) -> None:
+        """Take over the delegate's verdict on a check."""
+        health = self._health[service]
+        before = health.output
+        self._heard(service, key, before, health.follow(key, verdict, output, self._loop.time()))
+
+    def is_delegated(self, service: ServiceName, key: CheckKey) -> bool:
+        """Say whether the delegate runs a check now."""
+        return self.delegate is not None and self.delegate.runs(service, key)
+
+    def _runner(self, service: ServiceName, key: CheckKey) -> dict[str, object]:
+        why = self.delegate.why_not(service, key) if self.delegate is not None else None
+        return {"runner": "consul" if self.is_delegated(service, key) else "sidecar", "not_consul": why}
 
     def _take_up(self, table: RouteTable) -> list[ServiceName]:
         """Make health and balancers what the table wants; return the services whose verdict changed by that."""
@@ -174,7 +201,7 @@ class Fronting:
         wanted = {
             (routes.service, key): check
             for routes in self.table.services.values()
-            for key, check in _checks(routes).items()
+            for key, check in checks_of_service(routes).items()
         }
         for place, (check, task) in list(self._checking.items()):
             if wanted.get(place) != check:
@@ -189,13 +216,19 @@ class Fronting:
         """Check one backend for ever."""
         config = check.config
         while True:
-            self._checked(service, key, await self._prober.probe(check))
+            if not self.is_delegated(service, key):
+                outcome = await self._prober.probe(check)
+                if not self.is_delegated(service, key):
+                    self._checked(service, key, outcome)
             await asyncio.sleep(next_delay(config.interval_s, config.jitter, random.random()))
 
     def _checked(self, service: ServiceName, key: CheckKey, outcome: Outcome) -> None:
         health = self._health[service]
         before = health.output
-        is_changed = health.handle(key, outcome, self._loop.time())
+        self._heard(service, key, before, health.handle(key, outcome, self._loop.time()))
+
+    def _heard(self, service: ServiceName, key: CheckKey, before: str, is_changed: bool) -> None:
+        health = self._health[service]
         self._judge(service, key, health.backend(key.port, key.backend))
         if is_changed:
             log = _log.info if health.verdict == "passing" else _log.warning
@@ -219,7 +252,8 @@ class Fronting:
             self.lost(route, backend)
 
 
-def _checks(routes: ServiceRoutes) -> dict[CheckKey, Check]:
+def checks_of_service(routes: ServiceRoutes) -> dict[CheckKey, Check]:
+    """Return every check of a service's backends."""
     return {
         CheckKey(route.port, backend.address, number): check
         for route in routes.routes
@@ -243,7 +277,7 @@ def _check_healths(
     """Return a health for each check, the known one where nothing changed for it."""
     known = before.checks if before is not None else {}
     healths = {}
-    for key, check in _checks(routes).items():
+    for key, check in checks_of_service(routes).items():
         health = known.get(key)
         healths[key] = health if health and health.config == check.config else CheckHealth(check.config, now)
     return healths

@@ -14,7 +14,7 @@ Pure. Who probes a backend is sidecar.connector.probes; who tells Consul is side
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -81,6 +81,12 @@ class CheckHealth:
         self.since = now
         return True
 
+    def follow(self, verdict: Verdict, output: str, now: float) -> None:
+        """Take over what somebody else decided of this check, by thresholds of his own."""
+        self.output, self.is_settled = output, True
+        if verdict != self.verdict:
+            self.verdict, self.since = verdict, now
+
     def _next(self, outcome: Outcome, now: float) -> Verdict:
         config = self.config
         if not outcome.ok:
@@ -127,6 +133,19 @@ class ServiceHealth:
         self.checks[key].handle(outcome, now)
         return self._judge(now)
 
+    def follow(self, key: CheckKey, verdict: Verdict, output: str, now: float) -> bool:
+        """Take over somebody else's verdict on one check; say whether the service's changed."""
+        self.checks[key].follow(verdict, output, now)
+        return self._judge(now)
+
+    def part(self, is_in: Callable[[CheckKey], bool]) -> tuple[Verdict, str]:
+        """Return the verdict and the output of some of the checks alone; passing when there are none."""
+        checks = {key: check for key, check in self.checks.items() if is_in(key)}
+        if not checks:
+            return "passing", "Consul runs the checks"
+        verdict = self._verdict(checks)
+        return verdict, _output(checks, verdict)
+
     def update(self, checks: Mapping[CheckKey, CheckHealth], now: float, slow_start_s: float) -> bool:
         """Go on with other checks; say whether the service's verdict changed."""
         self.checks, self._slow_start_s = checks, slow_start_s
@@ -139,7 +158,7 @@ class ServiceHealth:
         )
 
     def _judge(self, now: float) -> bool:
-        verdict = self._verdict()
+        verdict = self._verdict(self.checks)
         if verdict == self.verdict:
             return False
         if self.verdict == "critical":
@@ -148,9 +167,9 @@ class ServiceHealth:
         self.since = now
         return True
 
-    def _verdict(self) -> Verdict:
+    def _verdict(self, judged: Mapping[CheckKey, CheckHealth]) -> Verdict:
         ports: dict[Port, dict[Endpoint, list[CheckHealth]]] = {}
-        for key, check in self.checks.items():
+        for key, check in judged.items():
             ports.setdefault(key.port, {}).setdefault(key.backend, []).append(check)
         worst: list[Verdict] = []
         for backends in ports.values():
@@ -170,14 +189,7 @@ class ServiceHealth:
     @property
     def output(self) -> str:
         """What the checks last said, the worst first; of a service that is not passing only those that are not."""
-        worst_first = sorted(self.checks.items(), key=lambda item: -_RANK[item[1].verdict])
-        if self.verdict == "passing":
-            return "; ".join(check.output for _, check in worst_first)
-        return "; ".join(
-            f"{key.port.protocol}:{key.port.port} {check.output}"
-            for key, check in worst_first
-            if check.verdict != "passing"
-        )
+        return _output(self.checks, self.verdict)
 
 
 def next_delay(interval_s: float, jitter: float, draw: float) -> float:
@@ -187,3 +199,14 @@ def next_delay(interval_s: float, jitter: float, draw: float) -> float:
 
 def _worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=_RANK.__getitem__)
+
+
+def _output(checks: Mapping[CheckKey, CheckHealth], verdict: Verdict) -> str:
+    worst_first = sorted(checks.items(), key=lambda item: -_RANK[item[1].verdict])
+    if verdict == "passing":
+        return "; ".join(check.output for _, check in worst_first)
+    return "; ".join(
+        f"{key.port.protocol}:{key.port.port} {check.output}"
+        for key, check in worst_first
+        if check.verdict != "passing"
+    )

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from sidecar.connector.health import Verdict
 from sidecar.connector.routes import ServiceRoutes
-from ztna.catalog import MESH_TAG, AgentService, CheckDefinition, Registration, TaggedAddress
+from ztna.catalog import (
+    MESH_TAG,
+    AgentService,
+    CheckDefinition,
+    ProbeDefinition,
+    Registration,
+    TaggedAddress,
+)
 from ztna.leases import Lease
 from ztna.names import ConnectorId, ServiceName
 from ztna.published import META_CONNECTOR, META_PORTS, META_VIRTUAL_IP, META_WILDCARD, published
@@ -31,6 +38,14 @@ class Desired:
     since: float
     output: str
     lease: Lease | None = None
+    reported: Verdict | None = None
+    """What its TTL check says, when that is not the whole: the others Consul's agent finds by `probes`."""
+    probes: tuple[ProbeDefinition, ...] = ()
+
+    @property
+    def ttl_verdict(self) -> Verdict:
+        """What its TTL check says."""
+        return self.verdict if self.reported is None else self.reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +84,7 @@ def registration(desired: Desired, registrant: Registrant) -> Registration:
         check_id=check_id(service, connector_id),
         name=f"backend of {service} as {connector_id} sees it",
         ttl_s=registrant.ttl_s,
-        status=desired.verdict,
+        status=desired.ttl_verdict,
         deregister_after_s=registrant.deregister_after_s,
     )
     return Registration(
@@ -82,7 +97,7 @@ def registration(desired: Desired, registrant: Registrant) -> Registration:
         tagged_addresses=_virtual(desired),
         weight_passing=desired.weight,
         weight_warning=desired.weight,
-        checks=(check,),
+        checks=(check, *desired.probes),
     )
 
 

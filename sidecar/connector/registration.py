@@ -21,7 +21,7 @@ from sidecar.connector.registrar import (
     own_ids,
     plan,
 )
-from ztna.catalog import Registration
+from ztna.catalog import CheckDefinition, ProbeDefinition, Registration
 from ztna.consul.client import ConsulClient
 from ztna.errors import ConsulError, ConsulUnavailable
 from ztna.names import ServiceName
@@ -64,6 +64,8 @@ class Registrar:
         of a predecessor may end with it."""
         self._unchecked: set[ServiceName] = set()
         """Services whose check Consul does not have, though it may have the service."""
+        self._probes: dict[ServiceName, frozenset[str]] = {}
+        """The checks that Consul's agent was last asked to run."""
         self._refused: dict[ServiceName, str] = {}
         self._urgent: dict[ServiceName, None] = {}
         self._routine: dict[ServiceName, None] = {}
@@ -84,6 +86,15 @@ class Registrar:
         self._report.set()
         if service not in self._registered:
             self._reconcile.set()
+
+    def check_lost(self, service: ServiceName) -> None:
+        """Register a service again soon: Consul lacks a check of it."""
+        self._unchecked.add(service)
+        self._reconcile.set()
+
+    def checks_changed(self) -> None:
+        """Compare soon: Consul's agent is to run other checks."""
+        self._reconcile.set()
 
     def lease_changed(self) -> None:
         """Compare soon: a virtual address has to be registered."""
@@ -154,6 +165,7 @@ class Registrar:
         generation = self._client.token_generation
         anew = {each for each in desired if self._generations.get(each) != generation}
         anew |= self._unchecked
+        anew |= {each for each, want in desired.items() if _probe_ids(want.probes) != self._probes.get(each)}
         planned = plan(desired.values(), known, self._registrant, self._loop.time(), anew=anew)
         own = {service: instance_id(service, self._registrant.connector_id) for service in desired}
         self._registered = {service for service, own_id in own.items() if own_id in known}
@@ -180,6 +192,7 @@ class Registrar:
         self._refused.pop(service, None)
         self._registered.add(service)
         self._generations[service] = generation
+        self._probes[service] = _probe_ids(registration.checks)
         self._unchecked.discard(service)
         # Consul keeps the status of a check it knew; and the verdict may have changed meanwhile.
         self._urgent[service] = None
@@ -200,7 +213,7 @@ class Registrar:
         desired = self._desired()[service]
         own_check = check_id(service, self._registrant.connector_id)
         output = desired.output[:OUTPUT_CHARACTERS]
-        if not await self._client.update_check(own_check, desired.verdict, output):
+        if not await self._client.update_check(own_check, desired.ttl_verdict, output):
             # Reaped, or Consul has forgotten everything, or the check alone: find out what is there.
             self._registered.discard(service)
             self._unchecked.add(service)
@@ -225,6 +238,10 @@ async def _each(call: Callable[[Item], Awaitable[object]], items: Iterable[Item]
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
+
+
+def _probe_ids(checks: Iterable[CheckDefinition | ProbeDefinition]) -> frozenset[str]:
+    return frozenset(each.check_id for each in checks if isinstance(each, ProbeDefinition))
 
 
 def _log_plan(planned: Plan) -> None:

@@ -185,6 +185,7 @@ def test_every_policy_file_is_tested_here() -> None:
     assert {file.stem for file in POLICIES.glob("*.hcl")} == {
         "agent",
         "connector",
+        "connector-consul-checks",
         "dnsd",
         "dnsd-readonly",
         "operator",

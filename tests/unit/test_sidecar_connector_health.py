@@ -148,3 +148,24 @@ def test_weight_grows_after_it_was_critical() -> None:
 @pytest.mark.parametrize(("draw", "delay"), [(0.0, 8.0), (0.5, 10.0), (1.0, 12.0)])
 def test_checks_spread_out(draw: float, delay: float) -> None:
     assert next_delay(10.0, 0.2, draw) == pytest.approx(delay)
+
+
+def test_somebody_elses_verdict_is_taken_over_at_once() -> None:
+    service = ServiceHealth({TCP: health(critical=2), UDP: health()}, now=0.0)
+    service.handle(UDP, GOOD, 1.0)
+    assert service.verdict == "critical"
+    assert service.follow(TCP, "passing", "TCP connect: Success", 2.0)
+    assert not service.follow(TCP, "passing", "again", 3.0)
+    assert (service.verdict, service.checks[TCP].since) == ("passing", 2.0)
+    assert service.follow(TCP, "critical", "refused", 4.0)
+    assert (service.since, service.output) == (4.0, "tcp:80 refused")
+
+
+def test_what_a_part_of_the_checks_comes_to() -> None:
+    service = ServiceHealth({TCP: health(), UDP: health()}, now=0.0)
+    service.handle(UDP, GOOD, 1.0)
+    service.follow(TCP, "critical", "refused", 1.0)
+    assert service.part(lambda key: key == UDP) == ("passing", "connected")
+    assert service.part(lambda key: key == TCP) == ("critical", "tcp:80 refused")
+    assert service.part(lambda key: True) == (service.verdict, service.output)
+    assert service.part(lambda key: False) == ("passing", "Consul runs the checks")

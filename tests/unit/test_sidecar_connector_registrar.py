@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 import msgspec
@@ -8,7 +9,7 @@ import pytest
 from sidecar.connector.health import Verdict
 from sidecar.connector.registrar import Desired, Registrant, own_ids, plan, registration
 from sidecar.connector.routes import RouteTable
-from ztna.catalog import AgentService, TaggedAddress
+from ztna.catalog import AgentService, CheckDefinition, Probe, ProbeDefinition, TaggedAddress
 from ztna.config import Endpoint, RouteConfig
 from ztna.leases import Lease
 from ztna.names import ConnectorId, ServiceName
@@ -53,9 +54,20 @@ def test_registration_is_as_the_design_says() -> None:
     assert made.tagged_addresses == {"virtual": TaggedAddress("10.100.0.2", 8080)}
     assert (made.weight_passing, made.weight_warning) == (3, 3)
     (check,) = made.checks
+    assert isinstance(check, CheckDefinition)
     assert (check.check_id, check.status, check.ttl_s) == ("ztna:web@c1", "critical", 15.0)
     assert check.deregister_after_s == 600.0
     assert registration(desired(lease=None), ME).tagged_addresses == {}
+
+
+def test_what_consul_runs_stands_beside_what_we_report() -> None:
+    probe = Probe(kind="tcp", target="127.0.0.1:1", interval_s=5.0, timeout_s=2.0)
+    beside = ProbeDefinition(check_id="ztna:web@c1:tcp:80:0:x", name="tcp", probe=probe, status="critical")
+    made = registration(replace(desired("critical"), reported="passing", probes=(beside,)), ME)
+    assert [(each.check_id, each.status) for each in made.checks] == [
+        ("ztna:web@c1", "passing"),
+        ("ztna:web@c1:tcp:80:0:x", "critical"),
+    ]
 
 
 def test_the_address_it_asks_for_is_in_its_meta() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -26,6 +27,8 @@ from ztna.catalog import (
     KvDeleteCas,
     KvPair,
     KvSet,
+    Probe,
+    ProbeDefinition,
     Registration,
     Status,
     TxnOp,
@@ -366,6 +369,8 @@ def _read_rule(path: str) -> str:
     name = path.rpartition("/")[2]
     if path.startswith("/v1/kv/"):
         return f'key_prefix "{path.removeprefix("/v1/kv/")}" {{ policy = "read" }}'
+    if path.startswith("/v1/health/node/"):
+        return f'node "{name}" {{ policy = "read" }}'
     if path.startswith("/v1/health/service/"):
         return f'service "{name}" {{ policy = "read" }} and node_prefix "" {{ policy = "read" }}'
     return 'service_prefix "" { policy = "read" } and node_prefix "" { policy = "read" }'
@@ -447,14 +452,44 @@ def _registration(registration: Registration) -> dict[str, Any]:
     }
 
 
-def _check(check: CheckDefinition) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "CheckID": check.check_id,
-        "Name": check.name,
-        "TTL": f"{check.ttl_s:g}s",
-        "Status": check.status,
-        "Notes": check.notes,
-    }
+def _check(check: CheckDefinition | ProbeDefinition) -> dict[str, Any]:
+    fields: dict[str, Any] = {"CheckID": check.check_id, "Name": check.name, "Status": check.status}
+    match check:
+        case CheckDefinition():
+            fields |= {"TTL": f"{check.ttl_s:g}s", "Notes": check.notes}
+        case ProbeDefinition():
+            fields |= _probe(check.probe)
     if check.deregister_after_s is not None:
         fields["DeregisterCriticalServiceAfter"] = f"{check.deregister_after_s:g}s"
+    return fields
+
+
+def _probe(probe: Probe) -> dict[str, Any]:
+    """Return the fields of a probe, and none that it does without: an older Consul refuses those it does not know."""
+    fields: dict[str, Any] = {
+        "Interval": f"{probe.interval_s:g}s",
+        "Timeout": f"{probe.timeout_s:g}s",
+        "SuccessBeforePassing": probe.success_before_passing,
+        "FailuresBeforeCritical": probe.failures_before_critical,
+    }
+    if probe.failures_before_warning is not None:
+        fields["FailuresBeforeWarning"] = probe.failures_before_warning
+    match probe.kind:
+        case "http":
+            fields |= {"HTTP": probe.target, "Method": probe.method}
+            if probe.headers:
+                headers: defaultdict[str, list[str]] = defaultdict(list)
+                for name, value in probe.headers:
+                    headers[name].append(value)
+                fields["Header"] = dict(headers)
+        case "grpc":
+            fields |= {"GRPC": probe.target, "GRPCUseTLS": probe.tls}
+        case "script":
+            fields["ScriptArgs"] = list(probe.command)
+        case _:
+            fields[probe.kind.upper()] = probe.target
+    if probe.tls_skip_verify:
+        fields["TLSSkipVerify"] = True
+    if probe.tls_name is not None:
+        fields["TLSServerName"] = probe.tls_name
     return fields

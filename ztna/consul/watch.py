@@ -15,7 +15,16 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from ztna.catalog import MESH_TAG, CatalogSnapshot, Instance, KvPair, KvSnapshot
+from ztna.catalog import (
+    MESH_TAG,
+    CatalogSnapshot,
+    CheckSeen,
+    ChecksSnapshot,
+    Instance,
+    KvPair,
+    KvSnapshot,
+)
+from ztna.consul import shapes
 from ztna.consul.client import ConsulClient, Read
 from ztna.errors import ConsulError, ConsulUnavailable
 
@@ -34,7 +43,7 @@ SWEEP_COST_FACTOR = 10.0
 SWEEP_SERVICES_AT_ONCE = 16
 """A sweep reads so many before what has changed meanwhile is read: that does not wait for the whole sweep."""
 
-S = TypeVar("S", CatalogSnapshot, KvSnapshot)
+S = TypeVar("S", CatalogSnapshot, KvSnapshot, ChecksSnapshot)
 
 
 class _Check(msgspec.Struct, frozen=True, rename="pascal"):
@@ -131,6 +140,28 @@ class KvWatch(Watch[KvSnapshot]):
             if self.latest is not None and self.latest.pairs == pairs:
                 pairs = self.latest.pairs
             self._publish(KvSnapshot(pairs=pairs, index=found.index, confirmed_at=now))
+
+
+class _NodeCheck(msgspec.Struct, frozen=True, rename="pascal"):
+    check_id: str = msgspec.field(name="CheckID")
+    status: str
+    output: str = ""
+
+
+class NodeChecksWatch(Watch[ChecksSnapshot]):
+    """Follow every check on one node."""
+
+    def __init__(self, client: ConsulClient, node: str) -> None:
+        super().__init__(client)
+        self._node = node
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        async for found in self._follow(f"/v1/health/node/{self._node}", (), list[_NodeCheck]):
+            checks = {
+                each.check_id: CheckSeen(shapes.status(each.status), each.output) for each in found.data or ()
+            }
+            self._publish(ChecksSnapshot(checks=checks, index=found.index, confirmed_at=time.time()))
 
 
 class CatalogWatch(Watch[CatalogSnapshot]):
