@@ -374,7 +374,7 @@ class Relay:
         """Have no session begin for or with those of whom CRLs do not tell whether they were revoked."""
         verdicts = self.server.credentials.verdicts
         unvouched: list[ConnectionKey] = []
-        if verdicts.is_outdated:
+        if verdicts.goes_by_crls:
             peers = self._peers.items()
             unvouched = [key for key, peer in peers if verdicts.unknown(peer.connection.identity)]
         self._sessions.unvouched(unvouched)

@@ -55,7 +55,7 @@ class TlsConfig(Section, frozen=True, kw_only=True):
             "http://vault.example.net/v1/pki/crl/pem",
         ),
     ] = None
-    crl_refresh_s: Annotated[Seconds, about("How often crl_url is fetched, in seconds.")] = 60.0
+    crl_refresh_s: Annotated[Seconds, about("How often crl_url is fetched at least, in seconds.")] = 60.0
 
 
 class ConsulLoginConfig(Section, frozen=True, kw_only=True):

@@ -16,7 +16,8 @@ from typing import Any
 
 from ztna.config import TlsConfig
 from ztna.credentials import Credentials, read_ca, read_certificate, read_crl
-from ztna.crl_fetch import check_url, fetch
+from ztna.crl_fetch import Fetched, check_url, fetch
+from ztna.crl_times import retry_s, wait_s
 from ztna.errors import ConfigError, CrlUnavailable
 from ztna.identity import Identity
 from ztna.revocation import Revocations
@@ -35,8 +36,6 @@ from ztna.watching import POLL_SECONDS, Stamp, stamp, wait
 SETTLE_LOOKS = 3
 """A certificate and its key are two files, written one after the other: only what is still broken then is told."""
 EXPIRING_PART = 1 / 3
-RETRY_SECONDS_MIN = 1.0
-RETRY_SECONDS_MAX = 30.0
 DAY_SECONDS = 86_400
 
 _PARTS = ("ca", "certificate", "crl")
@@ -70,7 +69,9 @@ class Renewal:
         self._is_expiring = False
         self._fetched: bytes | None = None
         self._wake = asyncio.Event()
-        self._fetch_soon = asyncio.Event()
+        self._fetch_now = False
+        self._fetch_plan = asyncio.Event()
+        """Set when the time of the next fetch may have changed."""
         # Older than the credentials: what changed since they were read is seen as a change.
         self._seen: Seen = ()
         if config.crl_url is not None:
@@ -83,7 +84,8 @@ class Renewal:
         self._looks_broken = SETTLE_LOOKS
         self._seen = ()
         self._wake.set()
-        self._fetch_soon.set()
+        self._fetch_now = True
+        self._fetch_plan.set()
 
     async def run(self) -> None:
         """Look, fetch and tell until cancelled."""
@@ -133,6 +135,7 @@ class Renewal:
         before, self.credentials = self.credentials, fresh
         if fresh.trust is not before.trust:
             before.verdicts.use(fresh.trust)
+            self._fetch_plan.set()
         if fresh is not before:
             self._accept(fresh)
         for part in _PARTS:
@@ -186,6 +189,7 @@ class Renewal:
 
     def _tell_crl(self, revocations: Revocations, now: datetime) -> None:
         next_update = revocations.next_update
+        self._tell_own_issuer(next_update is not None)
         if next_update is None:
             return
         CRL_NEXT_UPDATE.set(next_update.timestamp())
@@ -193,6 +197,14 @@ class Renewal:
             self._await("crl", f"a CRL is out of date since {next_update.isoformat()}: no new session begins")
         else:
             self._readiness.done("crl")
+
+    def _tell_own_issuer(self, has_lists: bool) -> None:
+        """Warn of lists among which the own issuer's is missing: most peers' issuer is that one, and none gets in."""
+        unknown = self.credentials.verdicts.unknown(self.credentials.identity)
+        if has_lists and unknown is not None:
+            self._readiness.warn("crl_issuer", f"{unknown}: peers of this issuer begin no new session")
+        else:
+            self._readiness.unwarn("crl_issuer")
 
     def _await(self, name: str, detail: str) -> None:
         if self._readiness.report()["awaiting"].get(name) != detail:
@@ -202,25 +214,40 @@ class Renewal:
     # The CRL that is fetched.
 
     async def _keep_fetching(self, url: str) -> None:
-        failures = 0
+        failures, known = 0, None
         while True:
             try:
-                self._fetched = await fetch(url)
+                # What cannot be used is fetched whole: it may have been spoilt on its way.
+                known = await fetch(url, None if "crl" in self._broken else known)
                 failures = 0
                 self._readiness.unwarn("crl_url")
-                self._seen = ()
-                self._wake.set()
+                if known.data is not None:
+                    self._fetched = known.data
+                    self._seen = ()
+                    self._wake.set()
             except CrlUnavailable as error:
                 failures += 1
                 if failures == 1:
                     _log.warning("crl_not_fetched", url=url, error=error)
                 self._readiness.warn("crl_url", str(error))
-            longest = min(RETRY_SECONDS_MAX, RETRY_SECONDS_MIN * 2.0 ** min(failures, 8))
-            wait_s = self._config.crl_refresh_s
-            if failures:
-                wait_s = min(wait_s, random.uniform(RETRY_SECONDS_MIN / 2, longest))
-            await wait(self._fetch_soon, wait_s)
-            self._fetch_soon.clear()
+            await self._until_next_fetch(failures, known)
+
+    async def _until_next_fetch(self, failures: int, known: Fetched | None) -> None:
+        """Wait as long as the list that is in use by then says."""
+        asked_at, chance = wall_clock(), random.random()
+        while not self._fetch_now:
+            longest_s, revocations = self._config.crl_refresh_s, self.credentials.verdicts.trust.revocations
+            if failures or known is None:
+                due_s = retry_s(longest_s, failures, chance)
+            else:
+                next_update = revocations.next_update if revocations is not None else None
+                due_s = wait_s(longest_s, known.good_s, next_update, asked_at, chance)
+            left_s = due_s - (wall_clock() - asked_at).total_seconds()
+            if not 0 < left_s <= due_s:  # over, or somebody has set the clock back
+                break
+            await wait(self._fetch_plan, left_s)
+            self._fetch_plan.clear()
+        self._fetch_now = False
 
 
 def _newest(

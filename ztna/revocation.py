@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 
 from cryptography import x509
@@ -20,6 +20,9 @@ from ztna.errors import ConfigError, IdentityError
 from ztna.reasons import Reason
 
 LISTS_MAX = 64
+STANDING_MAX = 10_000
+"""Chains of issuers of which it is remembered until when their lists tell: asked for every peer each second."""
+NEVER = datetime.min.replace(tzinfo=UTC)
 
 MALFORMED = (
     ValueError,
@@ -66,6 +69,7 @@ class Revocations:
         """Of an issuer what `earlier` went by still counts where it is newer: an old list gives nobody back."""
         self.lists = tuple(lists)
         self._of_issuer: dict[bytes, RevocationList | None] = {}
+        self._standing: dict[tuple[x509.Certificate, ...], tuple[datetime | None, str]] = {}
         self._kept: dict[bytes, RevocationList] = {}
         if earlier is not None:
             found = list(earlier._of_issuer.items())
@@ -111,13 +115,24 @@ class Revocations:
 
         The leaf's issuer must have a list here; of CAs above (offline roots seldom write lists) what is here counts.
         """
-        for number, issuer in enumerate(path[1:]):
+        issuers = tuple(path[1:])
+        if issuers not in self._standing:
+            if len(self._standing) >= STANDING_MAX:
+                self._standing.clear()
+            self._standing[issuers] = self._first_to_go(issuers)
+        until, why = self._standing[issuers]
+        return why if until is not None and until <= now else None
+
+    def _first_to_go(self, issuers: Sequence[x509.Certificate]) -> tuple[datetime | None, str]:
+        """Return until when these issuers' lists tell, None for ever, and what is missing from then on."""
+        until, why = None, ""
+        for number, issuer in enumerate(issuers):
             found = self._list_of(issuer)
             if found is None and number == 0:
-                return f"no CRL of {issuer.subject.rfc4514_string()} is at hand"
-            if found is not None and found.next_update <= now:
-                return f"the CRL of {found.issuer.rfc4514_string()} is out of date"
-        return None
+                return NEVER, f"no CRL of {issuer.subject.rfc4514_string()} is at hand"
+            if found is not None and (until is None or found.next_update < until):
+                until, why = found.next_update, f"the CRL of {found.issuer.rfc4514_string()} is out of date"
+        return until, why
 
     def require(self, path: Sequence[x509.Certificate], now: datetime) -> None:
         """Raise IdentityError with revoked, or policy_unknown when that cannot be told, for a path to be let in."""

@@ -88,12 +88,9 @@ class Verdicts:
             raise error
 
     @property
-    def is_outdated(self) -> bool:
-        """Whether there is a CRL missing or out of date, so that `unknown` may have something to say."""
-        revocations = self._trust.revocations
-        if revocations is None:
-            return False
-        return revocations.next_update is None or revocations.next_update <= self._wall()
+    def goes_by_crls(self) -> bool:
+        """Whether CRLs are configured, so that `unknown` may have something to say."""
+        return self._trust.revocations is not None
 
     def unknown(self, identity: Identity) -> str | None:
         """Return why CRLs cannot tell whether peers such as this one stand, so that no session may begin, else None."""

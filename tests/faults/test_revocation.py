@@ -167,6 +167,35 @@ async def test_a_crl_past_its_next_update_lets_nothing_new_begin_and_ends_nothin
     await mesh.agent("late")
 
 
+async def test_a_crl_file_that_lacks_the_peers_issuer_closes_the_door_to_those_who_are_in_too(
+    mesh: RunningRelay,
+) -> None:
+    connector, agent = await mesh.connector(), await mesh.agent("agent-a")
+    mesh.pki.revoke(until=datetime.now(UTC) + timedelta(seconds=6))
+    async with asyncio.timeout(WAIT_SECONDS):
+        while mesh.renewal.credentials.material.crl != mesh.pki.crl_file.read_bytes():
+            await asyncio.sleep(0.02)
+    await agent.open_with(connector)
+    # Another CA's list by mistake, good for a day: what the relay has of the peers' own issuer runs out.
+    replace_file(mesh.pki.crl_file, mesh.pki.rogue.crl(None))
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not mesh.relay.sessions._unvouched:
+            await asyncio.sleep(0.02)
+    agent.say(control.Open(request=2, service=SERVICE))
+    assert (await agent.expect(control.Denied, request=2)).reason is Reason.POLICY_UNKNOWN
+    async with asyncio.timeout(WAIT_SECONDS):
+        while "out of date" not in mesh.readiness.report()["warnings"].get("crl_issuer", ""):
+            await asyncio.sleep(0.02)
+    mesh.pki.revoke()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while mesh.relay.sessions._unvouched:
+            await asyncio.sleep(0.02)
+    await agent.open_with(connector, request=3)
+    async with asyncio.timeout(WAIT_SECONDS):
+        while "crl_issuer" in mesh.readiness.report()["warnings"]:
+            await asyncio.sleep(0.02)
+
+
 async def test_the_relays_own_renewal_disturbs_nobody(mesh: RunningRelay) -> None:
     connector, agent = await mesh.connector(), await mesh.agent("agent-a")
     opened, _, _ = await agent.open_with(connector)

@@ -19,6 +19,21 @@ async def server() -> AsyncIterator[str]:
     async def good(request: web.Request) -> web.Response:
         return web.Response(body=b"a list")
 
+    async def tagged(request: web.Request) -> web.Response:
+        headers = {"ETag": '"v7"', "Cache-Control": "max-age=90"}
+        if request.headers.get("If-None-Match") == '"v7"':
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=b"version 7", headers=headers)
+
+    async def dated(request: web.Request) -> web.Response:
+        headers = {"Last-Modified": "Thu, 01 Jan 2026 12:00:00 GMT"}
+        if request.headers.get("If-Modified-Since") == headers["Last-Modified"]:
+            return web.Response(status=304)
+        return web.Response(body=b"of noon", headers=headers)
+
+    async def changed(request: web.Request) -> web.Response:
+        return web.Response(status=304)
+
     async def empty(request: web.Request) -> web.Response:
         return web.Response()
 
@@ -33,7 +48,8 @@ async def server() -> AsyncIterator[str]:
         raise web.HTTPFound("/around")
 
     app = web.Application()
-    handlers = {"/crl": good, "/empty": empty, "/large": large, "/silent": silent, "/around": around}
+    handlers = {"/tagged": tagged, "/dated": dated, "/changed": changed}
+    handlers |= {"/crl": good, "/empty": empty, "/large": large, "/silent": silent, "/around": around}
     for path, handler in handlers.items():
         app.router.add_get(path, handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -44,9 +60,24 @@ async def server() -> AsyncIterator[str]:
 
 
 async def test_http_and_files_are_fetched(server: str, tmp_path: Path) -> None:
-    assert await fetch(f"{server}/crl") == b"a list"
+    assert (await fetch(f"{server}/crl")).data == b"a list"
     (tmp_path / "a list.crl").write_bytes(b"of a file")
-    assert await fetch(f"file://{tmp_path}/a%20list.crl") == b"of a file"
+    assert (await fetch(f"file://{tmp_path}/a%20list.crl")).data == b"of a file"
+
+
+@pytest.mark.parametrize(("path", "data"), [("/tagged", b"version 7"), ("/dated", b"of noon")])
+async def test_what_is_known_is_not_fetched_again(server: str, path: str, data: bytes) -> None:
+    first = await fetch(server + path)
+    assert first.data == data
+    second = await fetch(server + path, first)
+    assert second.data is None and (second.etag, second.modified) == (first.etag, first.modified)
+    assert second.good_s == first.good_s == (90.0 if path == "/tagged" else None)
+    assert (await fetch(server + path, second)).data is None
+
+
+async def test_nothing_changed_is_no_answer_to_who_knows_nothing(server: str) -> None:
+    with pytest.raises(CrlUnavailable, match="status 304"):
+        await fetch(f"{server}/changed")
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.support.certificates import DAY, Pki
+from ztna import crl_times
 from ztna import renewal as renewal_module
 from ztna.ca import replace_file
 from ztna.config import TlsConfig
@@ -285,7 +287,7 @@ async def test_ones_own_end_makes_the_daemon_not_ready(pki: Pki) -> None:
 
 
 async def test_a_crl_is_fetched_and_fetched_again(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renewal_module, "RETRY_SECONDS_MIN", 0.05)
+    monkeypatch.setattr(crl_times, "RETRY_SECONDS_MIN", 0.05)
     bad = pki.agent("bad")
     config = msgspec.structs.replace(pki.agent(), crl_url=f"file://{pki.crl_file}", crl_refresh_s=0.05)
     async with kept(config) as daemon:
@@ -308,7 +310,7 @@ async def test_a_crl_is_fetched_and_fetched_again(pki: Pki, monkeypatch: pytest.
 async def test_a_crl_of_before_and_one_that_nobody_can_read_change_nothing(
     pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(renewal_module, "RETRY_SECONDS_MIN", 0.05)
+    monkeypatch.setattr(crl_times, "RETRY_SECONDS_MIN", 0.05)
     bad = pki.agent("bad")
     earlier = pki.authority.crl(None, now=datetime.now(UTC) - timedelta(seconds=10))
     pki.crl_file.write_bytes(earlier)
@@ -324,6 +326,46 @@ async def test_a_crl_of_before_and_one_that_nobody_can_read_change_nothing(
         replace_file(pki.crl_file, earlier)
         await until("taken", lambda: daemon.now.material.crl == earlier)
         assert daemon.lets_in(bad) is Reason.REVOKED
+
+
+async def test_a_list_is_asked_for_before_it_is_out_of_date_and_once_when_it_has_not_changed(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crl_times, "FETCH_SECONDS_MIN", 0.05)
+    asked: list[str | None] = []
+
+    async def serve(request: web.Request) -> web.Response:
+        data = pki.crl_file.read_bytes()
+        tag = f'"{hash(data)}"'
+        asked.append(request.headers.get("If-None-Match"))
+        if asked[-1] == tag:
+            return web.Response(status=304, headers={"ETag": tag})
+        return web.Response(body=data, headers={"ETag": tag})
+
+    app = web.Application()
+    app.router.add_get("/crl", serve)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    bad = pki.agent("bad")
+    pki.revoke(until=datetime.now(UTC) + timedelta(seconds=3))
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/crl"
+    config = msgspec.structs.replace(pki.agent(), crl_url=url, crl_refresh_s=86_400.0)
+    async with kept(config) as daemon:
+        await until("ready", lambda: not daemon.awaiting)
+        # Once a day, said the configuration; but this list ends in seconds, and its successor is taken in time.
+        await until("asked again", lambda: len(asked) >= 3)
+        assert asked[0] is None and all(each is not None for each in asked[1:])
+        assert not daemon.warnings and not daemon.awaiting
+        pki.revoke(bad)
+        await until("revoked", lambda: daemon.lets_in(bad) is Reason.REVOKED)
+        assert "crl" not in daemon.awaiting
+        pki.revoke(until=datetime.now(UTC) + timedelta(days=7))
+        # SIGHUP asks at once.
+        before = len(asked)
+        daemon.renewal.reload()
+        await until("asked", lambda: len(asked) > before)
+    await runner.cleanup()
 
 
 async def test_a_url_that_cannot_be_fetched_is_refused_at_the_start(pki: Pki) -> None:

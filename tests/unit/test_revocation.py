@@ -112,6 +112,28 @@ def test_of_two_lists_of_an_issuer_the_newest_counts(pki: Pki) -> None:
     assert reason_of(Revocations.from_bytes(new + old), path) is Reason.REVOKED
 
 
+def test_a_list_that_is_missing_now_counts_until_it_is_out_of_date_and_then_closes_the_door(pki: Pki) -> None:
+    path = path_of(pki, pki.signed(dns=["agent.db.ztna"]))
+    until = NOW + timedelta(hours=1)
+    before = Revocations.from_bytes(crl(pki.authority.intermediate, pki.authority.key, until=until))
+    assert before.unknown(path, NOW) is None
+    # By mistake another CA's list takes its place, and that one is good for long.
+    mistaken = Revocations.from_bytes(crl(pki.rogue.intermediate, pki.rogue.key, until=NOW + DAY), before)
+    assert mistaken.next_update is not None and mistaken.next_update > until
+    assert mistaken.unknown(path, until - timedelta(seconds=1)) is None
+    assert "out of date" in str(mistaken.unknown(path, until))
+
+
+def test_until_when_lists_tell_is_remembered_within_bounds(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revocation, "STANDING_MAX", 1)
+    path = path_of(pki, pki.signed(dns=["agent.db.ztna"]))
+    revocations = Revocations.from_bytes(crl(pki.authority.intermediate, pki.authority.key))
+    for _ in range(2):
+        assert revocations.unknown(path, NOW) is None
+        assert "no CRL of" in str(revocations.unknown((path[0], pki.rogue.intermediate), NOW))
+        assert len(revocations._standing) == 1
+
+
 def test_der_and_pem_are_read(pki: Pki) -> None:
     pem = crl(pki.authority.intermediate, pki.authority.key)
     der = x509.load_pem_x509_crl(pem).public_bytes(serialization.Encoding.DER)
