@@ -702,6 +702,9 @@ async def test_draining_takes_nothing_new_and_tells_everybody(pki: Pki) -> None:
         await ground.accepted()
         program = await ground.open(ground.frame())
         ground.daemon.stopping.set()
+        told = await ground.peer.heard(Register)
+        assert isinstance(told, Register)
+        assert told.services == () and set(told.withdrawn) == {ECHO, "down-service"}, "before anything ends"
         assert await ground.peer.heard(Closed) == Closed(FIRST, Reason.DRAINING)
         assert await ended(program)
 
