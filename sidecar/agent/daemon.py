@@ -287,6 +287,7 @@ class Agent:
         elif client.life is Life.UP and state is RelayState.SILENT:
             _log.info("relay_heard", relay=relay)
             self._relay_event(RelayHeard(relay))
+        self._network.observed(client.connection, client.observed)
         if client.rtt_s is not None:
             preferred = self._broker.sessions.relays.preferred
             self._broker.handle(Measured(relay, client.rtt_s))

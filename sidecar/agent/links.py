@@ -13,6 +13,7 @@ from functools import partial
 from sidecar.agent.commands import Session, SessionKey
 from sidecar.agent.relays import Relays, RelayState
 from sidecar.link.packet import PacketLink
+from sidecar.link.paths import REST_SECONDS
 from sidecar.link.ways import Way, choose
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused, ZtnaError
@@ -34,6 +35,10 @@ SILENCE_ROUND_TRIPS = 3
 SILENCE_DIRECT_SECONDS = 5.0
 """The path switch needs 4 s to leave a direct path that died; only then has the link itself failed."""
 PUNCHING_SECONDS = 10.0
+OFFER_AGAIN_SECONDS = 40.0
+OFFER_DOUBLINGS_MAX = 4
+"""Candidates are offered again while no direct path is found, ever more rarely: so that both ends probe at one time,
+and what they know of each other is fresh."""
 
 LINGER_SECONDS = 30.0
 """How long a link whose sessions' relay is lost waits for another session; the connector keeps its end as long."""
@@ -62,6 +67,9 @@ class Link:
         self.heard: set[bytes] = set()
         """The ways on which the connector was heard when last looked."""
         self.lingers_until: float | None = None
+        self.offers = 0
+        self.offer_at = 0.0
+        """How often candidates were offered since there was a direct path, and when they are to be again."""
         self.punching: tuple[SessionKey, float] | None = None
         self.path = ""
         self.task: asyncio.Task[None] | None = None
@@ -223,7 +231,7 @@ class Links:
         _log.info("link_opened", connector=link.key[0], relay=session.relay, path=made.path)
         link.relays[bytes(forwarder.bind_id)] = session.relay
         made.path_changed = lambda _: self._choose(link)
-        made.candidates_changed = lambda _, bind_id: self._offer(link, bind_id)
+        made.candidates_changed = lambda _, bind_id: self._offer_anew(link, bind_id)
         for other in tuple(link.sessions.values()):
             # Those that joined while it was dialled: the certificate was checked for the first one only.
             if _is_fit(other, made.peer):
@@ -332,6 +340,10 @@ class Links:
             _log.info("link_path", connector=link.key[0], relay=link.relay, path=made.path)
             link.path = made.path
         self._report(link, made)
+        if made.path == "direct":
+            link.offers, link.offer_at = 0, self._loop.time() + REST_SECONDS
+        elif self._loop.time() >= link.offer_at:
+            self._offer(link, made.carrying.bind_id)
 
     def _is_disowned(self, link: Link, made: PacketLink) -> bool:
         """Say whether the connector, reached over another relay, does not know this link: it was restarted."""
@@ -352,6 +364,13 @@ class Links:
         if session is not None:
             offer = CandidateOffer(session.opened.session, made.local_candidates(bind_id))
             self._send(session.relay, offer)
+        link.offer_at = self._loop.time() + OFFER_AGAIN_SECONDS * 2**link.offers
+        link.offers = min(link.offers + 1, OFFER_DOUBLINGS_MAX)
+
+    def _offer_anew(self, link: Link, bind_id: bytes) -> None:
+        """Offer what the other end has not heard of yet."""
+        link.offers = 0
+        self._offer(link, bind_id)
 
     def _probe(self, link: Link, key: SessionKey, message: StartPunching) -> None:
         made, session = link.packet_link, link.sessions.get(key)

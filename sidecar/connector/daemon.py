@@ -237,6 +237,7 @@ class _Connector:
             on_connected=self._relay_connected,
             on_lost=self._relay_lost,
             on_packet=self._packet,
+            on_pulse=lambda client: self._network.observed(client.connection, client.observed),
         )
 
     def _relay_gone(self, label: str) -> None:

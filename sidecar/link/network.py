@@ -16,6 +16,7 @@ from typing import NamedTuple
 from pyroute2 import IPRoute
 
 from ztna.telemetry import logger
+from ztna.udp import SockAddr
 
 SETTLE_SECONDS = 0.1
 """How long what follows a first event is waited for."""
@@ -30,6 +31,9 @@ _UNUSABLE, _DEPRECATED = 0x08 | 0x40, 0x20  # duplicate or tentative (RFC 4862)
 
 _log = logger(__name__)
 
+RelayConnection = tuple[str, int]
+"""A relay's name, and which connection to it."""
+
 
 class Standing(NamedTuple):
     """What a host's paths depend on."""
@@ -42,11 +46,30 @@ class Standing(NamedTuple):
     """Its default routes: family, gateway, interface."""
 
 
+class Observed:
+    """Where relays see this host come from: when that changes on one connection, a NAT on the way was restarted."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[RelayConnection, SockAddr]] = {}
+
+    def has_moved(self, connection: RelayConnection, address: SockAddr | None) -> bool:
+        """Take what a relay says; return whether it says another thing than before.
+
+        Each connection has a port of its own, so that of two connections only the hosts are compared.
+        """
+        before = self._seen.get(connection[0])
+        if address is None or (before is not None and before[1] == address):
+            return False  # what was said on the connection before may still stand
+        self._seen[connection[0]] = (connection, address)
+        return before is not None and (before[0] == connection or before[1][0] != address[0])
+
+
 class Network:
-    """Keeps `addresses` while `run` runs, and calls `changed` after each change."""
+    """Keeps `addresses` while `run` runs, and calls `changed` after each change, seen here or by a relay."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
+        self._observed = Observed()
         self._standing = Standing()
         self._news = asyncio.Event()
 
@@ -59,6 +82,12 @@ class Network:
     def held(self) -> frozenset[str]:
         """The addresses on which what has begun may go on."""
         return self._standing.held
+
+    def observed(self, connection: RelayConnection, address: SockAddr | None) -> None:
+        """Take where a relay sees us come from on one connection to it, None while it has not said."""
+        if self._observed.has_moved(connection, address):
+            _log.info("network_changed", relay=connection[0], observed=address)
+            self._changed()
 
     async def run(self) -> None:
         """Read once, then again after each event, until cancelled."""

@@ -3,7 +3,7 @@
 Pure: `now` is seconds of any one clock, transactions are drawn by the caller. Seals and sends no probe
 (sidecar.link.packet does), and is invisible to QUIC.
 
-    candidate --> probing --answer--> valid --3 probes silent--> resting --30 s--> probing
+    candidate --> probing --answer--> valid --3 probes silent--> resting --30 s, 60 s...--> probing
                    ^ |                  |                           ^
                    | +------------------|--10 s without answer------+
                    +--3 probes silent---+ in doubt: a network changed, here or there
@@ -29,6 +29,8 @@ KEEPALIVE_INTERVAL_SECONDS = 1.0
 SILENT_PROBES_MAX = 3
 SILENCE_VERDICT_SECONDS = 0.8
 REST_SECONDS = 30.0
+REST_DOUBLINGS_MAX = 4
+"""Each rest is twice as long as the one before until there was an answer: most that cannot be reached never can."""
 BETTER_RTT_RATIO = 1.5
 BETTER_RTT_SECONDS = 0.001
 """Another path takes over when it is faster by both: of two in one building either may be twice as fast at times."""
@@ -90,6 +92,7 @@ class _Candidate:
     due_at: float
     since: float
     silent: int = 0
+    rests: int = 0
     rtt: float | None = None
     heard_at: float = 0.0
     doubted_at: float | None = None
@@ -124,6 +127,7 @@ class Paths:
         for address in addresses:
             known = self._candidates.get(address)
             if known is not None:
+                known.rests = 0
                 if known.state is State.RESTING:
                     self._probe_again(known, now)
             elif address == self.forwarder or not self._has_room():
@@ -135,6 +139,7 @@ class Paths:
     def doubt(self, now: float) -> None:
         """Believe no longer what was found out: a network changed. Everything is asked again at once."""
         for candidate in self._candidates.values():
+            candidate.rests = 0
             if candidate.state is State.VALID:
                 candidate.doubted_at, candidate.silent, candidate.due_at = now, 0, now
             else:
@@ -172,7 +177,7 @@ class Paths:
         candidate.rtt = rtt if candidate.rtt is None else candidate.rtt + RTT_WEIGHT * (rtt - candidate.rtt)
         if candidate.doubted_at is not None and sent[1] < candidate.doubted_at:
             return True  # it says nothing of now
-        candidate.silent, candidate.heard_at = 0, now
+        candidate.silent, candidate.rests, candidate.heard_at = 0, 0, now
         if candidate.state is not State.VALID or candidate.doubted_at is not None:
             candidate.state, candidate.doubted_at = State.VALID, None
             candidate.due_at = now + KEEPALIVE_INTERVAL_SECONDS
@@ -215,7 +220,9 @@ class Paths:
 
     @staticmethod
     def _rest(candidate: _Candidate, now: float) -> bool:
-        candidate.state, candidate.since, candidate.due_at = State.RESTING, now, now + REST_SECONDS
+        candidate.state, candidate.since = State.RESTING, now
+        candidate.due_at = now + REST_SECONDS * 2**candidate.rests
+        candidate.rests = min(candidate.rests + 1, REST_DOUBLINGS_MAX)
         return False
 
     def _has_room(self) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from tests.support.consul import note_version
 from tests.support.lab import Daemon, Lab, lab, tcp_route, udp_route, until
 from tests.support.namespaces import Host
+from tests.support.nat import Kind, place
 from tests.support.steady import Echoes, Flow, Flows
 from ztna.config import Endpoint
 from ztna.wire.control import Address
@@ -70,8 +71,17 @@ class Mesh:
 @pytest.fixture
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     note_version(request, "newest")
-    with lab("core", "rack", "direct", "forwarded", subnet="25.0.0") as made, ExitStack() as stack:
-        rack = made.host("rack")
+    with mesh_behind(Kind.OPEN) as made:
+        yield made
+
+
+@contextmanager
+def mesh_behind(kind: Kind) -> Iterator[Mesh]:
+    """A mesh whose agents each have this before them."""
+    with lab("core", "rack", subnet="25.0.0") as made, ExitStack() as stack:
+        core, rack = made.host("core"), made.host("rack")
+        for name in ("direct", "forwarded"):
+            place(made.network, name, kind, core.address)
         made.start_consul("newest")
         for daemon in (made.dnsd(), made.relay()):
             daemon.wait_ready()
@@ -115,6 +125,15 @@ def readdress(host: Host, address: str) -> None:
     host.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
 
 
+def restart_nat(router: Host, address: str) -> None:
+    """Have a NAT forget everything, and come back with another address."""
+    router.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
+    router.run("nft", "flush", "chain", "ip", "nat", "post")
+    router.run("nft", "add", "rule", "ip", "nat", "post", "oifname", "eth0", "snat", "to", address)
+    router.run("ip", "addr", "del", f"{router.address}/24", "dev", "eth0")
+    router.run("conntrack", "-F")
+
+
 def test_flows_go_on_when_a_host_gets_another_address(mesh: Mesh) -> None:
     with mesh.going_on("agents moved"):
         for number, name in enumerate(mesh.agents, 101):
@@ -135,6 +154,23 @@ def test_flows_go_on_when_a_host_gets_another_address(mesh: Mesh) -> None:
     assert all(len(agent.events("link_opened")) == 1 for agent in mesh.agents.values()), (
         "and no link was made anew"
     )
+
+
+def test_flows_go_on_when_a_nat_is_restarted_with_another_address(request: pytest.FixtureRequest) -> None:
+    """The agents' own hosts see nothing of it: it is the relay that tells them."""
+    note_version(request, "newest")
+    with mesh_behind(Kind.PORT) as mesh:
+        with mesh.going_on("the NATs were restarted"):
+            for number, name in enumerate(mesh.agents, 101):
+                restart_nat(mesh.lab.host(f"{name}-gw"), f"25.0.0.{number}")
+            moved = time.monotonic()
+            until(
+                "all are answered after that",
+                lambda: all(flow.is_answered_since(moved) for flow in mesh.flows.all),
+                FOUND_SECONDS,
+            )
+            mesh.wait_direct("after that")
+        assert all(len(agent.events("link_opened")) == 1 for agent in mesh.agents.values())
 
 
 def test_a_default_route_counts_and_others_do_not(mesh: Mesh) -> None:

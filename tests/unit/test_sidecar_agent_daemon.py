@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sidecar.agent import links
 from tests.support.small_mesh import WAIT_SECONDS, SmallMesh, agent, small_mesh
 from ztna.config import ConsulConfig
 from ztna.errors import ConfigError, LeaseError
@@ -375,6 +376,18 @@ class TestUdp:
                 mesh.say(StartPunching(SessionId(f"{1:016x}"), (Address("127.0.0.1", 9),), 1))
                 await until("the outcome", lambda: heard(mesh, PunchingResult))
                 assert not heard(mesh, PunchingResult)[0].success
+
+    async def test_candidates_are_offered_again_while_there_is_no_direct_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(links, "OFFER_AGAIN_SECONDS", 0.01)
+        async with small_mesh(tmp_path) as mesh:
+            ip = await mesh.lease("echo-service", 2, UDP)
+            mesh.connector()
+            async with agent(mesh):
+                assert await Program((str(ip), 5300)).ask(b"one") == b"ONE"
+                await until("offers", lambda: len(heard(mesh, CandidateOffer)) >= 3)
+                assert {each.session for each in heard(mesh, CandidateOffer)} == {SessionId(f"{1:016x}")}
 
     async def test_nothing_is_offered_where_direct_paths_are_off(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh:

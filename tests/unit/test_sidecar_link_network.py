@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from sidecar.link import network as module
-from sidecar.link.network import Network, Standing, standing
+from sidecar.link.network import Network, Observed, Standing, standing
 
 DEADLINE_SECONDS = 10
 HERE = Standing(("2600::1", "192.0.2.7"), frozenset({"2600::1", "192.0.2.7", "2600::2"}))
@@ -54,3 +54,26 @@ async def test_only_what_is_another_than_before_is_told(monkeypatch: pytest.Monk
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+
+
+def test_a_relay_that_sees_another_address_on_one_connection_tells_of_a_move() -> None:
+    seen = Observed()
+    first, second = ("relay-1", 1), ("relay-1", 2)
+    assert not seen.has_moved(first, None)
+    assert not seen.has_moved(first, ("192.0.2.1", 1000))
+    assert not seen.has_moved(("relay-2", 1), ("192.0.2.1", 1001)), "another relay, another socket"
+    assert not seen.has_moved(first, ("192.0.2.1", 1000))
+    assert seen.has_moved(first, ("192.0.2.1", 1002))
+    assert seen.has_moved(first, ("192.0.2.2", 1002))
+    assert not seen.has_moved(second, ("192.0.2.2", 1002)), "said of the connection before"
+    assert not seen.has_moved(second, ("192.0.2.2", 1003)), "a connection has a port of its own"
+    assert seen.has_moved(("relay-1", 3), ("192.0.2.3", 1004))
+
+
+async def test_what_a_relay_sees_is_told_as_a_change() -> None:
+    changes: list[int] = []
+    network = Network(lambda: changes.append(1))
+    network.observed(("relay-1", 1), ("192.0.2.1", 1000))
+    assert not changes
+    network.observed(("relay-1", 1), ("192.0.2.2", 1000))
+    assert changes == [1]

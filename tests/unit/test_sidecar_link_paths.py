@@ -86,6 +86,28 @@ def test_probes_five_times_a_second_for_ten_seconds_and_again_after_a_rest() -> 
     assert not link.paths.is_direct
 
 
+def test_rests_grow_until_there_is_an_answer_or_news() -> None:
+    def rests(link: Link, times: int) -> list[int]:
+        found = []
+        for _ in range(times):
+            link.run(PROBE_GIVE_UP_SECONDS + 0.5, {})
+            begun = link.now
+            while not link.due():
+                link.now += 1
+            found.append(round((link.now - begun) / REST_SECONDS))
+        return found
+
+    link = Link(NEAR)
+    assert rests(link, 6) == [1, 2, 4, 8, 16, 16]
+    link.run(1, {NEAR: 0.01})
+    link.run(5, {})
+    assert rests(link, 2) == [1, 2]
+    link.paths.add([NEAR], link.now)
+    assert rests(link, 2) == [1, 2]
+    link.paths.doubt(link.now)
+    assert rests(link, 1) == [1]
+
+
 def test_an_answered_candidate_carries() -> None:
     link = Link(NEAR)
     link.run(0.1, {NEAR: 0.01})
