@@ -127,10 +127,9 @@ def readdress(host: Host, address: str) -> None:
 
 def restart_nat(router: Host, address: str) -> None:
     """Have a NAT forget everything, and come back with another address."""
-    router.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
+    readdress(router, address)
     router.run("nft", "flush", "chain", "ip", "nat", "post")
     router.run("nft", "add", "rule", "ip", "nat", "post", "oifname", "eth0", "snat", "to", address)
-    router.run("ip", "addr", "del", f"{router.address}/24", "dev", "eth0")
     router.run("conntrack", "-F")
 
 
