@@ -23,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from ztna import admin_page, telemetry
 from ztna.config import Endpoint
+from ztna.errors import ZtnaError
 from ztna.jsontypes import Secret, encode_hook
 from ztna.listening import bind_error, unix_socket
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 SHUTDOWN_SECONDS = 0.5
 """A scrape or probe that does not end by then is cut off when the daemon stops."""
 SOCKET_MODE = 0o600
+PROBES_AT_ONCE_MAX = 8
+PROBE_SECONDS = 30.0
 _OPEN_PATHS = frozenset({"/metrics", "/healthz", "/readyz"})
 """What load balancers and Prometheus read from wherever the port is reached."""
 
@@ -107,6 +110,7 @@ class _Pages:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._probing = 0
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -129,11 +133,28 @@ class _Pages:
         return web.Response(text=text, content_type="text/html", charset="utf-8")
 
     async def act(self, request: web.Request) -> web.Response:
-        action = self._daemon.actions.get(request.match_info["action"])
+        name, subject = request.match_info["action"], request.match_info["subject"]
+        action, probe = self._daemon.actions.get(name), self._daemon.probes.get(name)
+        if probe is not None:
+            return await self._probe(probe, subject)
         if action is None:
             return _said("no such action", 404)
-        done = action(request.match_info["subject"])
+        done = action(subject)
         return _json({"done": done}, 200 if done else 404)
+
+    async def _probe(self, probe: Callable[[str], Awaitable[object]], subject: str) -> web.Response:
+        if self._probing >= PROBES_AT_ONCE_MAX:
+            return _said(f"{PROBES_AT_ONCE_MAX} probes are under way already", 503)
+        self._probing += 1
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                return _json(await probe(subject), 200)
+        except ZtnaError as error:
+            return _said(str(error), 400)
+        except TimeoutError:
+            return _said(f"not done within {PROBE_SECONDS:g} s", 504)
+        finally:
+            self._probing -= 1
 
     def _state(self) -> dict[str, object]:
         daemon = self._daemon

@@ -457,6 +457,12 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
         "127.0.0.1", 9434
     )
+    admin_socket: Annotated[
+        str | None,
+        about(
+            "Unix socket (mode 0600) for `ztna ping` and `ztna trace`; unset: none.", "/run/ztna/agent.sock"
+        ),
+    ] = None
     flows_total: Annotated[Count, about("The most flows in all.")] = 20_000
     udp_idle_s: Annotated[Seconds, about("A UDP flow that is silent for so many seconds is forgotten.")] = (
         120.0

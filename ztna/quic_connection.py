@@ -7,6 +7,7 @@ route packets, does not know the socket, and does not know what datagrams and st
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Protocol
 from aioquic.quic import events
 from aioquic.quic.packet import QuicFrameType
 
-from ztna.errors import ProtocolError, Refused
+from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.identity import Identity
 from ztna.quic_engine import (
     CONNECTION_WINDOW_BYTES,
@@ -35,6 +36,7 @@ HANDSHAKE_SECONDS = 10.0
 PAYLOAD_PROBES = 3
 TIMER_SLACK_SECONDS = 0.0005
 TIMER_STEP_SECONDS = 0.000_001
+ROUND_TRIPS_WAITING_MAX = 16
 
 CLOSE_OK = 0x00
 CLOSE_PROTOCOL_ERROR = 0x02
@@ -129,6 +131,8 @@ class Connection:
         self._outgoing: Packets = []
         self._farewell: Packets = []
         self._late_packets = 0
+        self._ping_numbers = itertools.count(1)  # 0 is `ping`, which nobody waits for
+        self._round_trips: dict[int, asyncio.Future[None]] = {}
         self._paused: set[int] = set()
         self._held: dict[int, bytearray] = {}
         self._held_ends: set[int] = set()
@@ -181,6 +185,21 @@ class Connection:
         if self.is_open:
             self._engine.send_ping(0)
             self._endpoint.touch(self)
+
+    async def round_trip(self) -> float:
+        """Return in how many seconds the peer acknowledges a PING sent now. Raises LinkError when that cannot be."""
+        if not self.is_open or len(self._round_trips) >= ROUND_TRIPS_WAITING_MAX:
+            raise LinkError("the connection is closed" if not self.is_open else "too many pings wait")
+        number = next(self._ping_numbers)
+        acknowledged = self._round_trips[number] = self._endpoint.loop.create_future()
+        sent_at = self._endpoint.clock()
+        self._engine.send_ping(number)
+        self._endpoint.touch(self)
+        try:
+            await acknowledged
+        finally:
+            self._round_trips.pop(number, None)
+        return self._endpoint.clock() - sent_at
 
     @property
     def blocked_streams(self) -> int:
@@ -343,6 +362,8 @@ class Connection:
             self._endpoint.cid_issued(event.connection_id, self)
         elif isinstance(event, events.ConnectionIdRetired):
             self._endpoint.cid_retired(event.connection_id)
+        elif isinstance(event, events.PingAcknowledged):
+            self._acknowledged(event.uid)
         elif self._handler is None:
             # Nothing of a peer is acted on before its identity stands (design.md 2.3).
             return
@@ -352,6 +373,11 @@ class Connection:
             self._stream_event(event)
         elif isinstance(event, events.StreamReset | events.StopSendingReceived):
             raise ProtocolError(f"stream {event.stream_id} reset, which no protocol here does")
+
+    def _acknowledged(self, number: int) -> None:
+        waiting = self._round_trips.get(number)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
     def _stream_event(self, event: events.StreamDataReceived) -> None:
         stream_id = event.stream_id
@@ -408,6 +434,9 @@ class Connection:
             self._timer = None
         self._held.clear()
         self._held_ends.clear()
+        for waiting in self._round_trips.values():
+            if not waiting.done():
+                waiting.set_exception(LinkError(f"the connection ended: {reason}"))
         self._endpoint.ended(self, was_open=self._handler is not None, code=code, reason=reason)
         if not self.confirmed.done():
             self.confirmed.cancel()

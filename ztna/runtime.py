@@ -104,6 +104,8 @@ class Daemon:
     status_sources: dict[str, Callable[[], object]] = field(default_factory=dict)
     actions: dict[str, Callable[[str], bool]] = field(default_factory=dict)
     """What the admin socket can do to a subject, by name; each says whether there was such a subject."""
+    probes: dict[str, Callable[[str], Awaitable[object]]] = field(default_factory=dict)
+    """What the admin socket can try out on a subject, by name; each returns what it found, as JSON."""
     admin_address: tuple[str, int] = ("", 0)
     started_at: float = field(default_factory=time.monotonic)
     reread: Callable[[], Config] | None = None

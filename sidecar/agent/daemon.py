@@ -36,6 +36,7 @@ from sidecar.agent.relays import RelayState
 from sidecar.agent.sessions import Sessions
 from sidecar.agent.streams import Streams
 from sidecar.agent.told import UNKNOWN, HealthBook
+from sidecar.agent.tracing import Tracer
 from sidecar.link.control import RelayClient
 from sidecar.link.network import Network
 from sidecar.link.pulse import Life
@@ -136,6 +137,13 @@ class Agent:
             direct=config.direct,
             private_candidates=config.private_candidates,
         )
+        self._tracer = Tracer(
+            self._broker,
+            self._links,
+            self._carriers,
+            leases=lambda: self._follower.leases,
+            credentials=lambda: self._credentials,
+        )
         self._datagrams = Datagrams(self._broker, self._links, idle_s=config.udp_idle_s)
         self._links.ready = self._datagrams.link_ready
         self._links.failed = self._datagrams.link_failed
@@ -164,6 +172,7 @@ class Agent:
     async def run(self) -> None:
         """Serve until the daemon stops, then let what runs finish for a while."""
         self._daemon.status_sources["agent"] = self.status
+        self._daemon.probes |= {"trace": self._tracer.trace, "ping": self._tracer.ping}
         self._daemon.on_reload.append(self._renewal.reload)
         self._daemon.status_sources["certificate"] = self._renewal.status
         self._relays.start(self._config.resolvers, self._daemon.config.domain)

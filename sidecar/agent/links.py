@@ -198,6 +198,8 @@ class Links:
                 "sessions": len(link.sessions),
                 "rtt_ms": round(link.packet_link.rtt_s * 1000, 1) if link.packet_link else None,
                 "candidates": _candidates(link.packet_link) if link.packet_link else [],
+                "sent_bytes": link.packet_link.sent_bytes if link.packet_link else 0,
+                "received_bytes": link.packet_link.received_bytes if link.packet_link else 0,
             }
             for link in self._links.values()
         ]

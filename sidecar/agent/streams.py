@@ -100,7 +100,17 @@ class Streams:
 
     def status(self) -> dict[str, object]:
         """Return what `/status` shows of flows and carriers."""
-        return {"flows": self.flows} | self._carriers.status()
+        return {"flows": self.flows, "running": self._traffic()} | self._carriers.status()
+
+    def _traffic(self) -> dict[str, dict[str, int]]:
+        """Return by service how many flows run, and the bytes that each way has taken of them so far."""
+        found: dict[str, dict[str, int]] = {}
+        for ride in self._rides():
+            own = found.setdefault(ride.at.service, {"flows": 0, "sent_bytes": 0, "received_bytes": 0})
+            own["flows"] += 1
+            own["sent_bytes"] += ride.flow.state.sent_position
+            own["received_bytes"] += ride.flow.state.received_position
+        return found
 
     # --- a flow
 

@@ -67,6 +67,8 @@ class PacketLink:
         """Called when the other end is to hear of a way's candidates, as they are others than before."""
         self.closed: asyncio.Future[Reason] = loop.create_future()
         self.established: asyncio.Future[None] = loop.create_future()
+        self.sent_bytes = self.received_bytes = 0
+        """IP packets with the names of their services, in bytes."""
         self._receive = receive
         self._connection: Connection | None = None
         self._services: dict[bytes, ServiceName] = {}
@@ -229,6 +231,12 @@ class PacketLink:
         """The round trip time to the other end in seconds, 0 while none was measured."""
         return (self._connection.rtt_s if self._connection is not None else None) or 0.0
 
+    async def round_trip(self) -> float:
+        """Return in how many seconds the other end acknowledges a PING sent now. Raises LinkError."""
+        if self._connection is None:
+            raise LinkError("the link is not established")
+        return await self._connection.round_trip()
+
     @property
     def unanswered_s(self) -> float:
         """For how many seconds packets were sent and nothing came back, not even QUIC's ACK of one."""
@@ -247,6 +255,7 @@ class PacketLink:
         if self._unanswered_since is None or connection.heard_at >= self._unanswered_since:
             self._unanswered_since = time.monotonic()
         message = service_packet(service.encode(), packet)
+        self.sent_bytes += len(message)
         if len(message) <= connection.datagram_limit:
             return connection.send_datagram(message, service)
         if connection.blocked_streams >= LARGE_PACKETS_WAITING_MAX:
@@ -358,6 +367,7 @@ class PacketLink:
         self.path_changed(self)
 
     def _message_received(self, message: bytes) -> None:
+        self.received_bytes += len(message)
         try:
             name, packet = split_service_packet(message)
             service = self._services.get(name)

@@ -1,4 +1,4 @@
-"""Asks a relay's admin port or socket, on this host. Knows nothing of what it answers."""
+"""Asks a daemon's admin port or socket, on this host. Knows nothing of what it answers."""
 
 from __future__ import annotations
 
@@ -20,32 +20,57 @@ def is_socket(admin: str) -> bool:
     return "/" in admin
 
 
-def ask(admin: str, path: str, type_: type[T], *, method: str = "GET") -> tuple[int, T]:
+def ask(
+    admin: str,
+    path: str,
+    type_: type[T],
+    *,
+    method: str = "GET",
+    seconds: float = ANSWER_SECONDS,
+    who: str = "relay",
+) -> tuple[int, T]:
     """Return the status and the JSON that `host:port`, or the socket at a path, answers. Raises ZtnaError."""
+    try:
+        status, body = fetch(admin, path, method=method, seconds=seconds)
+        refusal = _refusal(body) if status >= 400 else None
+        if refusal is None:
+            return status, from_json(body, type_)
+    except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
+        raise ZtnaError(f"{who} at {admin}: {error}") from None
+    raise ZtnaError(f"{who} at {admin}: {refusal}")
+
+
+def fetch(
+    admin: str, path: str, *, method: str = "GET", seconds: float = ANSWER_SECONDS
+) -> tuple[int, bytes]:
+    """Return the status and the body. Raises OSError, ValueError and HTTPException."""
     connection = (
-        _UnixConnection(admin)
+        _UnixConnection(admin, seconds)
         if is_socket(admin)
-        else http.client.HTTPConnection(admin, timeout=ANSWER_SECONDS)
+        else http.client.HTTPConnection(admin, timeout=seconds)
     )
     try:
         connection.request(method, path)
         answer = connection.getresponse()
-        body = answer.read(ANSWER_BYTES_MAX)
-        if answer.status == 403:
-            raise ZtnaError(f"relay at {admin}: {from_json(body, dict[str, str]).get('error', 'refused')}")
-        return answer.status, from_json(body, type_)
-    except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
-        raise ZtnaError(f"relay at {admin}: {error}") from None
+        return answer.status, answer.read(ANSWER_BYTES_MAX)
     finally:
         connection.close()
 
 
+def _refusal(body: bytes) -> str | None:
+    """Return what an answer says is wrong, None when it says something else."""
+    try:
+        return from_json(body, dict[str, str]).get("error")
+    except ProtocolError:
+        return None
+
+
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=ANSWER_SECONDS)
+    def __init__(self, path: str, seconds: float) -> None:
+        super().__init__("localhost", timeout=seconds)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(ANSWER_SECONDS)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)

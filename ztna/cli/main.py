@@ -13,10 +13,14 @@ from ztna.errors import ZtnaError
 _COMMANDS = {
     "up": "ztna.cli.up:up",
     "ca": "ztna.cli.ca:ca",
+    "status": "ztna.cli.status:status",
+    "ping": "ztna.cli.reach:ping",
+    "trace": "ztna.cli.reach:trace",
     "sessions": "ztna.cli.sessions:sessions",
     "leases": "ztna.cli.leases:leases",
     "dns": "ztna.cli.dns:dns",
     "doctor": "ztna.cli.doctor:doctor",
+    "debug": "ztna.cli.debug:debug",
     "check-config": "ztna.cli.check_config:check_config",
 }
 

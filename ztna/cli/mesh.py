@@ -94,6 +94,11 @@ class Mesh:
         self.backend_ports = {service: choose(f"sample backend {service}", 0) for service in SERVICES}
 
     @property
+    def agent_socket(self) -> Path:
+        """The agent's admin socket."""
+        return self.options.directory / "agent.sock"
+
+    @property
     def consul_address(self) -> str:
         """The URL of the Consul in use."""
         return self._consul_address
@@ -211,6 +216,7 @@ class Mesh:
             pool=self.options.pool,
             direct=self.options.direct,
             admin=self._admin("agent"),
+            admin_socket=str(self.agent_socket),
             drain_s=0.2,
         )
         return {

@@ -265,8 +265,9 @@ def commands(mesh: Mesh, rows: list[dict[str, object]]) -> list[str]:
         f"  echo hello | timeout 1 nc -u {address[ECHO]} {VIRTUAL_PORTS[ECHO]}",
         f"  curl -X POST http://127.0.0.1:{mesh.backend_ports[WEB]}/db/up      # the database comes up",
         f"  echo select | timeout 1 nc {address[DATABASE]} {VIRTUAL_PORTS[DATABASE]}",
-        f"  curl http://127.0.0.1:{mesh.admin['relay']}/status                 # also "
-        + ", ".join(f"{name} {port}" for name, port in mesh.admin.items() if name != "relay"),
+        f"  ztna trace {WEB} --agent {mesh.agent_socket} --dns 127.0.0.1:{mesh.dns_port}",
+        f"  ztna ping {WEB} --agent {mesh.agent_socket}",
+        "  ztna status" + "".join(f" --config {mesh.options.directory}/{name}.yaml" for name in mesh.admin),
         *_missing_tools(),
         f"Certificates, configurations and logs: {mesh.options.directory}",
         "",

@@ -1,0 +1,232 @@
+"""Try a service out step by step, as a flow would go, for `ztna trace` and `ztna ping`.
+
+Uses the agent's own sessions, links and carriers, so that what it finds is what programs meet. Carries nobody's data;
+names are the caller's to resolve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from sidecar.agent.broker import Broker
+from sidecar.agent.carriers import Carriers
+from sidecar.agent.commands import Session
+from sidecar.agent.links import Link, Links
+from sidecar.agent.streams import FLOW_KEY_BYTES
+from sidecar.link.flow import abort
+from sidecar.link.stream import FlowRefused
+from ztna.credentials import Credentials
+from ztna.errors import LinkError, Refused
+from ztna.leases import Lease, Port
+from ztna.names import ServiceName
+from ztna.reasons import Reason
+from ztna.wire.control import Address
+from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame
+
+LINK_SECONDS = 6.0
+ROUND_TRIP_SECONDS = 5.0
+POLL_SECONDS = 0.02
+PORTS_TRIED_MAX = 16
+_SOURCE = Address("127.0.0.1", 9)
+"""Where the tried flow says it comes from: nobody answers there."""
+
+
+class Step(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One step: whether it went well (None: it could not be tried), in words, and how long it took."""
+
+    step: str
+    ok: bool | None
+    told: str
+    ms: float | None = None
+    reason: Reason | None = None
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """One round trip to a service's connector and back."""
+
+    connector_id: str
+    relay: str
+    path: str
+    ms: float
+
+
+class Tracer:
+    """Tries services out; `leases` are those that the agent serves."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        links: Links,
+        carriers: Carriers,
+        *,
+        leases: Callable[[], Mapping[ServiceName, Lease]],
+        credentials: Callable[[], Credentials],
+    ) -> None:
+        self._broker = broker
+        self._links = links
+        self._carriers = carriers
+        self._leases = leases
+        self._credentials = credentials
+
+    async def trace(self, name: str) -> list[Step]:
+        """Return the steps to a service's backend, up to the first that fails. Raises BadName."""
+        service = ServiceName(name)
+        steps: list[Step] = []
+        identity, lease = self._credentials().identity, self._leases().get(service)
+        granted = identity.may_use(service)
+        told = f"{identity.name} {'may' if granted else 'may not'} use {service}"
+        steps.append(Step("grant", granted, told, reason=None if granted else Reason.NO_GRANT))
+        if not granted:
+            return steps
+        if lease is None:
+            told = f"{service} has no virtual address that this agent serves"
+            return [*steps, Step("lease", False, told, reason=Reason.NO_SUCH_SERVICE)]
+        ports = ", ".join(f"{port.protocol}:{port.port}" for port in lease.ports)
+        steps += [Step("lease", True, f"{lease.ip} epoch {lease.epoch}, {ports}"), self._relay()]
+        if not steps[-1].ok:
+            return steps
+        started = time.monotonic()
+        try:
+            async with self._session(service) as session:
+                opened = session.opened
+                told = f"{opened.session} by relay {session.relay} to connector {opened.connector_id}"
+                steps.append(Step("session", True, told, _ms(started)))
+                steps += await self._beyond(session, lease)
+        except Refused as error:
+            steps.append(Step("session", False, f"refused: {error}", _ms(started), error.reason))
+        return steps
+
+    async def ping(self, name: str) -> Pong:
+        """Return one round trip to whoever serves the service. Raises BadName, Refused, LinkError."""
+        async with self._session(ServiceName(name)) as session:
+            link = await self._link(session)
+            assert link.packet_link is not None, "a link that is ready has one"
+            taken = await _round_trip(link)
+            return Pong(session.opened.connector_id, link.relay, link.packet_link.path, taken)
+
+    def _relay(self) -> Step:
+        relays = self._broker.sessions.relays
+        preferred = relays.preferred
+        if preferred is None:
+            return Step("relay", False, "no relay is connected", reason=Reason.PEER_GONE)
+        return Step("relay", True, f"{preferred} is {relays.state(preferred)}")
+
+    async def _beyond(self, session: Session, lease: Lease) -> list[Step]:
+        """Try both carriers, and each TCP port's backend."""
+        steps = [await self._packet_carrier(session)]
+        tcp = [port for port in lease.ports if port.protocol == "tcp"][:PORTS_TRIED_MAX]
+        steps += [await self._backend(session, port) for port in tcp]
+        steps += [
+            Step(
+                f"backend {port.protocol}:{port.port}",
+                None,
+                "not tried: only its program knows what it answers",
+            )
+            for port in lease.ports
+            if port.protocol != "tcp"
+        ]
+        return steps
+
+    async def _packet_carrier(self, session: Session) -> Step:
+        started = time.monotonic()
+        try:
+            link = await self._link(session)
+            taken = await _round_trip(link)
+        except (LinkError, Refused) as error:
+            return Step("packet carrier", False, str(error), _ms(started), Reason.PEER_GONE)
+        assert link.packet_link is not None, "a link that is ready has one"
+        by = f" by relay {link.relay}" if link.packet_link.path != "direct" else ""
+        return Step(
+            "packet carrier", True, f"{link.packet_link.path}{by}, round trip {taken:.1f} ms", _ms(started)
+        )
+
+    async def _backend(self, session: Session, port: Port) -> Step:
+        """Have the connector connect to the backend, and reset that at once."""
+        name, started = f"backend {port.protocol}:{port.port}", time.monotonic()
+        try:
+            carrier = self._carriers.take_idle(session) or await self._carriers.dial(session)
+        except (LinkError, Refused) as error:
+            return Step(name, False, f"no stream carrier: {error}", _ms(started), Reason.PEER_GONE)
+        way = "forwarded" if carrier.forwarded else "direct"
+        local, program = await _connected_pair()
+        frame = OpenFrame(
+            session=session.opened.session,
+            flow=secrets.token_hex(FLOW_KEY_BYTES),
+            service=session.service,
+            lease=session.lease,
+            source=_SOURCE,
+            destination=Address(str(session.lease.ip), port.port),
+            window=WINDOW_BYTES_MIN,
+        )
+        try:
+            flow = await carrier.open(frame, local)
+        except (FlowRefused, LinkError) as error:
+            abort(local)
+            return Step(name, False, f"{way}: {error}", _ms(started), Reason.NO_HEALTHY_CONNECTOR)
+        finally:
+            program.close()
+        flow.reset(Reason.CLOSED_BY_PEER)
+        return Step(name, True, f"connected, stream carrier {way}", _ms(started))
+
+    @asynccontextmanager
+    async def _session(self, service: ServiceName) -> AsyncIterator[Session]:
+        number = self._broker.number()
+        session = await self._broker.acquire(number, service)
+        try:
+            yield session
+        finally:
+            self._broker.release(number)
+
+    async def _link(self, session: Session) -> Link:
+        """Wait until the session's packet link is ready. Raises LinkError."""
+        link = self._links.of(session)
+        if link is None:
+            raise LinkError(
+                "no packet link: the relay has no forwarder, or the connector may not serve this session"
+            )
+        try:
+            async with asyncio.timeout(LINK_SECONDS):
+                while not (link.is_ready and link.packet_link is not None):
+                    if link.is_over:
+                        raise LinkError("the packet link could not be made")
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            raise LinkError(f"no packet link within {LINK_SECONDS:g} s: UDP may be blocked") from None
+        return link
+
+
+async def _round_trip(link: Link) -> float:
+    """Return a link's round trip now, in milliseconds. Raises LinkError."""
+    assert link.packet_link is not None, "a link that is ready has one"
+    try:
+        async with asyncio.timeout(ROUND_TRIP_SECONDS):
+            return round(1000 * await link.packet_link.round_trip(), 3)
+    except TimeoutError:
+        raise LinkError(f"no answer within {ROUND_TRIP_SECONDS:g} s") from None
+
+
+async def _connected_pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a TCP connection on loopback, for a flow that wants a program's socket."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        program = socket.socket()
+        program.setblocking(False)
+        try:
+            await loop.sock_connect(program, server.getsockname())
+            local, _ = await loop.sock_accept(server)
+        except BaseException:
+            program.close()
+            raise
+    return local, program
+
+
+def _ms(started: float) -> float:
+    return round(1000 * (time.monotonic() - started), 1)

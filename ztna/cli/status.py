@@ -1,0 +1,343 @@
+"""`ztna status`: what the daemons on this host are doing, from their admin ports. Reads only."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ztna import config as configuration
+from ztna.cli import admin
+from ztna.config import DAEMON_SECTIONS, AgentConfig, Config, ConnectorConfig, DnsdConfig, RelayConfig
+from ztna.errors import ConfigError, ProtocolError
+from ztna.jsontypes import from_json
+from ztna.sections import Section
+
+COUNTERS = {"ztna_refusals": "refused", "ztna_drops": "dropped"}
+WIDTH_PIPED = 160
+_COLOURS = {
+    "up": "green",
+    "passing": "green",
+    "open": "green",
+    "warning": "yellow",
+    "critical": "red",
+    "down": "red",
+}
+
+Json = dict[str, Any]
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """One daemon: what it says of itself, or why it says nothing."""
+
+    name: str
+    admin: str
+    status: Json | None = None
+    counted: Json | None = None
+    error: str | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it answered and awaits nothing."""
+        return self.status is not None and bool(self.status["readiness"]["ready"])
+
+
+@click.command()
+@click.option(
+    "--config",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Configurations of the daemons to ask; without any, those at the default admin ports that run.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(files: tuple[Path, ...], as_json: bool) -> None:
+    """Show the daemons on this host: relays, services, addresses, sessions, paths, round trips, refusals.
+
+    Exit status 0 when each is ready, 1 when one is not or none answers.
+    """
+    asked = _of_files(files) if files else _defaults()
+    seen = [look(name, address) for name, address in asked]
+    if not files:
+        seen = [each for each in seen if each.error is None or "refused" not in each.error]
+    if as_json:
+        click.echo(json.dumps({each.name: msgspec.to_builtins(each) for each in seen}, indent=2))
+    elif not seen:
+        click.echo(
+            "no daemon answers at the default admin ports of this host; --config FILE says where one is",
+            err=True,
+        )
+    else:
+        show(Console(width=None if sys.stdout.isatty() else WIDTH_PIPED, highlight=False), seen)
+    sys.exit(0 if seen and all(each.is_ready for each in seen) else 1)
+
+
+def look(name: str, address: str) -> Seen:
+    """Ask one daemon."""
+    try:
+        _, body = admin.fetch(address, "/status")
+        _, metrics = admin.fetch(address, "/metrics")
+        return Seen(name, address, from_json(body, Json), counters(metrics.decode()))
+    except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
+        return Seen(name, address, error=str(error))
+
+
+def counters(metrics: str) -> Json:
+    """Return what was refused and dropped, `{"refused": {"where reason": count}, ...}`, of a metrics page."""
+    found: Json = {told: {} for told in COUNTERS.values()}
+    for family in text_string_to_metric_families(metrics):
+        told = COUNTERS.get(family.name)
+        if told is None:
+            continue
+        for sample in family.samples:
+            if sample.value:
+                found[told][" ".join(sample.labels.values())] = int(sample.value)
+    return found
+
+
+def show(console: Console, seen: Iterable[Seen]) -> None:
+    """Print the daemons, each with its tables."""
+    for each in seen:
+        if each.status is None:
+            console.print(Text(f"{each.name} at {each.admin}: {each.error}", "red"))
+            continue
+        console.print(_headline(each))
+        for table in _TABLES.get(each.name, lambda status: ())(each.status):
+            if table.row_count:
+                console.print(table)
+        for told, found in (each.counted or {}).items():
+            if found:
+                console.print(
+                    f"{told}: " + ", ".join(f"{what} {count}" for what, count in sorted(found.items()))
+                )
+        console.print()
+
+
+def _headline(each: Seen) -> Text:
+    assert each.status is not None, "shown only when it answered"
+    readiness = each.status["readiness"]
+    text = Text(f"{each.name} ", "bold")
+    text.append("ready" if readiness["ready"] else "not ready", "green" if readiness["ready"] else "red")
+    text.append(f", version {each.status['version']}, up {_age(each.status['uptime_s'])}, admin {each.admin}")
+    for what, detail in readiness["awaiting"].items():
+        text.append(f"\n  waits for {what}: {detail}", "red")
+    for what, detail in readiness["warnings"].items():
+        text.append(f"\n  warning, {what}: {detail}", "yellow")
+    return text
+
+
+def _of_files(files: Iterable[Path]) -> list[tuple[str, str]]:
+    asked = []
+    for file in files:
+        try:
+            config = configuration.load(file, os.environ, {})
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from None
+        asked += admins(config)
+        if not admins(config):
+            raise click.UsageError(f"{file} has no section of a daemon: {', '.join(DAEMON_SECTIONS)}")
+    return asked
+
+
+def admins(config: Config) -> list[tuple[str, str]]:
+    """Return name and admin address of each daemon that a configuration has."""
+    return [
+        (name, str(getattr(config, name).admin))
+        for name in DAEMON_SECTIONS
+        if getattr(config, name) is not None
+    ]
+
+
+def _defaults() -> list[tuple[str, str]]:
+    types: dict[str, type[Section]] = {
+        "dnsd": DnsdConfig,
+        "relay": RelayConfig,
+        "connector": ConnectorConfig,
+        "agent": AgentConfig,
+    }
+    found = {
+        name: field.default
+        for name, section in types.items()
+        for field in msgspec.structs.fields(section)
+        if field.name == "admin"
+    }
+    return [(name, str(found[name])) for name in DAEMON_SECTIONS]
+
+
+# --- the tables of each daemon; what a daemon of another version does not say stays empty
+
+
+def _agent(status: Json) -> list[Table]:
+    agent = status.get("agent", {})
+    return [
+        _table(
+            "relays",
+            agent.get("relays", ()),
+            relay="relay",
+            state="state",
+            transport="transport",
+            **{"rtt ms": "rtt_ms"},
+            preferred="preferred",
+            problem="problem",
+        ),
+        _table(
+            "services",
+            [
+                each
+                | {"listens": ", ".join(each.get("listening", ())), "ports": _ports(each.get("ports", ()))}
+                for each in agent.get("services", ())
+            ],
+            service="service",
+            address="ip",
+            ports="ports",
+            health="health",
+            session="state",
+            connector="connector",
+            reason="reason",
+        ),
+        _table(
+            "links",
+            agent.get("links", ()),
+            connector="connector",
+            path="path",
+            relay="relay",
+            carrier="carrier",
+            **{"rtt ms": "rtt_ms"},
+            sent="sent_bytes",
+            received="received_bytes",
+        ),
+        _table(
+            "running TCP flows",
+            [{"service": name, **own} for name, own in agent.get("streams", {}).get("running", {}).items()],
+            service="service",
+            flows="flows",
+            sent="sent_bytes",
+            received="received_bytes",
+        ),
+        _table(
+            "",
+            [agent.get("streams", {}) | {"udp_flows": agent.get("udp_flows")}],
+            **{
+                "TCP flows": "flows",
+                "UDP flows": "udp_flows",
+                "stream carriers": "carriers",
+                "their ways": "routes",
+            },
+        ),
+    ]
+
+
+def _connector(status: Json) -> list[Table]:
+    own = status.get("connector", {})
+    services = [
+        each
+        | {
+            "service": name,
+            "address": (each.get("lease") or {}).get("ip"),
+            "checks": [
+                f"{check.get('kind')} {check.get('target')}: {check.get('output')}"
+                for check in each["checks"]
+            ],
+        }
+        for name, each in own.get("services", {}).items()
+    ]
+    return [
+        _table(
+            "services",
+            services,
+            service="service",
+            verdict="verdict",
+            registered="registered",
+            address="address",
+            refused="refused",
+            checks="checks",
+        ),
+        _table(
+            "relays",
+            own.get("relays", ()),
+            relay="name",
+            address="address",
+            connected="connected",
+            problem="problem",
+        ),
+    ]
+
+
+def _relay(status: Json) -> list[Table]:
+    return [
+        _table(
+            "connections",
+            status.get("connections", ()),
+            peer="peer",
+            address="address",
+            connector="connector_id",
+            sessions="sessions",
+            **{"certificate days": "certificate_days"},
+        ),
+        _table(
+            "sessions",
+            status.get("sessions", ()),
+            agent="agent",
+            service="service",
+            connector="connector_id",
+            path="path",
+            bytes="bytes",
+            link="link_bytes",
+            **{"age s": "age_s"},
+        ),
+    ]
+
+
+def _dnsd(status: Json) -> list[Table]:
+    row = status.get("dns", {}) | status.get("pool", {}) | status.get("keeper", {})
+    columns = ("zone", "serial", "services", "leases", "stale", "elected", "trouble", "free", "resting")
+    return [_table("names and leases", [row], **{each: each for each in columns})]
+
+
+_TABLES = {"agent": _agent, "connector": _connector, "relay": _relay, "dnsd": _dnsd}
+
+
+def _table(title: str, rows: Iterable[Mapping[str, Any]], **columns: str) -> Table:
+    """Return a table with the columns, `head="key of a row"`, that at least one row has something for."""
+    rows = list(rows)
+    shown = {
+        head: key for head, key in columns.items() if any(row.get(key) not in (None, "", {}) for row in rows)
+    }
+    table = Table(*shown, title=title, title_justify="left", title_style="")
+    for row in rows if shown else ():
+        table.add_row(*(_cell(row.get(key)) for key in shown.values()))
+    return table
+
+
+def _cell(value: Any) -> Text:
+    if isinstance(value, bool):
+        return Text("yes" if value else "no")
+    if isinstance(value, dict):
+        return Text(", ".join(f"{key} {entry}" for key, entry in value.items()))
+    if isinstance(value, list):
+        return Text(", ".join(map(str, value)))
+    text = "" if value is None else str(value)
+    # A name is whatever a certificate says; a terminal must not obey it.
+    return Text(text if text.isprintable() else repr(text), _COLOURS.get(text, ""))
+
+
+def _ports(ports: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{port['protocol']}:{port['port']}" for port in ports)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
