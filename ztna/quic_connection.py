@@ -161,6 +161,11 @@ class Connection:
         """The largest datagram in bytes that fits a packet now."""
         return self._engine.datagram_limit
 
+    @property
+    def udp_payload(self) -> int:
+        """The largest UDP payload in bytes that is sent now."""
+        return self._engine.udp_payload
+
     def send_datagram(self, data: bytes, lane: str = "") -> bool:
         """Queue a datagram; lanes take turns. False, and counted, when it is too large or one was given up for it."""
         if not self.is_open:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import secrets
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import click
+import msgspec
 
+from ztna import config as configuration
+from ztna import findings
 from ztna.cli.dns import domain_option, endpoint, look, root_option, server_option
+from ztna.cli.examine import examine
 from ztna.config import Endpoint
 from ztna.dns import Message, Type, decode, encode_query
-from ztna.errors import ProtocolError
+from ztna.errors import ConfigError, ProtocolError
 from ztna.names import Zone
 from ztna.system_dns import DNS_PORT, RESOLV_CONF, Heard, Verdict, judge, nameservers
 
@@ -21,9 +28,56 @@ ANSWER_SECONDS = 2.0
 UDP_PAYLOAD_BYTES = 1232
 
 
-@click.group()
-def doctor() -> None:
-    """Find out what is wrong on this host."""
+@click.group(invoke_without_command=True)
+@click.option(
+    "--config",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Configurations of this host's daemons; what is examined depends on which they are.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, files: tuple[Path, ...], as_json: bool) -> None:
+    """Find out what is wrong on this host, and what to do about it.
+
+    Packages, certificates, ports, Consul, the clock, token rights, resolvers, UDP and TCP to the relays, NAT, MTU.
+    Exit status 1 when something is wrong.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    if not files:
+        raise click.UsageError("name the configurations of this host's daemons: --config FILE")
+    found = asyncio.run(_examine(files, as_json))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    sys.exit(1 if any(each.verdict is findings.Verdict.WRONG for each in found) else 0)
+
+
+async def _examine(files: tuple[Path, ...], as_json: bool) -> list[findings.Finding]:
+    found: list[findings.Finding] = []
+    for number, file in enumerate(files):
+        try:
+            config = configuration.load(file, os.environ, {})
+        except ConfigError as error:
+            found.append(
+                findings.Finding("configuration", findings.Verdict.WRONG, str(error), f"mend {file}")
+            )
+            _tell(found[-1], as_json)
+            continue
+        async for finding in examine(config, is_first=number == 0):
+            found.append(finding)
+            _tell(finding, as_json)
+    return found
+
+
+def _tell(finding: findings.Finding, as_json: bool) -> None:
+    """Print a finding as soon as there is one."""
+    if as_json:
+        return
+    click.echo(f"{finding.verdict:<8}{finding.check}: {finding.told}")
+    if finding.todo:
+        click.echo(f"        {finding.todo}")
 
 
 @doctor.command()

@@ -9,6 +9,7 @@ import base64
 import json
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
@@ -54,6 +55,17 @@ class Read(msgspec.Struct, Generic[T], frozen=True):
     index: int
     known_leader: bool
     last_contact_ms: int
+
+
+class Right(msgspec.Struct, frozen=True):
+    """What an ACL token may have: access (`read`, `list` or `write`) to a resource (`key`, `service`, `node`, ...)."""
+
+    resource: str
+    segment: str
+    access: str
+
+    def __str__(self) -> str:
+        return f"{self.resource} {self.segment}: {self.access}"
 
 
 class _Api(base.Consul):  # type: ignore[misc]
@@ -280,6 +292,29 @@ class ConsulClient:
         """Return the leader's address, None when there is none."""
         return await _mapped(self._api.status.leader(), "none") or None
 
+    async def clock(self) -> float:
+        """Return Consul's idea of the time, in Unix seconds and whole ones, as the Date of an answer has it."""
+        date = await _mapped(
+            self._http.get(lambda answer: answer.headers.get("Date"), "/v1/status/leader"), "none"
+        )
+        return _shaped(lambda text: parsedate_to_datetime(text).timestamp(), date)
+
+    async def may(self, rights: Sequence[Right]) -> tuple[bool, ...]:
+        """Return for each right whether the token has it.
+
+        Raises ConsulRejected where ACLs are off. Asks what Consul's own user interface asks, since 1.8.
+        """
+        wanted = [
+            {"Resource": right.resource, "Segment": right.segment, "Access": right.access} for right in rights
+        ]
+        answer = await _mapped(
+            self._http.post(_read_json, "/v1/internal/acl/authorize", data=json.dumps(wanted)), "none"
+        )
+        allowed = _shaped(lambda found: tuple(bool(each["Allow"]) for each in found), answer)
+        if len(allowed) != len(rights):
+            raise ConsulUnavailable(f"Consul answered {len(allowed)} of {len(rights)} rights")
+        return allowed
+
     # The catalog
 
     async def service_instances(
@@ -391,6 +426,11 @@ def _check_status(response: base.Response) -> None:
         raise base.ACLPermissionDenied(text)
     if response.code >= 400:
         raise base.ClientError(f"{response.code} {text}")
+
+
+def _read_json(response: base.Response) -> Any:
+    _check_status(response)
+    return json.loads(response.body)
 
 
 def _done(response: base.Response) -> None:

@@ -1,0 +1,391 @@
+"""Look at everything on this host that can keep a daemon from working: what `ztna doctor` does.
+
+Looks and asks; changes nothing. What is found is judged by ztna.findings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import http.client
+import socket
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+
+from ztna import findings
+from ztna.cli import admin
+from ztna.config import DAEMON_SECTIONS, AgentConfig, Config, ConnectorConfig, Endpoint, RelayTarget
+from ztna.consul.client import ConsulClient, Right
+from ztna.credentials import Credentials
+from ztna.errors import ConfigError, ConsulError, ProtocolError, ZtnaError
+from ztna.findings import Finding, Verdict
+from ztna.identity import require_relay
+from ztna.jsontypes import from_json
+from ztna.names import Zone
+from ztna.quic import Client, Connection, Settings
+from ztna.resolver import Resolver
+from ztna.sections import Server
+from ztna.udp import SockAddr, UdpSocket
+from ztna.wire import datagram
+
+IMPORT_NAMES = ("ztna", "sidecar", "dnsd", "relay")
+DISTRIBUTION = "ztna-mesh"
+RELAY_SECONDS = 5.0
+QAD_SECONDS = 2.0
+PAYLOAD_SECONDS = 3.0
+POLL_SECONDS = 0.02
+CONSUL_SECONDS = 5.0
+FRESH_SECONDS_MAX = 180.0
+_ALPN = "ztna-v2"
+_CONSUL_DAEMONS = ("dnsd", "connector", "agent")
+
+
+async def examine(config: Config, *, is_first: bool = True) -> AsyncIterator[Finding]:
+    """Yield what is found, as it is found; of daemons those whose section the configuration has.
+
+    What is the host's, whatever the configuration, is looked at for the first one only.
+    """
+    if is_first:
+        yield _packages()
+    daemons = [name for name in DAEMON_SECTIONS if getattr(config, name) is not None]
+    credentials: dict[str, Credentials] = {}
+    for name in daemons:
+        for finding in _certificate(config, name, credentials):
+            yield finding
+    for name in daemons:
+        for finding in _ports(config, name):
+            yield finding
+    if any(name in _CONSUL_DAEMONS for name in daemons):
+        async for finding in _consul(config, [name for name in daemons if name in _CONSUL_DAEMONS]):
+            yield finding
+    async for finding in _resolvers(config):
+        yield finding
+    for name in ("connector", "agent"):
+        section: ConnectorConfig | AgentConfig | None = getattr(config, name)
+        if section is not None and section.relays and name in credentials:
+            async for finding in _relays(name, section.relays, credentials[name]):
+                yield finding
+
+
+def _packages() -> Finding:
+    found: dict[str, str | None] = {}
+    for name in IMPORT_NAMES:
+        spec = find_spec(name)
+        origin = spec.origin if spec is not None else None
+        found[name] = str(Path(origin).resolve().parent.parent) if origin else None
+    by_name = packages_distributions()
+    others = {name: {by for by in by_name.get(name, ()) if by != DISTRIBUTION} for name in IMPORT_NAMES}
+    ours = found["ztna"] or ""
+    return findings.distributions(found, ours, others)
+
+
+def _certificate(config: Config, name: str, kept: dict[str, Credentials]) -> Iterator[Finding]:
+    tls = getattr(getattr(config, name), "tls", None)
+    if tls is None:
+        return
+    now = datetime.now(UTC)
+    try:
+        credentials = kept[name] = Credentials.load(tls)
+    except ConfigError as error:
+        yield Finding(f"{name} certificate", Verdict.WRONG, str(error), "see docs/certificates.md")
+        return
+    yield findings.certificate(credentials.identity, now, name)
+
+
+# --- ports
+
+
+def _ports(config: Config, name: str) -> Iterator[Finding]:
+    """Find out whether the daemon runs, or else whether it could have its ports."""
+    section = getattr(config, name)
+    try:
+        status = from_json(admin.fetch(str(section.admin), "/status")[1], dict[str, object])
+        if name in str(status.get("daemon")):
+            yield Finding(f"{name} ports", Verdict.FINE, f"it runs, process {status.get('pid')}")
+            return
+    except (OSError, ValueError, http.client.HTTPException, ProtocolError):
+        pass  # it does not run, or somebody else has the port: what binding says is told
+    taken = [text for key, kind, at in _listens(name, section) if (text := _taken(key, kind, at))]
+    if not taken:
+        yield Finding(f"{name} ports", Verdict.FINE, "it does not run, and its ports are free")
+    for text in taken:
+        yield Finding(
+            f"{name} ports",
+            Verdict.WRONG,
+            text,
+            "`ss -lntup` shows who has it: end that, or set another port",
+        )
+
+
+def _listens(name: str, section: object) -> Iterator[tuple[str, socket.SocketKind, Endpoint]]:
+    both = {"dnsd": ("listen",), "relay": ("listen", "forwarder"), "connector": ("link",)}.get(name, ())
+    for key in both:
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+            yield f"{name}.{key}", kind, getattr(section, key)
+    yield f"{name}.admin", socket.SOCK_STREAM, section.admin  # type: ignore[attr-defined]
+
+
+def _taken(key: str, kind: socket.SocketKind, at: Endpoint) -> str | None:
+    """Say why an address cannot be had, None when it can."""
+    if at.port == 0:
+        return None
+    protocol = "udp" if kind is socket.SOCK_DGRAM else "tcp"
+    with socket.socket(socket.AF_INET6 if ":" in at.host else socket.AF_INET, kind) as sock:
+        if kind is socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((at.host, at.port))
+        except OSError as error:
+            said = "somebody else has it" if error.errno == errno.EADDRINUSE else error.strerror
+            return f"{key} {at} ({protocol}): {said}"
+    return None
+
+
+# --- Consul
+
+
+async def _consul(config: Config, daemons: Iterable[str]) -> AsyncIterator[Finding]:
+    try:
+        async with ConsulClient(config.consul) as client:
+            leader = await client.leader()
+            if leader is None:
+                yield Finding(
+                    "Consul",
+                    Verdict.WRONG,
+                    f"{client.address} has no leader",
+                    "see `consul operator raft list-peers`",
+                )
+                return
+            yield Finding("Consul", Verdict.FINE, f"{client.address} answers, its leader is {leader}")
+            at, before = await client.clock(), time.time()
+            yield findings.clock(before - at, "Consul")
+            for name in daemons:
+                yield await _rights(client, config, name)
+    except (ConsulError, ConfigError) as error:
+        yield Finding(
+            "Consul",
+            Verdict.WRONG,
+            str(error),
+            "see consul.address, its TLS keys and its token in the configuration",
+        )
+
+
+async def _rights(client: ConsulClient, config: Config, daemon: str) -> Finding:
+    wanted = rights(config, daemon)
+    try:
+        allowed = await client.may(wanted)
+    except ConsulError as error:
+        if "ACL support disabled" in str(error) or "ACLs disabled" in str(error):
+            return Finding(
+                f"{daemon} token",
+                Verdict.WARNING,
+                "Consul has ACLs off: whoever reaches it may write leases",
+                "set acl.default_policy = deny and give each daemon its policy (docs/policies)",
+            )
+        return Finding(f"{daemon} token", Verdict.UNKNOWN, str(error), "see docs/policies for what it needs")
+    lacking = [str(right) for right, has in zip(wanted, allowed, strict=True) if not has]
+    return findings.rights(lacking, daemon, len(wanted))
+
+
+def rights(config: Config, daemon: str) -> list[Right]:
+    """Return what a daemon's token must allow: what docs/policies/<daemon>.hcl gives."""
+    read = [
+        Right("service", "any", "read"),
+        Right("node", "any", "read"),
+        Right("key", "ztna/schema", "read"),
+    ]
+    if daemon == "dnsd":
+        keeper = config.dnsd is not None and config.dnsd.keeper
+        lease = "write" if keeper else "read"
+        found = [
+            *read,
+            Right("key", "ztna/vip/service/any", lease),
+            Right("key", "ztna/vip/ip/192.0.2.1", lease),
+        ]
+        return [*found, Right("session", "any", "write")] if keeper else found
+    found = [Right("key", "ztna/schema", "read"), Right("key", "ztna/vip/service/any", "read")]
+    if daemon == "agent":
+        return [*read, *found[1:], Right("session", "any", "write")]
+    services = (
+        sorted({str(route.service) for route in config.connector.routes})
+        if config.connector is not None
+        else []
+    )
+    return [*found, *(Right("service", name, "write") for name in services)]
+
+
+# --- DNS
+
+
+async def _resolvers(config: Config) -> AsyncIterator[Finding]:
+    """Ask what a relay's decisions hang on."""
+    if config.relay is None:
+        return
+    for resolver in config.relay.resolvers:
+        yield await _fresh(resolver, config.domain)
+
+
+async def _fresh(resolver: Server, domain: Zone) -> Finding:
+    check, name = f"resolver {resolver}", f"_fresh.{domain}"
+    try:
+        answer = await Resolver((resolver,), timeout_s=QAD_SECONDS).txt(name)
+        confirmed = float(next(iter(answer.strings)))
+    except (ZtnaError, StopIteration, ValueError) as error:
+        todo = "a dnsd, or a secondary of it, must answer there (docs/names.md); relays authorise by what it says"
+        return Finding(check, Verdict.WRONG, f"no {name}: {error}", todo)
+    age = time.time() - confirmed
+    if age > FRESH_SECONDS_MAX:
+        todo = (
+            "see whether dnsd reaches Consul: relays end sessions when this grows older than relay.srv_hold_s"
+        )
+        return Finding(check, Verdict.WARNING, f"its catalog was confirmed {age:.0f} s ago", todo)
+    return Finding(check, Verdict.FINE, f"its catalog was confirmed {max(age, 0):.0f} s ago")
+
+
+# --- relays
+
+
+async def _relays(
+    daemon: str, targets: Iterable[RelayTarget], credentials: Credentials
+) -> AsyncIterator[Finding]:
+    """Connect to each relay from one socket, as the daemon would, and see what it sees."""
+    clients: dict[SockAddr, Client] = {}
+
+    def received(packets: list[tuple[bytes, SockAddr]]) -> None:
+        for packet in packets:
+            if packet[1] in clients:
+                clients[packet[1]].packets_received([packet])
+
+    try:
+        sock = UdpSocket.open(("0.0.0.0", 0), received)
+    except ZtnaError as error:
+        yield Finding("UDP", Verdict.WRONG, str(error))
+        return
+    seen: dict[str, SockAddr] = {}
+    hosts: set[str] = set()
+    try:
+        for target in targets:
+            async for finding in _relay(daemon, target, credentials, sock, clients, seen):
+                yield finding
+            hosts |= _own_address(target)
+        yield findings.mapping(sock.address, hosts, seen)
+    finally:
+        for client in clients.values():
+            client.close()
+        sock.close()
+
+
+async def _relay(
+    daemon: str,
+    target: RelayTarget,
+    credentials: Credentials,
+    sock: UdpSocket,
+    clients: dict[SockAddr, Client],
+    seen: dict[str, SockAddr],
+) -> AsyncIterator[Finding]:
+    where = f"relay {target.name} at {target.address}"
+    try:
+        address = await _address(target.address)
+    except OSError as error:
+        yield Finding("relay", Verdict.WRONG, f"{where}: {error.strerror or error}", f"see {daemon}.relays")
+        return
+    yield await _tcp(where, address)
+    observer = _Observer()
+    client = clients[address] = Client(
+        sock,
+        address,
+        target.name,
+        credentials,
+        Settings(
+            alpn=(_ALPN,),
+            udp_payload=1200,
+            udp_payload_probe=findings.ETHERNET_PAYLOAD_BYTES,
+            ping_interval_s=1.0,
+        ),
+        check=lambda identity: require_relay(identity, target.name),
+        factory=lambda _: observer,
+    )
+    try:
+        connection = await client.connect(RELAY_SECONDS)
+    except ZtnaError as error:
+        todo = "let UDP through to it, and see in its log which certificate it refused"
+        yield Finding("UDP", Verdict.WRONG, f"{where}: {error}", todo)
+        return
+    rtt = f", round trip {1000 * connection.rtt_s:.0f} ms" if connection.rtt_s is not None else ""
+    yield Finding("UDP", Verdict.FINE, f"{where} accepts this certificate{rtt}")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(QAD_SECONDS):
+            seen[target.name] = await observer.seen
+    yield findings.payload(await _payload(connection), target.name)
+
+
+class _Observer:
+    """Hears what address a relay sees, and nothing else."""
+
+    def __init__(self) -> None:
+        self.seen: asyncio.Future[SockAddr] = asyncio.get_running_loop().create_future()
+
+    def datagram_received(self, data: bytes) -> None:
+        with suppress(ProtocolError):
+            message = datagram.decode(data)
+            if isinstance(message, datagram.Qad) and not self.seen.done():
+                self.seen.set_result((str(message.ip), message.port))
+
+    def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
+        pass
+
+    def peer_address_changed(self, address: SockAddr) -> None:
+        pass
+
+    def connection_closed(self, code: int, reason: str) -> None:
+        self.seen.cancel()
+
+
+async def _payload(connection: Connection) -> int:
+    """Return the largest UDP payload that was acknowledged, once a larger one was or the time for it is over."""
+    small = connection.udp_payload
+    for _ in range(int(PAYLOAD_SECONDS / POLL_SECONDS)):
+        if connection.udp_payload != small:
+            break
+        await asyncio.sleep(POLL_SECONDS)
+    return connection.udp_payload
+
+
+async def _tcp(where: str, address: SockAddr) -> Finding:
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(RELAY_SECONDS):
+            _, writer = await asyncio.open_connection(*address)
+    except TimeoutError:
+        said = f"no answer within {RELAY_SECONDS:g} s"
+    except OSError as error:
+        said = error.strerror or str(error)
+    else:
+        writer.close()
+        return Finding(
+            "TCP", Verdict.FINE, f"{where} is reached in {1000 * (time.monotonic() - started):.0f} ms"
+        )
+    return Finding(
+        "TCP", Verdict.WARNING, f"{where}: {said}", "let TCP through to it: TCP flows are slower without"
+    )
+
+
+async def _address(endpoint: Endpoint) -> SockAddr:
+    """Return the first address, IPv4 preferred. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)
+    host, port = min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][:2]
+    return str(host), int(port)
+
+
+def _own_address(target: RelayTarget) -> set[str]:
+    """Return the address that this host would send from to a relay."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, suppress(OSError):
+        sock.connect((target.address.host, target.address.port))
+        return {sock.getsockname()[0]}
+    return set()
