@@ -57,6 +57,10 @@ class ConsulRejected(ConsulError):
     """Consul understood and said no (400, 404 where data was required, a failed check): not worth retrying."""
 
 
+class ConsulAclsOff(ConsulRejected):
+    """What was asked is about ACLs, and Consul has them off."""
+
+
 class LeaseError(ZtnaError):
     """The root of what can go wrong with virtual addresses."""
 

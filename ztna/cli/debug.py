@@ -90,17 +90,19 @@ def _parts(files: tuple[Path, ...], logs: tuple[Path, ...]) -> Iterator[tuple[st
     yield "system.txt", _system()
     for name, argv in COMMANDS.items():
         yield f"{name}.txt", _run(argv)
+    configs = []
     for number, file in enumerate(files):
         try:
             config = configuration.load(file, os.environ, {})
         except ConfigError as error:
             yield f"{number}-{file.name}", f"cannot be read: {error}\n"
             continue
+        configs.append(config)
         yield f"{number}-{file.name}", configuration.dump(config, secrets=False)
-        yield f"{number}-findings.json", asyncio.run(_findings(config, is_first=number == 0))
         for name, address in admins(config):
             for page in PAGES:
                 yield f"{number}-{name}{page.replace('/', '-')}.txt", _page(address, page)
+    yield "findings.json", asyncio.run(_findings(configs))
     for number, log in enumerate(logs):
         yield f"log-{number}-{log.name}", _tail(log)
 
@@ -118,8 +120,8 @@ def _run(argv: tuple[str, ...]) -> str:
     return done.stdout + done.stderr
 
 
-async def _findings(config: Config, *, is_first: bool) -> str:
-    found = [each async for each in examine(config, is_first=is_first)]
+async def _findings(configs: list[Config]) -> str:
+    found = [each async for each in examine(configs)]
     return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
 
 

@@ -56,18 +56,18 @@ def doctor(ctx: click.Context, files: tuple[Path, ...], as_json: bool) -> None:
 
 async def _examine(files: tuple[Path, ...], as_json: bool) -> list[findings.Finding]:
     found: list[findings.Finding] = []
-    for number, file in enumerate(files):
+    configs = []
+    for file in files:
         try:
-            config = configuration.load(file, os.environ, {})
+            configs.append(configuration.load(file, os.environ, {}))
         except ConfigError as error:
             found.append(
                 findings.Finding("configuration", findings.Verdict.WRONG, str(error), f"mend {file}")
             )
             _tell(found[-1], as_json)
-            continue
-        async for finding in examine(config, is_first=number == 0):
-            found.append(finding)
-            _tell(finding, as_json)
+    async for finding in examine(configs):
+        found.append(finding)
+        _tell(finding, as_json)
     return found
 
 

@@ -8,21 +8,32 @@ from __future__ import annotations
 import asyncio
 import errno
 import http.client
+import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ztna import findings
 from ztna.cli import admin
-from ztna.config import DAEMON_SECTIONS, AgentConfig, Config, ConnectorConfig, Endpoint, RelayTarget
+from ztna.config import (
+    DAEMON_SECTIONS,
+    AgentConfig,
+    Config,
+    ConnectorConfig,
+    Endpoint,
+    RelayConfig,
+    RelayTarget,
+)
 from ztna.consul.client import ConsulClient, Right
 from ztna.credentials import Credentials
-from ztna.errors import ConfigError, ConsulError, ProtocolError, ZtnaError
+from ztna.dns_keys import load_key
+from ztna.errors import ConfigError, ConsulAclsOff, ConsulError, ProtocolError, ZtnaError
 from ztna.findings import Finding, Verdict
 from ztna.identity import require_relay
 from ztna.jsontypes import from_json
@@ -41,35 +52,33 @@ PAYLOAD_SECONDS = 3.0
 POLL_SECONDS = 0.02
 CONSUL_SECONDS = 5.0
 FRESH_SECONDS_MAX = 180.0
+RELAY_SRV = "_ztna-relay._udp"
 _ALPN = "ztna-v2"
 _CONSUL_DAEMONS = ("dnsd", "connector", "agent")
 
 
-async def examine(config: Config, *, is_first: bool = True) -> AsyncIterator[Finding]:
-    """Yield what is found, as it is found; of daemons those whose section the configuration has.
-
-    What is the host's, whatever the configuration, is looked at for the first one only.
-    """
-    if is_first:
-        yield _packages()
-    daemons = [name for name in DAEMON_SECTIONS if getattr(config, name) is not None]
-    credentials: dict[str, Credentials] = {}
-    for name in daemons:
-        for finding in _certificate(config, name, credentials):
-            yield finding
-    for name in daemons:
-        for finding in _ports(config, name):
-            yield finding
-    if any(name in _CONSUL_DAEMONS for name in daemons):
-        async for finding in _consul(config, [name for name in daemons if name in _CONSUL_DAEMONS]):
-            yield finding
-    async for finding in _resolvers(config):
-        yield finding
-    for name in ("connector", "agent"):
-        section: ConnectorConfig | AgentConfig | None = getattr(config, name)
-        if section is not None and section.relays and name in credentials:
-            async for finding in _relays(name, section.relays, credentials[name]):
+async def examine(configs: Sequence[Config]) -> AsyncIterator[Finding]:
+    """Yield what is found, as it is found, about each daemon whose section a configuration has."""
+    yield _packages()
+    asked: set[str] = set()
+    for config in configs:
+        daemons = [name for name in DAEMON_SECTIONS if getattr(config, name) is not None]
+        for name in daemons:
+            credentials = None
+            for found in _certificate(config, name):
+                if isinstance(found, Credentials):
+                    credentials = found
+                else:
+                    yield found
+            for finding in _ports(config, name):
                 yield finding
+            if name in ("connector", "agent") and credentials is not None:
+                async for finding in _relays(name, await _targets(config, name), credentials):
+                    yield finding
+        async for finding in _consul(config, [name for name in daemons if name in _CONSUL_DAEMONS], asked):
+            yield finding
+        async for finding in _resolvers(config):
+            yield finding
 
 
 def _packages() -> Finding:
@@ -84,17 +93,18 @@ def _packages() -> Finding:
     return findings.distributions(found, ours, others)
 
 
-def _certificate(config: Config, name: str, kept: dict[str, Credentials]) -> Iterator[Finding]:
+def _certificate(config: Config, name: str) -> Iterator[Finding | Credentials]:
+    """Yield what is found, and the credentials when they can be used."""
     tls = getattr(getattr(config, name), "tls", None)
     if tls is None:
         return
-    now = datetime.now(UTC)
     try:
-        credentials = kept[name] = Credentials.load(tls)
+        credentials = Credentials.load(tls)
     except ConfigError as error:
         yield Finding(f"{name} certificate", Verdict.WRONG, str(error), "see docs/certificates.md")
         return
-    yield findings.certificate(credentials.identity, now, name)
+    yield findings.certificate(credentials.identity, datetime.now(UTC), name)
+    yield credentials
 
 
 # --- ports
@@ -104,7 +114,7 @@ def _ports(config: Config, name: str) -> Iterator[Finding]:
     """Find out whether the daemon runs, or else whether it could have its ports."""
     section = getattr(config, name)
     try:
-        status = from_json(admin.fetch(str(section.admin), "/status")[1], dict[str, object])
+        status = from_json(admin.fetch(str(section.admin), "/status")[1], dict[str, Any])
         if name in str(status.get("daemon")):
             yield Finding(f"{name} ports", Verdict.FINE, f"it runs, process {status.get('pid')}")
             return
@@ -149,45 +159,39 @@ def _taken(key: str, kind: socket.SocketKind, at: Endpoint) -> str | None:
 # --- Consul
 
 
-async def _consul(config: Config, daemons: Iterable[str]) -> AsyncIterator[Finding]:
+async def _consul(config: Config, daemons: Sequence[str], asked: set[str]) -> AsyncIterator[Finding]:
+    """Ask a Consul how it is, unless that was `asked` before, and what each daemon's token may."""
+    if not daemons:
+        return
     try:
         async with ConsulClient(config.consul) as client:
-            leader = await client.leader()
-            if leader is None:
-                yield Finding(
-                    "Consul",
-                    Verdict.WRONG,
-                    f"{client.address} has no leader",
-                    "see `consul operator raft list-peers`",
-                )
-                return
-            yield Finding("Consul", Verdict.FINE, f"{client.address} answers, its leader is {leader}")
-            at, before = await client.clock(), time.time()
-            yield findings.clock(before - at, "Consul")
+            if client.address not in asked:
+                asked.add(client.address)
+                yield await _leader(client)
+                yield findings.clock(time.time() - await client.clock(), "Consul")
             for name in daemons:
                 yield await _rights(client, config, name)
     except (ConsulError, ConfigError) as error:
-        yield Finding(
-            "Consul",
-            Verdict.WRONG,
-            str(error),
-            "see consul.address, its TLS keys and its token in the configuration",
-        )
+        todo = "see consul.address, its TLS files and its token in the configuration"
+        yield Finding("Consul", Verdict.WRONG, str(error), todo)
+
+
+async def _leader(client: ConsulClient) -> Finding:
+    leader = await client.leader()
+    if leader is None:
+        told, todo = f"{client.address} has no leader", "see `consul operator raft list-peers`"
+        return Finding("Consul", Verdict.WRONG, told, todo)
+    return Finding("Consul", Verdict.FINE, f"{client.address} answers, its leader is {leader}")
 
 
 async def _rights(client: ConsulClient, config: Config, daemon: str) -> Finding:
     wanted = rights(config, daemon)
     try:
         allowed = await client.may(wanted)
-    except ConsulError as error:
-        if "ACL support disabled" in str(error) or "ACLs disabled" in str(error):
-            return Finding(
-                f"{daemon} token",
-                Verdict.WARNING,
-                "Consul has ACLs off: whoever reaches it may write leases",
-                "set acl.default_policy = deny and give each daemon its policy (docs/policies)",
-            )
-        return Finding(f"{daemon} token", Verdict.UNKNOWN, str(error), "see docs/policies for what it needs")
+    except ConsulAclsOff:
+        told = "Consul has ACLs off: whoever reaches it may write leases and services"
+        todo = "set acl.default_policy = deny there, and give each daemon its policy (docs/policies)"
+        return Finding(f"{daemon} token", Verdict.WARNING, told, todo)
     lacking = [str(right) for right, has in zip(wanted, allowed, strict=True) if not has]
     return findings.rights(lacking, daemon, len(wanted))
 
@@ -227,13 +231,14 @@ async def _resolvers(config: Config) -> AsyncIterator[Finding]:
     if config.relay is None:
         return
     for resolver in config.relay.resolvers:
-        yield await _fresh(resolver, config.domain)
+        yield await _fresh(resolver, config.domain, config.relay)
 
 
-async def _fresh(resolver: Server, domain: Zone) -> Finding:
+async def _fresh(resolver: Server, domain: Zone, config: RelayConfig) -> Finding:
     check, name = f"resolver {resolver}", f"_fresh.{domain}"
     try:
-        answer = await Resolver((resolver,), timeout_s=QAD_SECONDS).txt(name)
+        key = load_key(config.dns_key, "relay.dns_key") if config.dns_key else None
+        answer = await Resolver((resolver,), timeout_s=QAD_SECONDS, key=key).txt(name)
         confirmed = float(next(iter(answer.strings)))
     except (ZtnaError, StopIteration, ValueError) as error:
         todo = "a dnsd, or a secondary of it, must answer there (docs/names.md); relays authorise by what it says"
@@ -250,10 +255,32 @@ async def _fresh(resolver: Server, domain: Zone) -> Finding:
 # --- relays
 
 
+async def _targets(config: Config, daemon: str) -> Sequence[RelayTarget]:
+    """Return the relays that a daemon knows: those listed, or else those that DNS names."""
+    section: ConnectorConfig | AgentConfig = getattr(config, daemon)
+    if section.relays or not section.resolvers:
+        return section.relays
+    try:
+        answer = await Resolver(section.resolvers, timeout_s=QAD_SECONDS).srv(f"{RELAY_SRV}.{config.domain}")
+    except ZtnaError:
+        return ()
+    return [
+        RelayTarget(name=record.target.partition(".")[0], address=Endpoint(host, record.port))
+        for record in sorted(answer.records)
+        for host in record.addresses[:1]
+    ]
+
+
 async def _relays(
-    daemon: str, targets: Iterable[RelayTarget], credentials: Credentials
+    daemon: str, targets: Sequence[RelayTarget], credentials: Credentials
 ) -> AsyncIterator[Finding]:
     """Connect to each relay from one socket, as the daemon would, and see what it sees."""
+    if not targets:
+        told = f"no relay is known: none is listed, and {daemon}.resolvers name none"
+        yield Finding(
+            "relay", Verdict.WRONG, told, f"set {daemon}.relays, or look at what DNS says of {RELAY_SRV}"
+        )
+        return
     clients: dict[SockAddr, Client] = {}
 
     def received(packets: list[tuple[bytes, SockAddr]]) -> None:
@@ -364,7 +391,7 @@ async def _tcp(where: str, address: SockAddr) -> Finding:
     except TimeoutError:
         said = f"no answer within {RELAY_SECONDS:g} s"
     except OSError as error:
-        said = error.strerror or str(error)
+        said = os.strerror(error.errno) if error.errno else str(error)
     else:
         writer.close()
         return Finding(

@@ -38,7 +38,7 @@ from ztna.catalog import (
 from ztna.config import ConsulConfig
 from ztna.consul import shapes
 from ztna.consul.transport import NotThere, Say, Transport
-from ztna.errors import ConsulForbidden, ConsulRejected, ConsulUnavailable
+from ztna.errors import ConsulAclsOff, ConsulForbidden, ConsulRejected, ConsulUnavailable
 
 SESSION_TTL_SECONDS_MIN = 10.0
 SESSION_TTL_SECONDS_MAX = 86_400.0
@@ -370,7 +370,7 @@ async def _mapped(call: Awaitable[T], needs: str) -> T:
     except base.ACLPermissionDenied as error:
         raise ConsulForbidden(_lacks(str(error), needs)) from error
     except base.ACLDisabled as error:
-        raise ConsulRejected(f"Consul has ACLs disabled: {error}") from error
+        raise ConsulAclsOff(f"Consul has ACLs disabled: {error}") from error
     except base.NotFound as error:
         raise NotThere(str(error).strip()) from error
     except base.Timeout as error:
@@ -418,6 +418,8 @@ def _path(key: str) -> str:
 
 
 def _check_status(response: base.Response) -> None:
+    if response.code == 401:
+        raise base.ACLDisabled(response.body)
     """Raise what python-consul2 raises for a 4xx; the transport has dealt with 5xx already."""
     text = response.body.strip()
     if response.code == 404:

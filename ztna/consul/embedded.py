@@ -145,6 +145,7 @@ class EmbeddedConsul:
             put("/v1/agent/check/update/{id}", self._update_check),
             put("/v1/agent/check/{verdict:pass|warn|fail}/{id}", self._judge_check),
             put("/v1/txn", self._txn),
+            web.post("/v1/internal/acl/authorize", _acls_are_off),
             get("/v1/kv/{key:.*}", self._kv_get),
             put("/v1/kv/{key:.*}", self._kv_put),
             web.delete("/v1/kv/{key:.*}", self._kv_delete),
@@ -396,6 +397,10 @@ def _blocking_query(request: web.Request) -> tuple[int, float]:
     except ValueError as error:
         raise Refusal(400, "Invalid wait time") from error
     return asked, min(wait_s, BLOCKING_SECONDS_MAX)
+
+
+async def _acls_are_off(request: web.Request) -> web.Response:
+    return web.Response(status=401, text="ACL support disabled")
 
 
 def _known_datacenter(request: web.Request) -> None:
