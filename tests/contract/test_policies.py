@@ -12,9 +12,11 @@ import pytest
 
 from tests.support.consul import POLICIES, ConsulUnderTest
 from ztna.catalog import CheckDefinition, KvCheckSession, KvSet, Registration
-from ztna.config import ConsulConfig
-from ztna.consul.client import ConsulClient
-from ztna.errors import ConsulForbidden
+from ztna.cli.examine import rights
+from ztna.config import Config, ConnectorConfig, ConsulConfig, DnsdConfig, Endpoint, RouteConfig, TlsConfig
+from ztna.consul.client import ConsulClient, Right
+from ztna.errors import ConsulAclsOff, ConsulForbidden
+from ztna.names import ConnectorId, ServiceName
 
 APPEAR_SECONDS = 10.0
 LEASE = "ztna/vip/service/web-app"
@@ -190,3 +192,29 @@ def test_every_policy_file_is_tested_here() -> None:
         "dnsd-readonly",
         "operator",
     }
+
+
+@pytest.mark.parametrize("daemon", ["dnsd", "connector", "agent"])
+async def test_the_doctor_asks_for_what_the_policy_gives_and_misses_it_in_others(
+    acl_consul: ConsulUnderTest, daemon: str
+) -> None:
+    routes = tuple(
+        RouteConfig(service=ServiceName(name), backend=Endpoint("127.0.0.1", 9), port=80)
+        for name in ("echo-service", "web-app", "db")
+    )
+    tls = TlsConfig(certificate="x", key="x", ca="x")
+    config = Config(
+        dnsd=DnsdConfig(), connector=ConnectorConfig(id=ConnectorId("alpha"), tls=tls, routes=routes)
+    )
+    wanted = rights(config, daemon)
+    async with client(acl_consul, daemon) as sound:
+        assert await sound.may(wanted) == (True,) * len(wanted)
+    async with ConsulClient(acl_consul.config("")) as anonymous:
+        assert not any(await anonymous.may(wanted))
+
+
+async def test_a_consul_without_acls_says_so_and_tells_the_time(consul: ConsulUnderTest) -> None:
+    async with ConsulClient(consul.config()) as plain:
+        with pytest.raises(ConsulAclsOff):
+            await plain.may([Right("key", "x", "read")])
+        assert abs(await plain.clock() - time.time()) < 5

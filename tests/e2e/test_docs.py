@@ -31,6 +31,7 @@ SECONDARIES = ROOT / "docs/secondaries.md"
 CERTIFICATES = ROOT / "docs/certificates.md"
 SECURITY = ROOT / "docs/security.md"
 V1 = ROOT / "docs/v1.md"
+TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"  # tests/e2e/test_troubleshooting.py runs its commands
 ELSEWHERE = {
     "make demo": "tests/e2e/test_up.py",
     "make test": "this run",
@@ -49,7 +50,7 @@ def commands(page: Path) -> list[str]:
 def test_every_command_of_every_page_is_run_by_a_test() -> None:
     known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md"))
     known |= set(commands(SECONDARIES)) | set(commands(CERTIFICATES))
-    known |= set(commands(V1))
+    known |= set(commands(V1)) | set(commands(TROUBLESHOOTING))
     unknown = {page.name: line for page in PAGES for line in commands(page) if line not in known}
     assert unknown == {}
 

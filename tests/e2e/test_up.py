@@ -93,10 +93,11 @@ def test_the_commands_it_prints_work(tmp_path: Path) -> None:
             "the commands to try", lambda: "Try, from" in output.read_text() and output.read_text(), 60
         )
         lines = [line.strip().partition("   #")[0] for line in text.splitlines() if line.startswith("  ")]
-        commands = [line for line in lines if line.startswith(("dig", "curl", "echo"))]
-        assert len(commands) >= 7
+        commands = [line for line in lines if line.startswith(("dig", "curl", "echo", "ztna"))]
+        assert len(commands) >= 10
         until("the page is served", lambda: "hello from web-app" in _shell(commands[3]))
         for line in commands:
+            line = line.replace("ztna ping", "ztna ping --count 1")
             expected = "ok select" if "select" in line else "hello" if line.startswith("echo") else ""
             until(line, lambda line=line, expected=expected: expected in _shell(line) and _shell(line))
     finally:
@@ -105,7 +106,10 @@ def test_the_commands_it_prints_work(tmp_path: Path) -> None:
 
 
 def _shell(line: str) -> str:
-    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=20).stdout
+    environment = os.environ | {"PATH": f"{Path(command('ztna')).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, timeout=20, env=environment
+    ).stdout
 
 
 def test_bad_usage_exits_with_2_and_says_why() -> None:

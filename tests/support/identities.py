@@ -23,6 +23,8 @@ def identity(
     connector: Iterable[str] = (),
     id_name: str | None = None,
     relay: str | None = None,
+    not_before: datetime = datetime(2020, 1, 1, tzinfo=UTC),
+    not_after: datetime = datetime(2040, 1, 1, tzinfo=UTC),
 ) -> Identity:
     """An identity that nobody verified."""
     return Identity(
@@ -32,6 +34,6 @@ def identity(
         connector=grants(connector),
         relay=relay,
         id_name=id_name,
-        not_before=datetime(2020, 1, 1, tzinfo=UTC),
-        not_after=datetime(2040, 1, 1, tzinfo=UTC),
+        not_before=not_before,
+        not_after=not_after,
     )

@@ -14,7 +14,8 @@ import pytest
 from ztna import admin
 from ztna.admin import serving
 from ztna.config import Config, Endpoint
-from ztna.errors import ConfigError, ZtnaError
+from ztna.errors import ConfigError, Refused, ZtnaError
+from ztna.reasons import Reason
 from ztna.runtime import Daemon
 
 FREE = Endpoint("127.0.0.1", 0)
@@ -77,6 +78,42 @@ async def test_only_the_socket_takes_actions(client: aiohttp.ClientSession, tmp_
             async with owner.get("http://socket/status") as answer:
                 assert (await answer.json())["things"] == [{"name": "<b>thing</b>"}]
     assert not path.exists()
+
+
+async def test_what_a_probe_found_or_why_it_could_not_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, waiting = tmp_path / "admin.sock", asyncio.Event()
+    monkeypatch.setattr(admin, "PROBES_AT_ONCE_MAX", 1)
+    monkeypatch.setattr(admin, "PROBE_SECONDS", 0.2)
+
+    async def probe(subject: str) -> object:
+        if subject == "long":
+            await waiting.wait()
+        if subject == "refused":
+            raise Refused(Reason.NO_GRANT, "billing")
+        return [subject]
+
+    async with running(path) as (daemon, url):
+        daemon.probes["ping"] = probe
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as owner:
+
+            async def ask(subject: str) -> tuple[int, object]:
+                async with owner.post(f"http://socket/ping/{subject}") as answer:
+                    return answer.status, await answer.json()
+
+            assert await ask("web-app") == (200, ["web-app"])
+            assert await ask("refused") == (400, {"error": "no_grant: billing"})
+            assert await ask("long") == (504, {"error": "not done within 0.2 s"})
+            monkeypatch.setattr(admin, "PROBE_SECONDS", 30.0)
+            first = asyncio.create_task(ask("long"))
+            while (refused := await ask("web-app"))[0] == 200:
+                await asyncio.sleep(0)
+            assert refused == (503, {"error": "1 probes are under way already"})
+            waiting.set()
+            assert await first == (200, ["long"])
+        async with aiohttp.ClientSession() as other, other.post(f"{url}/ping/web-app") as answer:
+            assert answer.status == 403
 
 
 async def test_a_socket_left_behind_is_replaced_and_one_in_use_is_not(tmp_path: Path) -> None:

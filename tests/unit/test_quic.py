@@ -21,6 +21,7 @@ from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.quic import DATAGRAM_QUEUE_MAX, Connection
+from ztna.quic_connection import ROUND_TRIPS_WAITING_MAX
 from ztna.quic_engine import Engine, new_cid, reset_token
 from ztna.quiet import INTERVAL_SECONDS
 from ztna.reasons import Reason
@@ -112,6 +113,26 @@ async def test_both_ends_know_each_other_and_talk(serve: Any, dial: Any) -> None
     await mine.until(lambda: mine.datagrams and stream in mine.ended_streams)
     assert mine.datagrams == [b"d" * 1306]
     assert mine.streams[stream] == b"s" * 100_000
+
+
+async def test_a_ping_of_ones_own_tells_the_round_trip(serve: Any, dial: Any) -> None:
+    server = serve()
+    client = dial(server.address)
+    connection = (await client.connect()).connection
+    taken = await asyncio.gather(*(connection.round_trip() for _ in range(3)))
+    assert all(0 < each < DEADLINE_SECONDS for each in taken)
+    # As many as may wait at once, for a peer that says nothing more: refused, and failed when the connection ends.
+    server.socket.close()
+    waiting = [asyncio.create_task(connection.round_trip()) for _ in range(ROUND_TRIPS_WAITING_MAX)]
+    await asyncio.sleep(0)
+    with pytest.raises(LinkError, match="too many"):
+        await connection.round_trip()
+    client.client.close()
+    for each in waiting:
+        with pytest.raises(LinkError, match="ended"):
+            await each
+    with pytest.raises(LinkError, match="closed"):
+        await connection.round_trip()
 
 
 async def close_of(server: Listening, presented: Any, **early: Any) -> tuple[int, int | None, str]:
