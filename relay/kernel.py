@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from relay.links import Limits, RawAddress, address_of
-from relay.nft import Nft, NftError
 from relay.ruleset import ELEMENT_SECONDS, TOTALS, Ruleset, Way
 from ztna.errors import ZtnaError
+from ztna.nft import Nft, NftError
 from ztna.telemetry import dropped
 from ztna.udp import SockAddr
 

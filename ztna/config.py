@@ -416,6 +416,9 @@ class Override(Section, frozen=True, kw_only=True):
     ip: Annotated[IPv4Address, about("An address of this host; 127.0.0.0/8 is always its.", "127.53.0.80")]
 
 
+AgentMode = Literal["listen", "anyip", "tun"]
+
+
 class AgentConfig(Section, frozen=True, kw_only=True):
     """ztna-sidecar agent."""
 
@@ -430,9 +433,16 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         ),
     ] = ()
     mode: Annotated[
-        Literal["listen", "anyip"],
-        about("listen: a pool inside 127.0.0.0/8, no privileges; anyip: any pool, by a local route."),
+        AgentMode,
+        about(
+            "listen: a pool inside 127.0.0.0/8, no privileges; anyip: any pool, by a local route; tun: any pool, by a "
+            "device of its own, and ping."
+        ),
     ] = "listen"
+    allow_uids: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFE)], ...] | None,
+        about("The local users (numeric ids) whose programs may use the agent; unset: all.", (1000, 1001)),
+    ] = None
     pool: Annotated[IPv4Network, about("The network of virtual addresses; the same as dnsd's.")] = (
         IPv4Network("10.100.0.0/16")
     )
@@ -441,7 +451,9 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     ] = ()
     ula: Annotated[
         IPv6Network | None,
-        about("dnsd.pool.ula: serve the IPv6 address beside each lease too (anyip).", "fd12:3456:789a::/96"),
+        about(
+            "dnsd.pool.ula: serve the IPv6 address beside each lease too (anyip, tun).", "fd12:3456:789a::/96"
+        ),
     ] = None
     overrides: Annotated[
         tuple[Override, ...],

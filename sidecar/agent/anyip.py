@@ -1,5 +1,7 @@
 """The virtual addresses as local ones: `ip route add local POOL dev lo`, taken back on exit or after a crash.
 
+In mode tun they are routed to the agent's device instead, which takes the route with it whenever it goes.
+
 What was added is written down first, in a locked file of the runtime directory: a file whose lock is free
 belongs to an agent that is gone, and only a route that such a file names and that carries our mark is removed.
 Binds nothing itself, and changes no route but its own.
@@ -18,11 +20,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from pyroute2 import IPRoute, NetlinkError
 
-from ztna.config import Override
+from sidecar.agent.tun import Tun
+from ztna.config import AgentMode, Override
 from ztna.conflicts import AnyNetwork
 from ztna.errors import ConfigError, ZtnaError
 from ztna.leases import ULA, ULA_PREFIX_BITS, is_ula
@@ -32,21 +35,24 @@ LOOPBACK = IPv4Network("127.0.0.0/8")
 ROUTE_MARK = 90
 """The routes' protocol number (rtnetlink(7), rtm_protocol), free for use in IANA's and iproute2's lists."""
 
+_TABLE_MAIN = 254
 _TABLE_LOCAL = 255
+_NO_DUPLICATE_DETECTION = 0x02
+"""linux/if_addr.h, IFA_F_NODAD: there is nobody else on the device."""
 _NOT_UNICAST = (IPv4Network("0.0.0.0/8"), IPv4Network("224.0.0.0/3"))
 _log = logger(__name__)
 
 
-def check_pool(mode: Literal["listen", "anyip"], pool: IPv4Network) -> None:
+def check_pool(mode: AgentMode, pool: IPv4Network) -> None:
     """Raise ConfigError, naming the mode that can, when this mode cannot bind the pool's addresses."""
     if any(pool.overlaps(each) for each in _NOT_UNICAST):
         raise ConfigError(f"agent.pool: {pool} holds addresses that no mode can bind; expected unicast ones")
     if mode == "listen" and not pool.subnet_of(LOOPBACK):
         raise ConfigError(
             f"agent.pool: mode listen binds only addresses inside {LOOPBACK}, not {pool}; set agent.mode to "
-            f"anyip (needs CAP_NET_ADMIN), or use a pool inside {LOOPBACK}"
+            f"anyip or tun (need CAP_NET_ADMIN), or use a pool inside {LOOPBACK}"
         )
-    if mode == "anyip" and pool.overlaps(LOOPBACK):
+    if mode != "listen" and pool.overlaps(LOOPBACK):
         raise ConfigError(
             f"agent.pool: {pool} is local on every Linux already and must not be routed; set agent.mode to listen"
         )
@@ -63,14 +69,14 @@ def runtime_directory() -> Path:
     return Path(parent) / f"ztna-mesh-{os.geteuid()}"
 
 
-def check_ula(mode: Literal["listen", "anyip"], ula: IPv6Network) -> None:
+def check_ula(mode: AgentMode, ula: IPv6Network) -> None:
     """Raise ConfigError when the IPv6 addresses beside the leases cannot be had in this mode."""
     if not is_ula(ula):
         raise ConfigError(f"agent.ula: expected a /{ULA_PREFIX_BITS} in {ULA} (RFC 4193), got {ula}")
     if mode == "listen":
         raise ConfigError(
             "agent.ula: mode listen binds addresses that every host has, and of IPv6 there is only ::1; set "
-            "agent.mode to anyip, or leave it out: programs fall back to the IPv4 address"
+            "agent.mode to anyip or tun, or leave it out: programs fall back to the IPv4 address"
         )
 
 
@@ -89,14 +95,14 @@ def check_overrides(overrides: Sequence[Override]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def local_route(pool: AnyNetwork, directory: Path) -> AsyncIterator[None]:
-    """Make every address of the pool a local one while inside.
+async def local_route(pool: AnyNetwork, directory: Path, tun: Tun | None = None) -> AsyncIterator[None]:
+    """Make every address of the pool a local one, or one behind the device, while inside.
 
     First takes back what agents that crashed in this network namespace left. Raises ConfigError when a route
     or address overlaps the pool, and ZtnaError when the capability is missing or another agent has the pool.
     """
     # In threads, as pyroute2's own asyncio client needs a loop that opens netlink sockets: uvloop does not.
-    held = _held_route(pool, directory)
+    held = _held_route(pool, directory, tun)
     await asyncio.to_thread(held.__enter__)
     try:
         yield
@@ -105,7 +111,7 @@ async def local_route(pool: AnyNetwork, directory: Path) -> AsyncIterator[None]:
 
 
 @contextlib.contextmanager
-def _held_route(pool: AnyNetwork, directory: Path) -> Iterator[None]:
+def _held_route(pool: AnyNetwork, directory: Path, tun: Tun | None) -> Iterator[None]:
     _make(directory)
     with _record(pool, directory) as record:
         if record is None:
@@ -117,7 +123,10 @@ def _held_route(pool: AnyNetwork, directory: Path) -> Iterator[None]:
             try:
                 _refuse_conflicts(netlink, pool)
                 _write(record, str(pool))
-                _add(netlink, pool)
+                if tun is None:
+                    _add(netlink, pool, _route(netlink, pool))
+                else:
+                    _add_to_device(netlink, pool, tun)
             except ZtnaError:
                 _discard(record)
                 raise
@@ -126,7 +135,11 @@ def _held_route(pool: AnyNetwork, directory: Path) -> Iterator[None]:
             yield
         finally:
             with IPRoute() as netlink:
-                _remove(netlink, pool)
+                if tun is None:
+                    _remove(netlink, pool, _route(netlink, pool))
+                else:
+                    _remove(netlink, pool, _tun_route(pool, tun))
+                    netlink.addr("del", **_tun_address(pool, tun))
             _discard(record)
             _log.info("route_removed", pool=str(pool))
 
@@ -151,7 +164,7 @@ def _remove_recorded(netlink: IPRoute, record: IO[str]) -> None:
     except ValueError:
         # Torn by a crash while it was written, so its route was never added.
         return
-    if _remove(netlink, pool):
+    if _remove(netlink, pool, _route(netlink, pool)):
         _log.warning("route_of_crashed_agent_removed", pool=text)
 
 
@@ -168,22 +181,22 @@ def _refuse_conflicts(netlink: IPRoute, pool: AnyNetwork) -> None:
             )
 
 
-def _add(netlink: IPRoute, pool: AnyNetwork) -> None:
+def _add(netlink: IPRoute, pool: AnyNetwork, route: dict[str, Any]) -> None:
     try:
-        netlink.route("add", **_route(netlink, pool))
+        netlink.route("add", **route)
     except NetlinkError as error:
         if error.code == errno.EPERM:
             raise ZtnaError(
                 "agent.mode: anyip needs CAP_NET_ADMIN to add a local route; grant it (root, or "
                 f"AmbientCapabilities=), or use mode listen with a pool inside {LOOPBACK}"
             ) from None
-        raise ZtnaError(f"agent.pool: local route for {pool}: {os.strerror(error.code)}") from None
+        raise ZtnaError(f"agent.pool: route for {pool}: {os.strerror(error.code)}") from None
 
 
-def _remove(netlink: IPRoute, pool: AnyNetwork) -> bool:
+def _remove(netlink: IPRoute, pool: AnyNetwork, route: dict[str, Any]) -> bool:
     """Remove the route if it is there with our mark; say whether it was."""
     try:
-        netlink.route("del", **_route(netlink, pool))
+        netlink.route("del", **route)
     except NetlinkError as error:
         if error.code in (errno.ESRCH, errno.ENOENT):
             return False
@@ -202,6 +215,43 @@ def _route(netlink: IPRoute, pool: AnyNetwork) -> dict[str, Any]:
         # IPv6 routes have no scope (rtnetlink(7)): they are all global.
         "scope": "host" if pool.version == 4 else "universe",
         "proto": ROUTE_MARK,
+    }
+
+
+def _tun_route(pool: AnyNetwork, tun: Tun) -> dict[str, Any]:
+    """Describe the route to the device; programs send from the network's own address, which is never leased."""
+    return {
+        "family": _family(pool),
+        "dst": str(pool),
+        "oif": tun.index,
+        "table": _TABLE_MAIN,
+        "prefsrc": str(pool.network_address),
+        "proto": ROUTE_MARK,
+    }
+
+
+def _add_to_device(netlink: IPRoute, pool: AnyNetwork, tun: Tun) -> None:
+    address = _tun_address(pool, tun)
+    try:
+        netlink.addr("add", **address)
+    except NetlinkError as error:
+        raise ZtnaError(
+            f"agent.pool: address {pool.network_address} on {tun.name}: {os.strerror(error.code)}"
+        ) from None
+    try:
+        _add(netlink, pool, _tun_route(pool, tun))
+    except ZtnaError:
+        netlink.addr("del", **address)
+        raise
+
+
+def _tun_address(pool: AnyNetwork, tun: Tun) -> dict[str, Any]:
+    return {
+        "index": tun.index,
+        "family": _family(pool),
+        "address": str(pool.network_address),
+        "prefixlen": pool.max_prefixlen,
+        "flags": _NO_DUPLICATE_DETECTION if pool.version == 6 else 0,
     }
 
 

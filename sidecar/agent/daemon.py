@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
-from sidecar.agent.anyip import check_overrides, check_pool, check_ula, runtime_directory
+from sidecar.agent.anyip import check_overrides, check_pool, check_ula, local_route, runtime_directory
 from sidecar.agent.broker import Broker, Outside
 from sidecar.agent.carriers import Carriers
 from sidecar.agent.commands import (
@@ -28,15 +28,17 @@ from sidecar.agent.commands import (
     Session,
 )
 from sidecar.agent.datagrams import Datagrams
+from sidecar.agent.front import Front
 from sidecar.agent.leases import LeaseFollower
 from sidecar.agent.links import Links
-from sidecar.agent.listeners import Listeners
-from sidecar.agent.ranges import Ranges
+from sidecar.agent.listeners import VirtualPort
+from sidecar.agent.ranges import Ranges, Take
 from sidecar.agent.relays import RelayState
 from sidecar.agent.sessions import Sessions
 from sidecar.agent.streams import Streams
 from sidecar.agent.told import UNKNOWN, HealthBook
 from sidecar.agent.tracing import Tracer
+from sidecar.agent.tun import Tun
 from sidecar.link.control import RelayClient
 from sidecar.link.network import Network
 from sidecar.link.pulse import Life
@@ -74,22 +76,23 @@ async def body(daemon: Daemon) -> None:
         client = await stack.enter_async_context(
             ConsulClient(daemon.config.consul, daemon.readiness.shower(CONSUL_TOKEN))
         )
-        routes_in = runtime_directory() if config.mode == "anyip" else None
+        tun = await stack.enter_async_context(_device()) if config.mode == "tun" else None
         name = credentials.identity.name
         ranges = Ranges(
             client,
             name,
             (*pools, config.ula) if config.ula is not None else pools,
             daemon.readiness,
-            routes_in=routes_in,
+            take=_take(config, tun),
             overrides={each.service: each.ip for each in config.overrides},
             hosts_file=Path(config.hosts_file),
             domain=daemon.config.domain,
+            own_device=tun.index if tun is not None else None,
         )
         await stack.enter_async_context(ranges)
         try:
             async with asyncio.TaskGroup() as tasks:
-                await Agent(daemon, config, credentials, client, ranges, tasks).run()
+                await Agent(daemon, config, credentials, client, ranges, tun, tasks).run()
                 raise _Stopped
         except* _Stopped:
             pass
@@ -105,6 +108,7 @@ class Agent:
         credentials: Credentials,
         client: ConsulClient,
         ranges: Ranges,
+        tun: Tun | None,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._daemon = daemon
@@ -149,7 +153,9 @@ class Agent:
         self._links.failed = self._datagrams.link_failed
         self._links.unfit = self._datagrams.session_unfit
         self._links.received = self._datagrams.packet_received
-        self._listeners = Listeners(self._streams.accepted, self._datagrams.received, daemon.readiness.show)
+        self._front = Front(
+            config, self._streams.accepted, self._datagrams.received, daemon.readiness.show, tun=tun
+        )
         self._follower = LeaseFollower(
             client,
             credentials.identity.agent,
@@ -179,7 +185,7 @@ class Agent:
         for what in (
             self._renewal,
             self._follower,
-            self._listeners,
+            self._front,
             self._datagrams,
             self._links,
             self._network,
@@ -192,9 +198,10 @@ class Agent:
     def status(self) -> object:
         """Return what `/status` shows."""
         views = {view.service: view for view in self._broker.sessions.views()}
-        bound = self._listeners.bound
+        listening = _by_service(self._front.bound)
         return {
             "mode": self._config.mode,
+            **self._front.status(),
             "pool": str(self._config.pool),
             "ranges": self._ranges.status(),
             "relays": [
@@ -214,7 +221,7 @@ class Agent:
                     "ip": str(lease.ip),
                     "epoch": lease.epoch,
                     "ports": [{"protocol": port.protocol, "port": port.port} for port in lease.ports],
-                    "listening": sorted(str(at) for at in bound if at.service == service),
+                    "listening": sorted(map(str, listening.get(service, ()))),
                     "state": views[service].state if service in views else "idle",
                     "reason": views[service].reason if service in views else None,
                     **self._health_of(service),
@@ -222,7 +229,7 @@ class Agent:
                 }
                 for service, lease in sorted(self._follower.leases.items())
             ],
-            "held_ports": {str(at): why for at, why in sorted(self._listeners.held.items())},
+            "held_ports": {str(at): why for at, why in sorted(self._front.held.items())},
             "sessions": [_session(session) for session in self._broker.sessions.sessions],
             "links": self._links.status(),
             "streams": self._streams.status(),
@@ -238,12 +245,13 @@ class Agent:
 
     async def _drain(self) -> None:
         """Take nothing new, let TCP flows finish for `drain_s`, then end what is left."""
-        self._listeners.close()
+        self._front.apply({}, self._ranges.places)
         try:
             async with asyncio.timeout(self._config.drain_s):
                 await self._streams.quiet.wait()
         except TimeoutError:
             _log.warning("flows_cut", flows=self._streams.flows)
+        self._front.close()
         self._carriers.close()
         self._links.close()
         self._broker.close()
@@ -386,9 +394,7 @@ class Agent:
         if self._daemon.stopping.is_set():
             return
         places = self._ranges.places
-        self._listeners.apply(
-            self._follower.leases, lambda service, lease: [str(at) for at in places.of(service, lease)]
-        )
+        self._front.apply(self._follower.leases, places)
         self._streams.leave(lambda at: not places.has(ip_address(at.at)))
 
     def _use_credentials(self, credentials: Credentials) -> None:
@@ -400,6 +406,29 @@ class Agent:
 
 class _Stopped(Exception):
     """The agent has drained: what still runs is cancelled before what lies under it is given back."""
+
+
+@contextlib.asynccontextmanager
+async def _device() -> AsyncIterator[Tun]:
+    tun = await asyncio.to_thread(Tun)
+    try:
+        yield tun
+    finally:
+        tun.close()
+
+
+def _take(config: AgentConfig, tun: Tun | None) -> Take | None:
+    """Return what has a network routed to the agent in its mode."""
+    if config.mode == "listen":
+        return None
+    return lambda pool: local_route(pool, runtime_directory(), tun)
+
+
+def _by_service(ports: Iterable[VirtualPort]) -> dict[ServiceName, list[VirtualPort]]:
+    by_service: dict[ServiceName, list[VirtualPort]] = {}
+    for at in ports:
+        by_service.setdefault(at.service, []).append(at)
+    return by_service
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -1,4 +1,6 @@
-"""UDP flows of local programs: one inner flow for each local address and port at each virtual port.
+"""UDP flows and pings of local programs: one inner flow for each local address and port at each virtual port.
+
+Pings have an identifier where UDP has the program's port, and 0 for the virtual one.
 
 Builds the inner packets, waits (bounded) for session and link, and lets a reply go to the asker alone. Links are
 sidecar.agent.links', sessions sidecar.agent.sessions'.
@@ -8,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address, ip_address
@@ -17,7 +17,7 @@ from ipaddress import IPv4Address, ip_address
 from sidecar.agent.broker import Broker
 from sidecar.agent.commands import Cause, Session
 from sidecar.agent.links import Link, Links
-from sidecar.agent.listeners import UdpPort
+from sidecar.agent.listeners import Datagrammed, VirtualPort
 from ztna.errors import PacketError
 from ztna.names import ServiceName
 from ztna.packet import (
@@ -25,6 +25,7 @@ from ztna.packet import (
     PROTOCOL_UDP,
     Packet,
     Unreachable,
+    build_echo_request,
     build_udp,
     icmp_error,
     parse,
@@ -52,7 +53,7 @@ _log = logger(__name__)
 @dataclass(slots=True, eq=False)
 class _Flow:
     number: int
-    port: UdpPort
+    port: Datagrammed
     source: SockAddr
     inner: SockAddr
     used_at: float
@@ -63,31 +64,30 @@ class _Flow:
 
 
 class Datagrams:
-    """All UDP flows of an agent. How many there may be is the sessions' limit."""
+    """All UDP and ping flows of an agent. How many there may be is the sessions' limit."""
 
     def __init__(self, broker: Broker, links: Links, *, idle_s: float) -> None:
         self._broker = broker
         self._links = links
         self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
-        self._flows: dict[tuple[UdpPort, SockAddr], _Flow] = {}
+        self._flows: dict[tuple[Datagrammed, SockAddr], _Flow] = {}
         self._inner: dict[tuple[ServiceName, SockAddr, SockAddr], _Flow] = {}
         self._waiting_bytes = 0
-        self._tell_unreachable = _unreachable_teller()
 
     @property
     def flows(self) -> int:
         """How many flows there are."""
         return len(self._flows)
 
-    def received(self, port: UdpPort, data: bytes, source: SockAddr) -> None:
+    def received(self, port: Datagrammed, data: bytes, source: SockAddr) -> None:
         """Carry a datagram of a local program, or keep it until its flow has a session and a link."""
         flow = self._flows.get((port, source))
         if flow is None:
             self._begin(port, source, data)
             return
         at = port.at
-        packet = build_udp(*flow.inner, *at.leased, data)
+        packet = _inner_packet(flow.inner, at, data)
         flow.used_at = self._loop.time()
         if flow.is_ready and flow.link is not None and flow.link.is_ready:
             flow.link.send(at.service, packet)
@@ -98,23 +98,21 @@ class Datagrams:
         """Take a packet that came on a link: a reply or an ICMP error for exactly one of its flows."""
         try:
             packet = parse(data)
-            if packet.protocol == PROTOCOL_ICMP:
+            if packet.protocol == PROTOCOL_ICMP and not packet.is_echo_reply:
                 self._icmp_received(link, service, packet)
                 return
         except PacketError:
             dropped(_WHERE, "malformed")
             return
-        flow = self._flow_of(
-            link,
-            service,
-            (packet.source, packet.source_port),
-            (packet.destination, packet.destination_port),
-        )
-        if flow is None or packet.protocol != PROTOCOL_UDP:
+        asker, data = (packet.destination, packet.destination_port), packet.payload
+        if packet.is_echo_reply:
+            asker, data = (packet.destination, packet.identifier), _numbered(packet)
+        flow = self._flow_of(link, service, (packet.source, packet.source_port), asker)
+        if flow is None or packet.protocol != _PROTOCOLS[flow.port.at.protocol]:
             dropped(_WHERE, "no_such_flow")
             return
         flow.used_at = self._loop.time()
-        flow.port.send(packet.payload, flow.source)
+        flow.port.send(data, flow.source)
 
     def link_ready(self, link: Link) -> None:
         """Send what waited for the link."""
@@ -155,7 +153,7 @@ class Datagrams:
 
     # --- a flow's life
 
-    def _begin(self, port: UdpPort, source: SockAddr, data: bytes) -> None:
+    def _begin(self, port: Datagrammed, source: SockAddr, data: bytes) -> None:
         at, number = port.at, self._broker.number()
         inner = source
         if at.family == socket.AF_INET6:
@@ -163,7 +161,7 @@ class Datagrams:
         flow = _Flow(number, port, source, inner, self._loop.time())
         self._flows[port, source] = flow
         self._inner[at.service, at.leased, inner] = flow
-        self._wait(flow, build_udp(*inner, *at.leased, data))
+        self._wait(flow, _inner_packet(inner, at, data))
         self._broker.want(flow.number, at.service, partial(self._ready, flow), partial(self._failed, flow))
 
     def _ready(self, flow: _Flow, session: Session) -> None:
@@ -199,7 +197,7 @@ class Datagrams:
         dropped(_WHERE, "no_session", len(waiting))
         self._end(flow)
         if waiting:
-            self._tell_unreachable(flow)
+            _tell(flow, Unreachable.PORT if flow.port.at.protocol == "udp" else Unreachable.HOST)
 
     def _end(self, flow: _Flow) -> None:
         self._flows.pop((flow.port, flow.source), None)
@@ -241,32 +239,48 @@ class Datagrams:
         quoted = packet.payload
         # The quotation may be cut short, so its lengths need not agree: only addresses and ports are read.
         header = (quoted[0] & 0x0F) * 4 if quoted else 0
-        if not 20 <= header <= len(quoted) - 4 or quoted[0] >> 4 != 4 or quoted[9] != PROTOCOL_UDP:
-            raise PacketError("an ICMP packet that quotes no UDP packet")
-        asker = (str(ip_address(quoted[12:16])), int.from_bytes(quoted[header : header + 2], "big"))
-        at = (str(ip_address(quoted[16:20])), int.from_bytes(quoted[header + 2 : header + 4], "big"))
+        if not 20 <= header <= len(quoted) - 8 or quoted[0] >> 4 != 4 or quoted[9] not in _QUOTED_AT:
+            raise PacketError("an ICMP packet that quotes neither a UDP packet nor a ping")
+        kind = _KINDS.get((packet.icmp_type, packet.icmp_code))
+        if kind is None:
+            raise PacketError(f"an ICMP packet of type {packet.icmp_type} and code {packet.icmp_code}")
+        asked_by, asked = (
+            0 if at is None else int.from_bytes(quoted[header + at : header + at + 2], "big")
+            for at in _QUOTED_AT[quoted[9]]
+        )
+        asker, at = (str(ip_address(quoted[12:16])), asked_by), (str(ip_address(quoted[16:20])), asked)
         flow = self._flow_of(link, service, at, asker)
-        if flow is None:
+        if flow is None or quoted[9] != _PROTOCOLS[flow.port.at.protocol]:
             dropped(_WHERE, "no_such_flow")
             return
-        self._tell_unreachable(flow)
+        _tell(flow, kind, packet.sequence)
 
 
-def _unreachable_teller() -> Callable[[_Flow], None]:
-    """Return what tells a flow's program that its port is unreachable.
+_PROTOCOLS = {"udp": PROTOCOL_UDP, "icmp": PROTOCOL_ICMP}
+_QUOTED_AT: dict[int, tuple[int, int | None]] = {PROTOCOL_UDP: (0, 2), PROTOCOL_ICMP: (4, None)}
+"""Where a quoted packet has the asker's port and the virtual one after its IP header; a ping has its identifier."""
+_KINDS = {kind.value[0]: kind for kind in Unreachable}
 
-    That takes CAP_NET_RAW; without it, and over IPv6, UDP programs learn of a dead service by their own timeouts.
-    """
+
+def _inner_packet(inner: SockAddr, at: VirtualPort, data: bytes) -> bytes:
+    """Return what goes to the connector for a datagram, or for a ping's sequence number and data."""
+    if at.protocol == "udp":
+        return build_udp(*inner, *at.leased, data)
+    return build_echo_request(inner[0], at.ip, inner[1], int.from_bytes(data[:2], "big"), data[2:])
+
+
+def _numbered(packet: Packet) -> bytes:
+    return packet.sequence.to_bytes(2, "big") + packet.payload
+
+
+def _tell(flow: _Flow, kind: Unreachable, mtu: int = 0) -> None:
+    """Tell a flow's program what became of its packets, where its port can; `mtu` goes with TOO_BIG."""
+    at, source = flow.port.at, flow.source
     try:
-        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
-    except PermissionError:
-        return lambda flow: None
-    raw.setblocking(False)
-
-    def tell(flow: _Flow) -> None:
-        if flow.port.at.family == socket.AF_INET:
-            with suppress(PacketError, OSError):
-                error = icmp_error(build_udp(*flow.source, *flow.port.at.called, b""), Unreachable.PORT)
-                raw.sendto(error, (flow.source[0], 0))
-
-    return tell
+        if at.protocol == "udp":
+            called = build_udp(*source, *at.called, b"")
+        else:
+            called = build_echo_request(source[0], at.at, source[1], 0, b"")
+        flow.port.tell(icmp_error(called, kind, mtu if kind is Unreachable.TOO_BIG else 0))
+    except PacketError:
+        dropped(_WHERE, "not_told")

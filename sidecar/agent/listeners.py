@@ -11,12 +11,15 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol as Interface
 
-from ztna.errors import ZtnaError
+from sidecar.link.flow import abort
+from ztna.errors import PacketError, ZtnaError
 from ztna.leases import Lease, Protocol
 from ztna.names import ServiceName
+from ztna.packet import build_echo_reply, build_udp
 from ztna.telemetry import dropped, logger
 from ztna.udp import SockAddr, bind_udp
 
@@ -71,22 +74,42 @@ def at_the_lease(service: ServiceName, lease: Lease) -> Sequence[str]:
     return (str(lease.ip),)
 
 
+class Datagrammed(Interface):
+    """A published port where local programs send datagrams, or pings: then the peer's port is their identifier."""
+
+    @property
+    def at(self) -> VirtualPort:
+        """What is called."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is published no more."""
+
+    def send(self, data: bytes, destination: SockAddr) -> None:
+        """Send to one local program, from the port that it called."""
+
+    def tell(self, packet: bytes) -> None:
+        """Send a program a whole packet, an ICMP error, if that is possible here."""
+
+
 Accept = Callable[[VirtualPort, socket.socket, SockAddr], None]
 """Takes over a connection (non-blocking) of a local program at that address."""
-Receive = Callable[["UdpPort", bytes, SockAddr], None]
+Receive = Callable[[Datagrammed, bytes, SockAddr], None]
+Write = Callable[[bytes], None]
+"""Sends a whole packet to a local program."""
+MayUse = Callable[[Protocol, SockAddr, SockAddr], bool]
+"""Says whether the program at the first address may send to the second."""
 
 
-class TcpPort:
-    """A listening socket on the running loop."""
+class Acceptor:
+    """Accepts on a listening socket, on the running loop."""
 
-    def __init__(self, at: VirtualPort, accept: Accept) -> None:
-        """Bind and listen; raises OSError."""
-        self.at = at
-        self._accept = accept
+    def __init__(self, sock: socket.socket, accepted: Callable[[socket.socket, SockAddr], None]) -> None:
+        """Take over a non-blocking socket."""
+        self._socket = sock
+        self._accepted = accepted
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
-        self._socket = _listening(at)
-        _hear_only_this_host(self._socket)
         self._loop.add_reader(self._socket, self._readable)
 
     def close(self) -> None:
@@ -111,20 +134,43 @@ class TcpPort:
                 self._pause = self._loop.call_later(EXHAUSTED_PAUSE_SECONDS, self._resume)
                 return
             local.setblocking(False)
-            self._accept(self.at, local, source[:2])
+            self._accepted(local, source[:2])
 
     def _resume(self) -> None:
         self._pause = None
         self._loop.add_reader(self._socket, self._readable)
 
 
+class TcpPort(Acceptor):
+    """A listening socket of its own for a published port."""
+
+    def __init__(self, at: VirtualPort, accept: Accept, may_use: MayUse | None = None) -> None:
+        """Bind and listen; raises OSError."""
+        self.at = at
+        self._accept = accept
+        self._may_use = may_use
+        sock = _listening(at)
+        _hear_only_this_host(sock)
+        super().__init__(sock, self._take)
+
+    def _take(self, local: socket.socket, source: SockAddr) -> None:
+        if self._may_use is None or self._may_use("tcp", source, self.at.called):
+            self._accept(self.at, local, source)
+        else:
+            abort(local)
+
+
 class UdpPort:
     """A UDP socket on the running loop. Datagrams may be of any length UDP allows."""
 
-    def __init__(self, at: VirtualPort, receive: Receive) -> None:
-        """Bind; raises ZtnaError."""
-        self.at = at
+    def __init__(
+        self, at: VirtualPort, receive: Receive, *, write: Write | None = None, may_use: MayUse | None = None
+    ) -> None:
+        """Bind; raises ZtnaError. `write` is how programs are told of errors."""
+        self._at = at
         self._receive = receive
+        self._write = write
+        self._may_use = may_use
         self._loop = asyncio.get_running_loop()
         self._socket = bind_udp(at.called, prepare=_let_bind)
         _hear_only_this_host(self._socket)
@@ -136,6 +182,16 @@ class UdpPort:
             self._socket.sendto(data, destination)
         except OSError:
             dropped("agent_udp", "kernel_refused")
+
+    @property
+    def at(self) -> VirtualPort:
+        """What is called."""
+        return self._at
+
+    def tell(self, packet: bytes) -> None:
+        """Send a program an ICMP error."""
+        if self._write is not None:
+            self._write(packet)
 
     @property
     def is_closed(self) -> bool:
@@ -156,19 +212,74 @@ class UdpPort:
             except OSError:
                 # An ICMP error for an earlier reply: that program is gone, the others are not.
                 continue
-            self._receive(self, data, source[:2])
+            if self._may_use is None or self._may_use("udp", source[:2], self.at.called):
+                self._receive(self, data, source[:2])
             if self.is_closed:
                 return
+
+
+class PacketPort:
+    """A published port without a socket of its own: what programs get from it are whole packets."""
+
+    def __init__(self, at: VirtualPort, write: Write) -> None:
+        self._at = at
+        self._write = write
+        self._is_closed = False
+
+    @property
+    def at(self) -> VirtualPort:
+        """What is called."""
+        return self._at
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is published no more."""
+        return self._is_closed
+
+    def close(self) -> None:
+        """Stop. Later sends are dropped."""
+        self._is_closed = True
+
+    def send(self, data: bytes, destination: SockAddr) -> None:
+        """Send a datagram, or the answer to a ping: its sequence number (two bytes) and data."""
+        if self._is_closed:
+            dropped("agent_udp", "closed")
+            return
+        at = self._at
+        try:
+            if at.protocol == "udp":
+                packet = build_udp(*at.called, *destination, data)
+            else:
+                sequence = int.from_bytes(data[:2], "big")
+                packet = build_echo_reply(at.at, destination[0], destination[1], sequence, data[2:])
+        except PacketError:
+            dropped("agent_udp", "too_large")
+            return
+        self._write(packet)
+
+    def tell(self, packet: bytes) -> None:
+        """Send a program an ICMP error."""
+        self._write(packet)
 
 
 class Listeners:
     """All listening sockets of an agent, made to agree with the leases by `apply`."""
 
-    def __init__(self, accept: Accept, receive: Receive, warn: Callable[[str, str | None], None]) -> None:
+    def __init__(
+        self,
+        accept: Accept,
+        receive: Receive,
+        warn: Callable[[str, str | None], None],
+        *,
+        write: Write | None = None,
+        may_use: MayUse | None = None,
+    ) -> None:
         """`warn(name, detail)` tells readiness of a port that cannot be had, and with None that it can again."""
         self._accept = accept
         self._receive = receive
         self._warn = warn
+        self._write = write
+        self._may_use = may_use
         self._bound: dict[VirtualPort, TcpPort | UdpPort] = {}
         self._held: dict[VirtualPort, str] = {}
 
@@ -214,7 +325,11 @@ class Listeners:
 
     def _bind(self, at: VirtualPort) -> None:
         try:
-            made = TcpPort(at, self._accept) if at.protocol == "tcp" else UdpPort(at, self._receive)
+            made: TcpPort | UdpPort = (
+                TcpPort(at, self._accept, self._may_use)
+                if at.protocol == "tcp"
+                else UdpPort(at, self._receive, write=self._write, may_use=self._may_use)
+            )
         except (OSError, ZtnaError) as error:
             self._note_held(at, _why(error))
             return
@@ -237,13 +352,18 @@ class Listeners:
             self._warn(f"port {at}", None)
 
 
-def virtual_ports(service: ServiceName, lease: Lease, places: Sequence[str]) -> tuple[VirtualPort, ...]:
-    """Return the ports to listen on at each of the places; ICMP has none."""
+def virtual_ports(
+    service: ServiceName,
+    lease: Lease,
+    places: Iterable[str],
+    protocols: frozenset[Protocol] = frozenset({"tcp", "udp"}),
+) -> tuple[VirtualPort, ...]:
+    """Return what is published at each of the places; ICMP has no ports to listen on."""
     return tuple(
         VirtualPort(service, port.protocol, str(lease.ip), port.port, place)
         for port in lease.ports
         for place in places
-        if port.protocol != "icmp"
+        if port.protocol in protocols
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pyroute2 import IPRoute
 
-from sidecar.agent.anyip import ROUTE_MARK, local_route
+from sidecar.agent.anyip import ROUTE_MARK
 from sidecar.agent.places import Places
 from ztna.conflicts import (
     AnyNetwork,
@@ -46,6 +46,8 @@ SESSION_SECONDS = 15.0
 STEP_DOWN_SECONDS = 2.0
 HOSTS_BYTES_MAX = 4 * 1024 * 1024
 
+Take = Callable[[AnyNetwork], contextlib.AbstractAsyncContextManager[None]]
+
 _FAMILIES = frozenset({socket.AF_INET, socket.AF_INET6})
 _log = logger(__name__)
 
@@ -60,17 +62,22 @@ class Ranges:
         pools: Sequence[AnyNetwork],
         readiness: Readiness,
         *,
-        routes_in: Path | None,
+        take: Take | None,
         overrides: Mapping[str, IPv4Address],
         hosts_file: Path,
         domain: Zone,
+        own_device: int | None = None,
     ) -> None:
-        """`routes_in` is the runtime directory when pools are to be routed here, None when they are not."""
+        """`take` has a network routed to the agent while inside; None when there is no need.
+
+        `own_device` is the interface index of the agent's device: what is routed there is no conflict.
+        """
         self._client = client
         self._agent = agent
         self._pools = tuple(pools)
         self._readiness = readiness
-        self._routes_in = routes_in
+        self._take_in = take
+        self._own_device = own_device
         self._overrides = overrides
         self._hosts_file = hosts_file
         self._domain = domain
@@ -87,7 +94,7 @@ class Ranges:
 
     async def __aenter__(self) -> Ranges:
         """Take the pools that nothing overlaps. Raises ZtnaError when one cannot be had for another reason."""
-        routed = collisions(self._pools, await asyncio.to_thread(occupied))
+        routed = collisions(self._pools, await asyncio.to_thread(occupied, self._own_device))
         for pool in self._free(routed):
             await self._take(pool)
         self._see(routed)
@@ -100,7 +107,7 @@ class Ranges:
     @property
     def places(self) -> Places:
         """Where services can be served now."""
-        had = self._pools if self._routes_in is None else tuple(self._held)
+        had = self._pools if self._take_in is None else tuple(self._held)
         return Places(frozenset(had), overridden(self._overrides, self.leases())[0])
 
     async def run(self) -> None:
@@ -133,13 +140,13 @@ class Ranges:
 
     @property
     def _untaken(self) -> list[AnyNetwork]:
-        return [pool for pool in self._pools if pool not in self._held] if self._routes_in else []
+        return [pool for pool in self._pools if pool not in self._held] if self._take_in else []
 
     def _free(self, routed: Sequence[Collision]) -> list[AnyNetwork]:
         return [pool for pool in self._untaken if not any(each.pool == pool for each in routed)]
 
     async def _look(self) -> None:
-        routed = collisions(self._pools, await asyncio.to_thread(occupied))
+        routed = collisions(self._pools, await asyncio.to_thread(occupied, self._own_device))
         lines = await asyncio.to_thread(self._hosts)
         for pool in [each.pool for each in routed if each.pool in self._held]:
             await self._give_up(pool)
@@ -179,9 +186,9 @@ class Ranges:
             self.tell(conflict)
 
     async def _take(self, pool: AnyNetwork) -> None:
-        assert self._routes_in is not None, "only then is there something to take"
+        assert self._take_in is not None, "only then is there something to take"
         held = contextlib.AsyncExitStack()
-        await held.enter_async_context(local_route(pool, self._routes_in))
+        await held.enter_async_context(self._take_in(pool))
         self._held[pool] = held
 
     async def _give_up(self, pool: AnyNetwork) -> None:
@@ -206,7 +213,7 @@ class Ranges:
             names = ", ".join(map(str, self._untaken))
             why = self._trouble or said
             self._readiness.awaiting("pool", f"{names} not taken until what overlaps it is gone: {why}")
-        elif self._routes_in is not None:
+        elif self._take_in is not None:
             self._readiness.done("pool")
         if said and not self._untaken:
             self._readiness.warn("conflict", said)
@@ -235,7 +242,7 @@ class Ranges:
             self._consul_error = str(error)
 
 
-def occupied() -> list[Occupied]:
+def occupied(own_device: int | None) -> list[Occupied]:
     """Return the networks that this host routes, but for the default, loopback's own and what agents added."""
     with IPRoute() as netlink:
         links = {link["index"]: link.get("ifname", "?") for link in netlink.get_links()}
@@ -244,7 +251,10 @@ def occupied() -> list[Occupied]:
             if route["dst_len"] == 0 or route["proto"] == ROUTE_MARK or route["family"] not in _FAMILIES:
                 continue
             network = ip_network((route.get_attr("RTA_DST"), route["dst_len"]), strict=False)
-            link = links.get(route.get_attr("RTA_OIF"), "no device")
+            index = route.get_attr("RTA_OIF")
+            if own_device is not None and index == own_device:
+                continue
+            link = links.get(index, "no device")
             if not (link == "lo" and network.is_loopback):
                 found.append(Occupied(network, f"route {network} ({link})"))
     return found

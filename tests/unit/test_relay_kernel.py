@@ -1,4 +1,4 @@
-"""relay.kernel and relay.nft without a kernel that takes part; with one: tests/faults/test_forwarding.py."""
+"""relay.kernel without a kernel that takes part; with one: tests/faults/test_forwarding.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from relay import kernel as module
-from relay import nft
 from relay.forwarder import Forwarder
 from relay.kernel import KernelForwarder, KernelRefused
 from relay.links import Limits
-from relay.nft import Nft, NftError
+from ztna.nft import NftError
 from ztna.udp_bulk import BulkSocket
 from ztna.udp_kernel import encode_address
 
@@ -157,25 +156,6 @@ def test_a_table_that_nft_does_not_take_is_no_table(fake: FakeNft) -> None:
     fake.failing = 1
     with pytest.raises(KernelRefused, match="no"):
         KernelForwarder(("192.0.2.9", 4434), Limits())
-
-
-def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nft, "LIBRARY", "libabsent.so.1")
-    with pytest.raises(NftError, match=r"libabsent\.so\.1"):
-        Nft()
-
-
-def test_nft_tells_what_is_wrong_and_takes_nothing_once_closed() -> None:
-    try:
-        context = Nft()
-    except NftError as error:
-        pytest.skip(str(error))
-    with pytest.raises(NftError, match="nft: Error"):
-        context.run("this is no command")
-    context.close()
-    context.close()
-    with pytest.raises(NftError, match="closed"):
-        context.run("list tables")
 
 
 async def test_a_forwarder_that_wants_the_kernel_and_has_it_not_says_why() -> None:

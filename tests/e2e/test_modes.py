@@ -1,0 +1,265 @@
+"""The agent's modes on hosts of their own: what programs reach, who may, and what is left when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import sys
+from collections.abc import Iterator
+from ipaddress import IPv4Network, IPv6Network
+
+import pytest
+
+from tests.support.lab import Daemon, Lab, lab, tcp_route, udp_route, until
+from tests.support.namespaces import Host
+from tests.support.traces import traces
+from ztna.config import CheckConfig, Endpoint, Override, PoolConfig, RouteConfig
+from ztna.names import ServiceName
+
+pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
+
+POOL = "10.100.0.0/16"
+ULA = IPv6Network("fd12:3456:789a::/96")
+WEB = "web-app"
+BACKEND_PORT = 18007
+DEAD_PORT = 18008
+FOREIGN_RULES = (
+    "table inet foreign { chain out { type nat hook output priority -100; tcp dport 9 redirect to :10; }; }"
+)
+UNCHECKED = CheckConfig(kind="none")
+_numbers = itertools.count(1)
+
+
+def ping_route(service: str, host: str = "127.0.0.1", **keys: object) -> RouteConfig:
+    return RouteConfig(
+        service=ServiceName(service),
+        backend=Endpoint(host, 1),
+        protocol="icmp",
+        checks=(UNCHECKED,),
+        **keys,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Lab]:
+    """A mesh with one service by TCP, UDP and ping; agents come with the tests."""
+    with lab("core", "laptop", pool=POOL) as made:
+        core, laptop = made.host("core"), made.host("laptop")
+        core.run("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647")
+        laptop.run("nft", FOREIGN_RULES)
+        made.start_consul("embedded")
+        ports = ("--udp", str(BACKEND_PORT), "--tcp", str(BACKEND_PORT))
+        made.python("backends", core, "-m", "tests.support.backends", *ports)
+        backend = Endpoint("127.0.0.1", BACKEND_PORT)
+        made.dnsd(pool=PoolConfig(cidr=made.pool, ula=ULA)).wait_ready()
+        made.relay().wait_ready()
+        routes = [
+            tcp_route(WEB, backend),
+            udp_route(WEB, backend),
+            udp_route(WEB, Endpoint("127.0.0.1", DEAD_PORT), port=9),
+            ping_route(WEB),
+            udp_route("quiet", backend),
+            ping_route("answered", "192.0.2.1", icmp="connector"),
+        ]
+        made.connector("alpha", routes).wait_ready()
+        for service in (WEB, "quiet", "answered"):
+            made.address(service)
+        yield made
+
+
+@contextlib.contextmanager
+def agent(made: Lab, mode: str, **keys: object) -> Iterator[Daemon]:
+    """An agent on the laptop, which ends with status 0 and leaves nothing behind."""
+    before = traces(made.host("laptop"))
+    daemon = made.agent(f"laptop-{next(_numbers)}", [WEB, "quiet", "answered"], "laptop", mode=mode, **keys)
+    try:
+        daemon.wait_ready()
+        yield daemon
+        if daemon.alive:
+            assert daemon.stop() == 0, daemon.tail()
+        assert traces(made.host("laptop")) == before
+    finally:
+        if daemon.alive:
+            daemon.kill()
+        made.running.remove(daemon)
+
+
+def vip(made: Lab, service: str = WEB, kind: str = "A") -> str:
+    return made.dig("core", f"{service}.ztna.local", kind)[0]
+
+
+def connect(host: Host, address: str, port: int) -> socket.socket:
+    flow = host.socket(socket.SOCK_STREAM, socket.AF_INET6 if ":" in address else socket.AF_INET)
+    flow.settimeout(10)
+    flow.connect((address, port))
+    return flow
+
+
+def tcp_echoes(host: Host, address: str, port: int = 8080) -> bool:
+    with connect(host, address, port) as flow:
+        flow.sendall(b"hello")
+        return flow.recv(100) == b"hello"
+
+
+def udp_echoes(host: Host, address: str, payload: bytes = b"hello", port: int = 7) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with host.socket(socket.SOCK_DGRAM, family) as asker:
+        asker.settimeout(10)
+        asker.connect((address, port))
+        asker.send(payload)
+        return asker.recv(65_535) == payload
+
+
+def ping(host: Host, address: str, *more: str) -> str:
+    """Return what ping says; AssertionError when there is no answer."""
+    return host.run("ping", "-n", "-c", "3", "-i", "0.2", "-w", "20", *more, address)
+
+
+def refusal(host: Host, address: str, port: int, kind: int) -> type[OSError] | None:
+    """Return how the kernel tells a program that nothing is there, None when it does not."""
+    with host.socket(kind) as asker:
+        asker.settimeout(10)
+        try:
+            asker.connect((address, port))
+            asker.send(b"x")
+            asker.recv(100)
+        except OSError as error:
+            return type(error)
+    return None
+
+
+@pytest.mark.parametrize("mode", ["anyip", "tun"])
+def test_a_program_reaches_what_is_published_and_nothing_else(mesh: Lab, mode: str) -> None:
+    laptop, web = mesh.host("laptop"), vip(mesh)
+    with (
+        agent(mesh, mode) as daemon,
+        laptop.socket() as own_tcp,
+        laptop.socket(socket.SOCK_DGRAM) as own_udp,
+    ):
+        until("TCP", lambda: tcp_echoes(laptop, web))
+        until("UDP", lambda: udp_echoes(laptop, web))
+        assert udp_echoes(laptop, web, b"x" * 30_000), "larger than any MTU on the way"
+        # Programs may have these ports, without SO_REUSEADDR, also while a flow runs.
+        with connect(laptop, web, 8080) as flow:
+            assert daemon.status()["agent"]["listeners"] == "one", daemon.get("/readyz")
+            own_tcp.bind(("0.0.0.0", 8080))
+            own_tcp.listen()
+            own_udp.bind(("0.0.0.0", 7))
+            flow.sendall(b"on")
+            assert flow.recv(100) == b"on"
+            assert tcp_echoes(laptop, web)
+            assert udp_echoes(laptop, web)
+        # What is not published is refused, though programs listen everywhere.
+        other = laptop.socket()
+        with other, laptop.socket(socket.SOCK_DGRAM) as other_udp:
+            other.bind(("0.0.0.0", 8081))
+            other.listen()
+            other_udp.bind(("0.0.0.0", 8081))
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                assert refusal(laptop, web, 8081, kind) is ConnectionRefusedError
+        assert refusal(laptop, web, 9, socket.SOCK_DGRAM) is ConnectionRefusedError, "the backend's own word"
+        status = daemon.status()["agent"]
+        assert (status["mode"], status["listeners"], status["allow_uids"]) == (mode, "one", "all")
+
+
+def test_tun_pings_the_backend_and_the_connector(mesh: Lab) -> None:
+    laptop = mesh.host("laptop")
+    with agent(mesh, "tun", ula=ULA):
+        web = vip(mesh)
+        assert "3 received" in until("ping", lambda: ping(laptop, web))
+        assert "3 received" in ping(laptop, web, "-s", "4000")
+        assert "3 received" in ping(laptop, vip(mesh, "answered"))
+        assert "3 received" in ping(laptop, vip(mesh, kind="AAAA"))
+        unpublished = laptop.try_run("ping", "-n", "-c", "1", "-w", "10", vip(mesh, "quiet"))
+        assert "Packet filtered" in unpublished.stdout
+        nobody = laptop.try_run("ping", "-n", "-c", "1", "-w", "10", "10.100.255.77")
+        assert "Destination Host Unreachable" in nobody.stdout
+
+
+@pytest.mark.parametrize("mode", ["anyip", "tun"])
+def test_ipv6_programs_too(mesh: Lab, mode: str) -> None:
+    laptop, six = mesh.host("laptop"), vip(mesh, kind="AAAA")
+    with agent(mesh, mode, ula=ULA):
+        until("TCP", lambda: tcp_echoes(laptop, six))
+        until("UDP", lambda: udp_echoes(laptop, six))
+        assert udp_echoes(laptop, six, b"x" * 30_000)
+
+
+@pytest.mark.parametrize("mode", ["anyip", "tun"])
+def test_a_crash_leaves_nothing_once_it_was_started_again(mesh: Lab, mode: str) -> None:
+    laptop, web = mesh.host("laptop"), vip(mesh)
+    before = traces(laptop)
+    with agent(mesh, mode) as daemon:
+        until("TCP", lambda: tcp_echoes(laptop, web))
+        daemon.kill()
+        if mode == "tun":
+            assert traces(laptop) == before, "the kernel takes everything back"
+        else:
+            assert "ztna" not in "".join(traces(laptop)["nft list ruleset"])
+        daemon.start()
+        daemon.wait_ready()
+        until("TCP again", lambda: tcp_echoes(laptop, web))
+        until("UDP again", lambda: udp_echoes(laptop, web))
+
+
+@pytest.mark.parametrize("mode", ["anyip", "tun"])
+def test_two_agents_on_one_host(mesh: Lab, mode: str) -> None:
+    laptop, web = mesh.host("laptop"), vip(mesh)
+    with agent(mesh, mode):
+        until("TCP", lambda: tcp_echoes(laptop, web))
+        second = mesh.agent(f"second-{mode}", [WEB], "laptop", mode=mode)
+        until("the second gave up", lambda: not second.alive)
+        assert second.process is not None and second.process.returncode != 0
+        assert "another agent on this host" in second.output(), second.output()
+        mesh.running.remove(second)
+        with agent(mesh, mode, pool=IPv4Network("10.102.0.0/16")):
+            assert tcp_echoes(laptop, web)
+            assert udp_echoes(laptop, web)
+        assert tcp_echoes(laptop, web)
+
+
+ASK = """
+import socket, sys
+address, port, kind = sys.argv[1], int(sys.argv[2]), getattr(socket, sys.argv[3])
+with socket.socket(socket.AF_INET, kind) as asker:
+    asker.settimeout(10)
+    try:
+        asker.connect((address, port))
+        asker.send(b"hello")
+        print(asker.recv(100).decode() or "end")
+    except OSError as error:
+        print(type(error).__name__)
+"""
+
+
+def asked_as(host: Host, uid: int, address: str, port: int, kind: str) -> str:
+    """Return what a program of this user hears."""
+    argv = ("setpriv", "--reuid", str(uid), "--clear-groups", "--inh-caps=-all", sys.executable, "-c", ASK)
+    return host.run(*argv, address, str(port), kind).strip()
+
+
+@pytest.mark.parametrize("mode", ["listen", "anyip", "tun"])
+def test_only_users_that_may_use_the_agent_do(mesh: Lab, mode: str) -> None:
+    laptop, address = mesh.host("laptop"), vip(mesh)
+    keys: dict[str, object] = {}
+    if mode == "listen":
+        # Its addresses are those of every host; the pool lies elsewhere, so the service is called at an override.
+        address = "127.53.0.80"
+        keys = {
+            "pool": IPv4Network("127.100.0.0/16"),
+            "overrides": (Override(service=ServiceName(WEB), ip=address),),
+        }
+    with agent(mesh, mode, allow_uids=(1001, 1002), **keys) as daemon:
+        for uid in (1001, 1002):
+            until("TCP", lambda uid=uid: asked_as(laptop, uid, address, 8080, "SOCK_STREAM") == "hello")
+            until("UDP", lambda uid=uid: asked_as(laptop, uid, address, 7, "SOCK_DGRAM") == "hello")
+        for uid in (0, 1003):
+            heard = asked_as(laptop, uid, address, 8080, "SOCK_STREAM")
+            assert heard in ("ConnectionRefusedError", "ConnectionResetError"), heard
+            heard = asked_as(laptop, uid, address, 7, "SOCK_DGRAM")
+            assert heard in ("PermissionError", "TimeoutError"), heard
+        if mode == "tun":
+            assert laptop.try_run("ping", "-n", "-c", "1", "-w", "2", address).returncode != 0
+        assert daemon.status()["agent"]["allow_uids"] == [1001, 1002]
+        assert daemon.metric("ztna_refusals_total", where="agent_user", reason="no_grant") >= 4
