@@ -34,6 +34,7 @@ ROWS = {
     "latency": "tests.bench.rows_latency",
     "link-datagrams": "tests.bench.rows_link",
     "handshakes": "tests.bench.rows_relay:handshakes_row",
+    "memory": "tests.bench.rows_memory",
     "mass-close": "tests.bench.rows_relay:mass_close_row",
 }
 

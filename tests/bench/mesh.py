@@ -21,6 +21,7 @@ class BenchMesh:
 
     lab: Lab
     dns_port: int
+    relay_port: int
     relay: Daemon
     connector: Daemon
     agent: Daemon
@@ -31,8 +32,17 @@ class BenchMesh:
 
 
 @contextlib.contextmanager
-def bench_mesh(directory: Path, routes: Sequence[RouteConfig], *, direct: bool) -> Iterator[BenchMesh]:
-    """Start a mesh that fronts these routes; CannotMeasure when it does not come up."""
+def bench_mesh(
+    directory: Path,
+    routes: Sequence[RouteConfig],
+    *,
+    direct: bool,
+    grants: Sequence[str] | None = None,
+) -> Iterator[BenchMesh]:
+    """Start a mesh that fronts these routes; CannotMeasure when it does not come up.
+
+    `grants` of connector and agent are the routes' services unless given.
+    """
     directory.mkdir()
     lab = Lab(LocalNetwork(), directory, IPv4Network("127.100.0.0/16"))
     try:
@@ -47,14 +57,16 @@ def bench_mesh(directory: Path, routes: Sequence[RouteConfig], *, direct: bool) 
             resolvers=(Endpoint("127.0.0.1", dns),),
         )
         relays = (lab.target(port=control),)
-        connector = lab.connector("bench", routes, link=Endpoint("127.0.0.1", link), relays=relays)
-        agent = lab.agent("agent", [str(route.service) for route in routes], relays=relays, direct=direct)
+        link_at = Endpoint("127.0.0.1", link)
+        connector = lab.connector("bench", routes, grants=grants, link=link_at, relays=relays)
+        granted = grants or [str(route.service) for route in routes]
+        agent = lab.agent("agent", granted, relays=relays, direct=direct)
         try:
             for daemon in (dnsd, relay, connector, agent):
                 daemon.wait_ready()
         except AssertionError as error:
             raise CannotMeasure(str(error)) from None
-        yield BenchMesh(lab, dns, relay, connector, agent)
+        yield BenchMesh(lab, dns, control, relay, connector, agent)
     finally:
         lab.close()
 

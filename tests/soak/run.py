@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import random
 import signal
 import time
@@ -68,6 +69,7 @@ async def soak(directory: Path, size: Size, seconds: float) -> Verdict:
             # Memory is compared from when everybody is served again: a relay that was killed begins small.
             verdict.wrong += await _settle(mesh)
             memory.mark()
+            mesh.ledger.amid = "churn alone"
             await asyncio.sleep(seconds * (1 - DISTURBED_SHARE))
             for task in load:
                 task.cancel()
@@ -124,11 +126,17 @@ async def _again(mesh: SoakMesh, one: Client | Server, start: Callable[..., obje
 async def _disturb(mesh: SoakMesh, seconds: float, verdict: Verdict) -> None:
     """Pause Consul, kill the relay, restart the relay, and so on."""
     end = time.monotonic() + seconds
-    kinds = (_consul_outage, _relay_killed, _relay_restarted)
+    kinds = {
+        "Consul paused": _consul_outage,
+        "relay killed": _relay_killed,
+        "relay restarted": _relay_restarted,
+    }
+    turns = itertools.cycle(kinds.items())
     done = 0
     while time.monotonic() + DISTURBANCE_SECONDS < end:
         await asyncio.sleep(DISTURBANCE_SECONDS)
-        await kinds[done % len(kinds)](mesh)
+        mesh.ledger.amid, disturb = next(turns)
+        await disturb(mesh)
         done += 1
     await asyncio.sleep(max(0.0, end - time.monotonic()))
     verdict.told.append(f"disturbances: {done} (Consul paused, relay killed, relay restarted, in turn)")

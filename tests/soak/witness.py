@@ -27,6 +27,12 @@ class Ledger:
     failed: Counter[str] = field(default_factory=Counter)
     misdelivered: list[str] = field(default_factory=list)
     nonces: itertools.count[int] = field(default_factory=itertools.count)
+    amid: str = "churn alone"
+    """What was disturbed last: failures are counted by it."""
+
+    def fail(self, how: str) -> None:
+        """Count a question that was not answered."""
+        self.failed[f"{how} ({self.amid})"] += 1
 
 
 class Witness:
@@ -102,7 +108,7 @@ class Conversation:
             async with asyncio.timeout(ASK_SECONDS):
                 self._reader, self._writer = await asyncio.open_connection(address, port)
         except (OSError, TimeoutError):
-            self._ledger.failed["tcp connect"] += 1
+            self._ledger.fail("tcp connect")
         return self._writer is not None
 
     async def ask(self) -> bool:
@@ -113,11 +119,14 @@ class Conversation:
             async with asyncio.timeout(ASK_SECONDS):
                 self._writer.write(payload + b"\n")
                 answer = await self._reader.readline()
-        except (OSError, TimeoutError, RuntimeError):  # uvloop says so of a transport that was reset
-            self._ledger.failed["tcp"] += 1
+        except TimeoutError:
+            self._ledger.fail("tcp in time")
+            return False
+        except (OSError, RuntimeError):  # uvloop says so of a transport that was reset
+            self._ledger.fail("tcp reset")
             return False
         if not answer.endswith(b"\n"):
-            self._ledger.failed["tcp"] += 1
+            self._ledger.fail("tcp ended")
             return False
         if answer != expected + b"\n":
             self._ledger.misdelivered.append(f"{self._who} asked {payload!r} and heard {answer[:80]!r}")
@@ -147,7 +156,7 @@ async def ask_udp(agent: str, service: str, address: str, port: int, ledger: Led
                     if said[:1] + said[2:] != [agent.encode(), service.encode(), b"from", service.encode()]:
                         ledger.misdelivered.append(f"{agent} asked {payload!r} and heard {answer[:80]!r}")
         except (OSError, TimeoutError):
-            ledger.failed["udp"] += 1
+            ledger.fail("udp")
             return False
     ledger.answered["udp"] += 1
     return True
