@@ -7,7 +7,6 @@ call; once every flow was echoed the process prints `{"flows": n}` and holds the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -24,22 +23,29 @@ from ztna.runtime import Daemon, raise_file_limit
 
 AT_ONCE = 8
 ECHO_SECONDS = 10.0
-TRIES = 30
+SERVED_SECONDS = 120.0
 AGAIN_SECONDS = 0.5
 HELLO = b"hello\n"
 
 
 async def hold(host: str, port: int) -> asyncio.StreamWriter:
-    """Return a flow that was echoed. Raises OSError when none is after TRIES."""
-    for _ in range(TRIES):
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+    """Return a flow that was echoed, trying for SERVED_SECONDS: a relay asks DNS for many names one after the other.
+
+    Raises OSError.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + SERVED_SECONDS
+    while True:
+        try:
             async with asyncio.timeout(ECHO_SECONDS):
                 reader, writer = await asyncio.open_connection(host, port)
                 writer.write(HELLO)
                 if await reader.readexactly(len(HELLO)) == HELLO:
                     return writer
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+            if loop.time() > end:
+                raise OSError(f"{host}:{port} does not echo: {error!r}") from None
         await asyncio.sleep(AGAIN_SECONDS)
-    raise OSError(f"{host}:{port} does not echo")
 
 
 async def begin(
@@ -49,7 +55,7 @@ async def begin(
     async with limit:
         path = Path(file)
         daemon = Daemon(path.stem, configuration.load(path, {}, {}), tasks)
-        await Running(daemon, agent.body).ready()
+        await Running(daemon, agent.body).ready(SERVED_SECONDS)
         return [await hold(host, port) for host, port in calls]
 
 

@@ -10,7 +10,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 from tests.bench.harness import CannotMeasure, accepts, free_port, wait_until
-from tests.support.lab import Daemon, Lab
+from tests.support.lab import READY_SECONDS, Daemon, Lab
 from tests.support.namespaces import LocalNetwork
 from ztna.config import ConsulConfig, Endpoint, RouteConfig
 
@@ -22,6 +22,7 @@ class BenchMesh:
     lab: Lab
     dns_port: int
     relay_port: int
+    dnsd: Daemon
     relay: Daemon
     connector: Daemon
     agent: Daemon
@@ -38,10 +39,11 @@ def bench_mesh(
     *,
     direct: bool,
     grants: Sequence[str] | None = None,
+    ready_s: float = READY_SECONDS,
 ) -> Iterator[BenchMesh]:
     """Start a mesh that fronts these routes; CannotMeasure when it does not come up.
 
-    `grants` of connector and agent are the routes' services unless given.
+    `grants` of connector and agent are the routes' services unless given; each daemon has `ready_s` to be ready.
     """
     directory.mkdir()
     lab = Lab(LocalNetwork(), directory, IPv4Network("127.100.0.0/16"))
@@ -63,10 +65,10 @@ def bench_mesh(
         agent = lab.agent("agent", granted, relays=relays, direct=direct)
         try:
             for daemon in (dnsd, relay, connector, agent):
-                daemon.wait_ready()
+                daemon.wait_ready(ready_s)
         except AssertionError as error:
             raise CannotMeasure(str(error)) from None
-        yield BenchMesh(lab, dns, control, relay, connector, agent)
+        yield BenchMesh(lab, dns, control, dnsd, relay, connector, agent)
     finally:
         lab.close()
 

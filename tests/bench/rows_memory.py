@@ -59,7 +59,9 @@ def idle(directory: Path) -> Iterator[Measure]:
     echo = [sys.executable, "-m", "tests.bench.tcp_echo", str(port)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(running(echo, directory.parent / "memory-echo.log"))
-        mesh = stack.enter_context(bench_mesh(directory, routes, direct=False, grants=["*"]))
+        mesh = stack.enter_context(
+            bench_mesh(directory, routes, direct=False, grants=["*"], ready_s=KNOWN_SECONDS)
+        )
         wait_until("the agent serves all names", lambda: _served(mesh) == SERVICES, KNOWN_SECONDS)
         flows = stack.enter_context(_other_agents(mesh, directory, names))
         for name in names[:FLOWS_OF_AN_AGENT]:
@@ -87,7 +89,7 @@ def _other_agents(mesh: BenchMesh, directory: Path, names: list[str]) -> Iterato
     lab, told = mesh.lab, []
     for number in range(1, AGENTS):
         own = [names[(number * FLOWS_OF_AN_AGENT + each) % SERVICES] for each in range(FLOWS_OF_AN_AGENT)]
-        hosts = [IPv4Address(f"127.{60 + number}.0.{1 + each}") for each in range(FLOWS_OF_AN_AGENT)]
+        hosts = [IPv4Address(f"127.60.{number}.{1 + each}") for each in range(FLOWS_OF_AN_AGENT)]
         section = AgentConfig(
             tls=lab.certificate(f"agent-{number}", agent=own),
             relays=(lab.target(port=mesh.relay_port),),

@@ -44,7 +44,8 @@ SERVICES_OF_A_KIND = 10
 """Half as many as there are connectors, so that each service has two."""
 PORT = 7007
 STARTS_AT_ONCE = 8
-CONSUL_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
+"""Within which anything comes, though so many share one process, and the machine is another's too."""
 CHECK = CheckConfig(kind="tcp", interval_s=2.0, timeout_s=2.0, failures_before_critical=2)
 UNCHECKED = CheckConfig(kind="none")
 
@@ -174,7 +175,7 @@ class SoakMesh:
         """Stop an agent or a connector cleanly."""
         running, one.running = one.running, None
         if running is not None:
-            await running.stop()
+            await running.stop(PATIENCE_SECONDS)
 
     async def stop_all(self) -> None:
         """Stop every agent and connector, and the backends."""
@@ -201,14 +202,14 @@ class SoakMesh:
             async with limit:
                 await do(each)
                 if each.running is not None:
-                    await each.running.ready()
+                    await each.running.ready(PATIENCE_SECONDS)
 
         async with asyncio.TaskGroup() as tasks:
             for each in those:
                 tasks.create_task(one(each))
 
     async def _wait(self, what: str, condition: Callable[[], Any]) -> None:
-        await asyncio.to_thread(until, what, condition, CONSUL_SECONDS)
+        await asyncio.to_thread(until, what, condition, PATIENCE_SECONDS)
 
 
 @contextlib.asynccontextmanager

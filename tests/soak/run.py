@@ -17,7 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from tests.soak.mesh import PORT, Client, Server, Size, SoakMesh, descriptors, processes, resident
+from tests.soak.mesh import (
+    PATIENCE_SECONDS,
+    PORT,
+    Client,
+    Server,
+    Size,
+    SoakMesh,
+    descriptors,
+    processes,
+    resident,
+)
 from tests.soak.witness import Conversation, ask_udp
 
 DISTURBED_SHARE = 0.6
@@ -28,7 +38,6 @@ CONNECTOR_EVERY = 8
 """One in so many that go and come back is a connector."""
 ASK_SECONDS = (1.0, 4.0)
 QUESTIONS_OF_A_FLOW = 5
-SETTLE_SECONDS = 120.0
 SAMPLE_SECONDS = 1.0
 GROWTH_BYTES_MAX = 12 * 1024 * 1024
 GROWTH_SHARE_MAX = 0.10
@@ -164,14 +173,14 @@ async def _relay_restarted(mesh: SoakMesh) -> None:
 
 async def _wait_up(one: Client | Server) -> None:
     if one.running is not None:
-        await one.running.ready()
+        await one.running.ready(PATIENCE_SECONDS)
 
 
 async def _settle(mesh: SoakMesh) -> list[str]:
     """Ask until everybody is answered again; return who never is."""
 
     async def answered(client: Client) -> str | None:
-        end = time.monotonic() + SETTLE_SECONDS
+        end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end:
             flow = Conversation(client.name, client.services["tcp"], mesh.ledger)
             try:
@@ -188,8 +197,8 @@ async def _settle(mesh: SoakMesh) -> list[str]:
 
 
 async def _judge_leaks(mesh: SoakMesh, before: dict[str, Held], verdict: Verdict) -> None:
-    """Wait until nothing of the clients is left, and say what is after SETTLE_SECONDS."""
-    end = time.monotonic() + SETTLE_SECONDS
+    """Wait until nothing of the clients is left, and say what is after PATIENCE_SECONDS."""
+    end = time.monotonic() + PATIENCE_SECONDS
     while True:
         gc.collect()
         now = {"relay": await _held(mesh.relay), "dnsd": await _held(mesh.dnsd), "driver": _own()}

@@ -59,10 +59,10 @@ ECHO, WEB = ServiceName("echo-service"), ServiceName("web-app")
 PROMPT = CheckConfig(interval_s=0.1, timeout_s=1.0, failures_before_critical=1)
 
 
-async def until(what: str, found: Callable[[], object]) -> None:
+async def until(what: str, found: Callable[[], object], seconds: float = WAIT_SECONDS) -> None:
     """Wait for something that happens elsewhere in this process."""
     try:
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(seconds):
             while not found():
                 await asyncio.sleep(0.01)
     except TimeoutError:
@@ -123,17 +123,17 @@ class Running:
         self.daemon = daemon
         self.task = daemon.tasks.create_task(_run(daemon, body), name=daemon.name)
 
-    async def ready(self) -> Running:
-        await until(f"{self.daemon.name} ready", lambda: self._is_ready)
+    async def ready(self, seconds: float = WAIT_SECONDS) -> Running:
+        await until(f"{self.daemon.name} ready", lambda: self._is_ready, seconds)
         return self
 
     def status(self, key: str) -> Any:
         return self.daemon.status_sources[key]()
 
-    async def stop(self) -> None:
+    async def stop(self, seconds: float = WAIT_SECONDS) -> None:
         """End it cleanly."""
         self.daemon.stopping.set()
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(seconds):
             await self.task
 
     @property
