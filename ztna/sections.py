@@ -193,7 +193,7 @@ def described(field: msgspec.structs.FieldInfo, indent: str = "") -> Iterator[st
         yield f"{indent}# {field.name}: {_flow(_example_value(field))}"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """Refuses a key that is given twice; YAML's own loaders silently take the last (YAML 1.2, 3.2.1.3)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

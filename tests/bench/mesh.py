@@ -1,15 +1,15 @@
-"""A mesh on 127.0.0.1 for measuring: embedded Consul, dnsd, relay, one connector, one agent."""
+"""A mesh on 127.0.0.1 for measuring: a Consul (the embedded one by default), dnsd, relay, one connector, one agent."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 
-from tests.bench.harness import CannotMeasure, accepts, free_port, wait_until
+from tests.bench.harness import CannotMeasure, free_port, wait_until
 from tests.support.lab import READY_SECONDS, Daemon, Lab
 from tests.support.namespaces import LocalNetwork
 from ztna.config import ConsulConfig, Endpoint, RouteConfig
@@ -39,10 +39,12 @@ def bench_mesh(
     *,
     direct: bool,
     grants: Sequence[str] | None = None,
+    consul_argv: Callable[[int], Sequence[str]] | None = None,
     ready_s: float = READY_SECONDS,
 ) -> Iterator[BenchMesh]:
     """Start a mesh that fronts these routes; CannotMeasure when it does not come up.
 
+    `consul_argv` starts a Consul on an HTTP port; by default it is the embedded one.
     `grants` of connector and agent are the routes' services unless given; each daemon has `ready_s` to be ready.
     """
     directory.mkdir()
@@ -50,8 +52,9 @@ def bench_mesh(
     try:
         consul, dns, control, forwarder, link = (free_port() for _ in range(5))
         lab.consul = ConsulConfig(address=f"http://127.0.0.1:{consul}")
-        lab.spawn("consul", lab.host("core"), *_embedded(consul))
-        wait_until("the embedded Consul", lambda: accepts(consul))
+        lab.spawn("consul", lab.host("core"), *(consul_argv or _embedded)(consul))
+        lab._consul_host = lab.host("core")
+        wait_until("Consul", lambda: bool(lab.consul_get("/v1/status/leader")))
         dnsd = lab.dnsd(listen=Endpoint("127.0.0.1", dns))
         relay = lab.relay(
             listen=Endpoint("127.0.0.1", control),

@@ -10,7 +10,7 @@ import contextlib
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -27,8 +27,10 @@ from tests.bench.harness import (
 from tests.bench.idle_agents import ECHO_SECONDS, HELLO
 from tests.bench.mesh import BenchMesh, bench_mesh
 from tests.bench.rows_relay import Process
+from tests.support.consul import NEWEST, peers_folder
 from tests.support.lab import Daemon, tcp_route
 from ztna import config as configuration
+from ztna.cli.mesh import dev_consul_argv
 from ztna.config import AgentConfig, Config, Endpoint, Override
 from ztna.names import ServiceName
 
@@ -44,7 +46,7 @@ def row(directory: Path) -> Row:
     """Return the row; everything is written under `directory`."""
     flows = AGENTS * FLOWS_OF_AN_AGENT
     return Row(
-        f"memory: {SERVICES:,} services, {AGENTS} agents, {flows:,} idle TCP flows by the forwarder",
+        f"memory: {SERVICES:,} services, {AGENTS} agents, {flows:,} idle TCP flows by the forwarder, Consul {NEWEST}",
         "relay < 150 MB, dnsd < 80 MB, connector and agent < 120 MB each",
         [Contender("ztna", lambda: idle(directory / "memory"))],
     )
@@ -60,7 +62,9 @@ def idle(directory: Path) -> Iterator[Measure]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(running(echo, directory.parent / "memory-echo.log"))
         mesh = stack.enter_context(
-            bench_mesh(directory, routes, direct=False, grants=["*"], ready_s=KNOWN_SECONDS)
+            bench_mesh(
+                directory, routes, direct=False, grants=["*"], consul_argv=_consul(), ready_s=KNOWN_SECONDS
+            )
         )
         wait_until("the agent serves all names", lambda: _served(mesh) == SERVICES, KNOWN_SECONDS)
         flows = stack.enter_context(_other_agents(mesh, directory, names))
@@ -73,6 +77,14 @@ def idle(directory: Path) -> Iterator[Measure]:
                 | {f"{each.name} MB": memory_bytes(each.pid) / MB for each in _measured(mesh)}
             )
         )
+
+
+def _consul() -> Callable[[int], Sequence[str]]:
+    """Return how to start a real Consul: 1,000 checks a few times a TTL are too much for the embedded one."""
+    binary = peers_folder() / f"consul-{NEWEST}"
+    if not binary.exists():
+        raise CannotMeasure("no Consul: run `make peers`")
+    return lambda port: dev_consul_argv(str(binary), NEWEST, port, free_port(), free_port())
 
 
 def _measured(mesh: BenchMesh) -> list[Daemon]:
