@@ -27,6 +27,9 @@ WAIT_SECONDS = 20.0
 LINK = Address("127.0.0.1", 4435)
 LEASE = Lease(IPv4Address("10.100.0.2"), 7)
 
+SERVICES_OF_FLIPS = 50
+FLIPS: tuple[Verdict, ...] = ("passing", "critical", "warning", "passing", "critical")
+
 Found = TypeVar("Found")
 
 
@@ -305,3 +308,30 @@ async def test_the_lease_book_learns_and_reads_again(consul: ConsulUnderTest, un
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await client.kv_delete(service_key(foreign))
+
+
+async def test_a_verdict_is_in_the_catalog_within_a_second(consul: ConsulUnderTest, unique: str) -> None:
+    """While other services are being registered: changed verdicts go first."""
+    services = [f"s{number}-{unique}" for number in range(SERVICES_OF_FLIPS)]
+    async with ConsulClient(consul.config()) as client:
+        connector = Connector(client, "c10", *services)
+        loop = asyncio.get_running_loop()
+        took_s = []
+
+        async def status() -> list[str]:
+            return status_of(await client.service_instances(services[0]))
+
+        async with running(connector):
+            await until(status, lambda found: found == ["critical"])
+            for verdict in FLIPS:
+                for service in services[1:]:
+                    connector.leases[service] = Lease(
+                        LEASE.ip, connector.leases.get(service, LEASE).epoch + 1
+                    )
+                connector.registrar.lease_changed()
+                began = loop.time()
+                connector.turn(services[0], verdict)
+                await until(status, lambda found, verdict=verdict: found == [verdict])
+                took_s.append(loop.time() - began)
+        await connector.registrar.leave()
+    assert sorted(took_s)[len(took_s) // 2] < 1.0, took_s
