@@ -58,7 +58,7 @@ def test_base64url_is_strict(text: str) -> None:
 def test_bad_json_is_a_protocol_error_that_says_where(data: bytes, said: str) -> None:
     with pytest.raises(ProtocolError) as caught:
         from_json(data, Thing)
-    assert said in str(caught.value)
+    assert said.lower() in str(caught.value).lower()  # msgspec 0.23 says UTF-8, earlier ones utf-8
 
 
 def test_a_peers_text_is_cut_in_errors() -> None:
