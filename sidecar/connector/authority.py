@@ -9,14 +9,16 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from sidecar.connector.backends import dial_tcp
+from sidecar.connector.backend_tls import BackendTls
+from sidecar.connector.backends import Introduction, dial_tcp
 from sidecar.connector.fronting import Claim, Fronting
 from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.proxy_protocol import Caller, header
 from sidecar.connector.routes import Route
 from sidecar.connector.sessions import Session, Sessions, standing
 from sidecar.link.flow import TcpFlow, abort
 from sidecar.link.stream import FlowRefused
-from ztna.errors import Refused
+from ztna.errors import ConfigError, Refused
 from ztna.identity import Identity, require_agent
 from ztna.names import ServiceName, SessionId
 from ztna.reasons import Reason
@@ -44,12 +46,14 @@ class FlowAuthority:
         sessions: Sessions,
         leases: LeaseBook,
         *,
+        backend_tls: BackendTls,
         verdicts: Verdicts,
         is_draining: Callable[[], bool],
     ) -> None:
         self._fronting = fronting
         self._sessions = sessions
         self._leases = leases
+        self._backend_tls = backend_tls
         self._verdicts = verdicts
         self._is_draining = is_draining
         self._claims: dict[tuple[str, str], Claim] = {}
@@ -62,7 +66,7 @@ class FlowAuthority:
             raise FlowRefused(OpenStatus.DENIED, "the connector is draining")
         await self._check_lease(frame)
         route = self._route_of(frame)
-        sock, claim = await self._dial(route, peer.name)
+        sock, claim = await self._dial(route, peer.name, frame)
         if not self._sessions.has_flows(session):
             claim.release()
             abort(sock)
@@ -111,7 +115,7 @@ class FlowAuthority:
             raise FlowRefused(OpenStatus.REFUSED, f"{frame.service} has no port tcp {frame.destination.port}")
         return route
 
-    async def _dial(self, route: Route, agent: str) -> tuple[socket.socket, Claim]:
+    async def _dial(self, route: Route, agent: str, frame: OpenFrame) -> tuple[socket.socket, Claim]:
         """Dial the route's backends, the best first, until one answers. Raises FlowRefused, as the last one did."""
         loop, tried = asyncio.get_running_loop(), list[Endpoint]()
         ends_at = loop.time() + DIALLING_SECONDS
@@ -121,7 +125,11 @@ class FlowAuthority:
             if claim is None:
                 break
             try:
-                sock = await dial_tcp(claim.backend, min(route.connect_timeout_s, ends_at - loop.time()))
+                sock = await dial_tcp(
+                    claim.backend,
+                    min(route.connect_timeout_s, ends_at - loop.time()),
+                    self._introduction(claim, agent, frame),
+                )
             except FlowRefused as error:
                 claim.release()
                 if error.status is OpenStatus.DENIED:  # we have no descriptor left: no backend's fault
@@ -137,3 +145,20 @@ class FlowAuthority:
                 claim.succeeded()
                 return sock, claim
         raise refusal
+
+    def _introduction(self, claim: Claim, agent: str, frame: OpenFrame) -> Introduction:
+        """Return what the backend gets to see first. Raises FlowRefused when that cannot be made."""
+        route, tls = claim.route, claim.route.backend_tls
+        head, context = b"", None
+        if route.proxy_protocol != "none":
+            source, destination = frame.source, frame.destination
+            caller = Caller(
+                (source.ip, source.port), (destination.ip, destination.port), agent, frame.service, frame.flow
+            )
+            head = header(route.proxy_protocol, caller)
+        if tls is not None:
+            try:
+                context = self._backend_tls.context(tls)
+            except ConfigError as error:
+                raise FlowRefused(OpenStatus.UNREACHABLE, f"backend_tls.{error}") from None
+        return Introduction(head, context, (tls and tls.name) or claim.backend.host)

@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +36,7 @@ from ztna.packet import (
 )
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
+from ztna.tls_socket import secure_client
 from ztna.udp import SockAddr
 from ztna.wire.stream import OpenStatus
 
@@ -74,18 +76,43 @@ async def resolve(endpoint: Endpoint) -> SockAddr:
     return str(host), int(port)
 
 
-async def dial_tcp(endpoint: Endpoint, timeout_s: float) -> socket.socket:
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a connection to a backend begins with: bytes that go first, and then TLS, to a backend of that name."""
+
+    header: bytes = b""
+    context: ssl.SSLContext | None = None
+    name: str = ""
+
+
+PLAIN = Introduction()
+
+
+async def dial_tcp(endpoint: Endpoint, timeout_s: float, introduction: Introduction = PLAIN) -> socket.socket:
     """Return a non-blocking socket that is connected to the backend.
 
-    Raises FlowRefused: refused, unreachable, timed out, or denied when we are out of descriptors.
+    Raises FlowRefused: refused, unreachable (TLS that does not come about, too), timed out, or denied when we are out
+    of descriptors.
     """
     try:
         async with asyncio.timeout(timeout_s):
-            return await connect_tcp(await resolve(endpoint))
+            return await _introduced(await connect_tcp(await resolve(endpoint)), introduction)
     except TimeoutError:
         raise FlowRefused(OpenStatus.TIMED_OUT, f"{endpoint} within {timeout_s:g} s") from None
     except OSError as error:
         raise FlowRefused(_dial_status(error), f"{endpoint}: {error.strerror or error}") from None
+
+
+async def _introduced(sock: socket.socket, introduction: Introduction) -> socket.socket:
+    try:
+        if introduction.header:
+            await asyncio.get_running_loop().sock_sendall(sock, introduction.header)
+        if introduction.context is not None:
+            return await secure_client(sock, introduction.context, introduction.name)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def connect_tcp(address: SockAddr) -> socket.socket:

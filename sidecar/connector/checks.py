@@ -53,6 +53,8 @@ class Check:
     headers: tuple[tuple[str, str], ...] = ()
     body: re.Pattern[bytes] | None = None
     send: bytes = b""
+    introduction: bytes = b""
+    """What a tcp check says before that: the PROXY header of a backend that wants one."""
     expect: bytes | None = None
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from contextlib import AsyncExitStack
 
+from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.backends import ping_problem, resolve
 from sidecar.connector.delegation import Delegation
 from sidecar.connector.fronting import Fronting
@@ -47,6 +48,8 @@ async def body(daemon: Daemon) -> None:
     if config is None:
         raise ConfigError("connector: the configuration has no such section")
     routes = RouteTable(config.routes)
+    backend_tls = BackendTls()
+    backend_tls.check(routes)
     credentials = Credentials.load(config.tls)
     routes.require_granted(credentials.identity, config.id)
     if not config.relays and not config.resolvers:
@@ -64,7 +67,9 @@ async def body(daemon: Daemon) -> None:
         try:
             # All that uses them has ended before the Consul client and the prober are closed.
             async with asyncio.TaskGroup() as tasks:
-                await _Connector(daemon, config, routes, credentials, consul, prober, tasks).run()
+                await _Connector(
+                    daemon, config, routes, credentials, consul, prober, backend_tls, tasks
+                ).run()
                 raise _Stopped
         except* _Stopped:
             pass
@@ -83,6 +88,7 @@ class _Connector:
         credentials: Credentials,
         consul: ConsulClient,
         prober: Prober,
+        backend_tls: BackendTls,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._daemon = daemon
@@ -97,6 +103,7 @@ class _Connector:
             self._fronting,
             credentials,
             leases=self._leases,
+            backend_tls=backend_tls,
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
             addresses=lambda: self._network.addresses,

@@ -151,8 +151,8 @@ async def _tcp(check: Check, address: SockAddr) -> Outcome:
     loop = asyncio.get_running_loop()
     sock = await connect_tcp(address)
     try:
-        if check.send:
-            await loop.sock_sendall(sock, check.send)
+        if check.introduction or check.send:
+            await loop.sock_sendall(sock, check.introduction + check.send)
         if check.expect is None:
             return Outcome(True, f"{where}: connected")
         reply = b""

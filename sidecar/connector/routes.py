@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from typing import Literal
 
 from sidecar.connector.balance import Policy
 from sidecar.connector.checks import CHECKS_PER_ROUTE_MAX, Check, parse
+from sidecar.connector.proxy_protocol import own_header
 from ztna.config import BackendConfig, BackendTlsConfig, CheckConfig, Endpoint, RouteConfig
 from ztna.errors import ConfigError
 from ztna.identity import Identity
@@ -241,7 +242,14 @@ def _backend(config: BackendConfig, route: RouteConfig, where: str) -> Backend:
         address=config.address,
         weight=config.weight,
         checks=tuple(
-            parse(check, route.protocol, config.address, f"{where}.checks[{number}]")
+            _introduced(parse(check, route.protocol, config.address, f"{where}.checks[{number}]"), route)
             for number, check in enumerate(checks)
         ),
     )
+
+
+def _introduced(check: Check, route: RouteConfig) -> Check:
+    """Return a tcp check as a backend that wants PROXY headers takes it; another port of it may not."""
+    if route.proxy_protocol == "none" or check.kind != "tcp" or check.config.port is not None:
+        return check
+    return replace(check, introduction=own_header(route.proxy_protocol))

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 from sidecar.connector.authority import FlowAuthority
+from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.datagrams import Datagrams
 from sidecar.connector.flows import RelayConnection
 from sidecar.connector.fronting import Fronting
@@ -66,6 +67,7 @@ class Serving:
         credentials: Credentials,
         *,
         leases: LeaseBook,
+        backend_tls: BackendTls,
         flows_per_agent: int,
         flows_total: int,
         addresses: Callable[[], Sequence[str]],
@@ -93,6 +95,7 @@ class Serving:
             fronting,
             self.sessions,
             leases,
+            backend_tls=backend_tls,
             verdicts=credentials.verdicts,
             is_draining=lambda: self.is_draining,
         )

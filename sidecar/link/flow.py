@@ -21,6 +21,7 @@ from sidecar.link.resume import ACK_DELAY_SECONDS, FlowState
 from ztna.errors import ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
+from ztna.tls_socket import TlsSocket
 from ztna.wire.stream import DATA, HEADER_BYTES, Ack, Fin, Frame, OpenFrame, ResetFrame, encode
 
 # With its header and what TLS adds to its four records (22 bytes each) a full piece is what the kernel sends in one go:
@@ -105,6 +106,7 @@ class TcpFlow:
         self._share = share
         self._local = local
         self._local_fd = local.fileno()
+        self._tls = local if isinstance(local, TlsSocket) else None
         self._held = bytearray()
         self._in_flight: memoryview | None = None
         self._early_ack: int | None = None
@@ -252,6 +254,13 @@ class TcpFlow:
                 self._loop.add_reader(self._local_fd, self._local_readable)
             else:
                 self._loop.remove_reader(self._local_fd)
+        if wanted and self._tls is not None and self._tls.has_more:
+            self._loop.call_soon(self._local_has_more)
+
+    def _local_has_more(self) -> None:
+        """Read what was decrypted already, and so makes nothing readable."""
+        if self._is_reading and self._tls is not None and self._tls.has_more:
+            self._local_readable()
 
     def _send_owed(self) -> None:
         """Send again what the last carrier lost. It is counted as kept all the while."""
@@ -404,6 +413,7 @@ class TcpFlow:
         if self._ack_timer is not None:
             self._ack_timer.cancel()
         if self._is_reading:
+            self._is_reading = False
             self._loop.remove_reader(self._local_fd)
         if self._is_writing:
             self._loop.remove_writer(self._local_fd)

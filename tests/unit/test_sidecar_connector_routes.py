@@ -164,6 +164,13 @@ def test_checks_as_the_protocol_unless_told() -> None:
     assert kinds == [["tcp"], ["none", "udp"]]
 
 
+def test_tcp_checks_say_who_they_are_where_a_backend_wants_that() -> None:
+    checks = (CheckConfig(), CheckConfig(port=81), CheckConfig(kind="http"))
+    table = RouteTable([route(proxy_protocol="v1", checks=checks), route(port=81)])
+    said = [[check.introduction for check in each.backends[0].checks] for each in table.services[WEB].routes]
+    assert said == [[b"PROXY UNKNOWN\r\n", b"", b""], [b""]]
+
+
 def test_the_slowest_start_of_a_service_counts() -> None:
     table = RouteTable([route(slow_start_s=5.0), route(port=81)])
     assert table.services[WEB].slow_start_s == 5.0

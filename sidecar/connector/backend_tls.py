@@ -1,0 +1,86 @@
+"""TLS contexts for connections to backends, made from their route's files and made anew when these change."""
+
+from __future__ import annotations
+
+import ssl
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidecar.connector.routes import RouteTable
+from ztna.config import BackendTlsConfig
+from ztna.errors import ConfigError
+from ztna.telemetry import logger
+
+_log = logger(__name__)
+
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(slots=True)
+class _Made:
+    stamp: _Stamp
+    context: ssl.SSLContext
+
+
+class BackendTls:
+    """One context for each configuration that routes have."""
+
+    def __init__(self) -> None:
+        self._made: dict[BackendTlsConfig, _Made] = {}
+
+    def check(self, table: RouteTable) -> None:
+        """Raise ConfigError, naming the service and the file, when a route's files cannot be used."""
+        for service in table.services.values():
+            for route in service.routes:
+                if route.backend_tls is not None:
+                    try:
+                        self._made[route.backend_tls] = _make(route.backend_tls)
+                    except ConfigError as error:
+                        raise ConfigError(
+                            f"connector.routes: {service.service}: backend_tls.{error}"
+                        ) from None
+
+    def context(self, config: BackendTlsConfig) -> ssl.SSLContext:
+        """Return the context; while changed files cannot be used, the one before. Raises ConfigError without one."""
+        known = self._made.get(config)
+        try:
+            if known is None or known.stamp != _stamp(config):
+                known = self._made[config] = _make(config)
+        except ConfigError as error:
+            if known is None:
+                raise
+            _log.error("backend_tls_not_reloaded", error=error)
+        return known.context
+
+
+def _make(config: BackendTlsConfig) -> _Made:
+    stamp = _stamp(config)
+    try:
+        context = ssl.create_default_context(cafile=config.ca)
+    except OSError as error:
+        raise ConfigError(f"ca: {config.ca}: {error.strerror or error}") from None
+    if config.certificate is not None and config.key is not None:
+        mode = stat.S_IMODE(Path(config.key).stat().st_mode)
+        if mode not in (0o600, 0o400):
+            raise ConfigError(f"key: {config.key} has mode {mode:04o}, expected 0600 or 0400: chmod 600 it")
+        try:
+            context.load_cert_chain(config.certificate, config.key)
+        except OSError as error:
+            raise ConfigError(f"certificate: {config.certificate}: {error.strerror or error}") from None
+    return _Made(stamp, context)
+
+
+def _stamp(config: BackendTlsConfig) -> _Stamp:
+    """Return what changes when a file is replaced or written. Raises ConfigError."""
+    found = []
+    for key in ("ca", "certificate", "key"):
+        path = getattr(config, key)
+        if path is None:
+            continue
+        try:
+            seen = Path(path).stat()
+        except OSError as error:
+            raise ConfigError(f"{key}: {path}: {error.strerror}") from None
+        found.append((seen.st_ino, seen.st_mtime_ns, seen.st_size))
+    return tuple(found)

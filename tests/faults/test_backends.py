@@ -1,0 +1,306 @@
+"""What backends get to see and what becomes of flows when they fail: a whole mesh, real sockets, a real HAProxy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.console import require_tools
+from tests.support.consul import free_ports
+from tests.support.whole_mesh import ECHO, PROMPT, WAIT_SECONDS, WholeMesh, ask, until, whole_mesh
+from ztna.config import BackendConfig, BackendTlsConfig, CheckConfig, ConsulConfig, Endpoint, RouteConfig
+from ztna.consul.embedded import EmbeddedConsul
+
+LINE = b"hello\n"
+SIZES = (1_200, 1_400, 9_000, 20_000, 60_000)
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path) -> AsyncIterator[WholeMesh]:
+    consul = await EmbeddedConsul.start()
+    try:
+        async with whole_mesh(tmp_path, ConsulConfig(address=consul.address)) as mesh:
+            yield mesh
+    finally:
+        await consul.stop()
+
+
+def at(port: int) -> Endpoint:
+    return Endpoint("127.0.0.1", port)
+
+
+def route(**keys: Any) -> RouteConfig:
+    return RouteConfig(**{"service": ECHO, "port": 7007, "checks": (PROMPT,)} | keys)
+
+
+async def serve(mesh: WholeMesh, *routes: RouteConfig) -> str:
+    """Start a connector and the agent; return the virtual address once the mesh serves it."""
+    await mesh.connector("rack-1", routes)
+    await mesh.agent(ECHO)
+    await mesh.served_by(ECHO, "rack-1")
+    return str(await mesh.virtual_address(ECHO))
+
+
+async def answered(address: str) -> bytes:
+    """Say a line until it is answered: the agent opens its listeners a moment after the name is there."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not (answer := await ask(address, LINE)):
+            await asyncio.sleep(0.01)
+    return answer
+
+
+# PROXY protocol
+
+
+@dataclass
+class Introduced:
+    """What a v2 header said; parsed here, by the specification, and not by what wrote it."""
+
+    source: str
+    destination: tuple[str, int]
+    tlvs: dict[int, bytes]
+
+
+async def read_v2(reader: asyncio.StreamReader) -> Introduced | None:
+    """Read a v2 header; None for LOCAL."""
+    fixed = await reader.readexactly(16)
+    assert fixed[:12] == b"\x0d\x0a\x0d\x0a\x00\x0d\x0a\x51\x55\x49\x54\x0a"
+    body = await reader.readexactly(int.from_bytes(fixed[14:16], "big"))
+    if fixed[12] == 0x20:
+        return None
+    assert fixed[12:14] == b"\x21\x11"
+    tlvs, rest = {}, body[12:]
+    while rest:
+        size = int.from_bytes(rest[1:3], "big")
+        tlvs[rest[0]] = rest[3 : 3 + size]
+        rest = rest[3 + size :]
+    destination = (str(ip_address(body[4:8])), int.from_bytes(body[10:12], "big"))
+    return Introduced(str(ip_address(body[:4])), destination, tlvs)
+
+
+async def test_a_backend_hears_by_v2_who_connects(mesh: WholeMesh) -> None:
+    seen: list[Introduced | None] = []
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await read_v2(reader))
+        writer.write(b"heard " + await reader.readline())
+        writer.close()
+
+    server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        address = await serve(mesh, route(backend=at(port), proxy_protocol="v2"))
+        assert await answered(address) == b"heard hello\n"
+    assert seen[0] is None, "checks speak for themselves"
+    flow = next(each for each in seen if each is not None)
+    assert (flow.source, flow.destination) == ("127.0.0.1", (address, 7007))
+    assert (flow.tlvs[0x02], flow.tlvs[0xE0]) == (ECHO.encode(), b"spiffe://ztna/agent-1")
+    assert len(flow.tlvs[0x05]) == 32
+
+
+@contextlib.contextmanager
+def haproxy(directory: Path, port: int) -> Iterator[None]:
+    """Run a HAProxy that wants PROXY headers and answers with what it understood of them."""
+    require_tools("haproxy")
+    config = directory / "haproxy.cfg"
+    config.write_text(
+        "defaults\n mode http\n timeout connect 5s\n timeout client 5s\n timeout server 5s\n"
+        f"frontend f\n bind 127.0.0.1:{port} accept-proxy\n"
+        ' http-request return status 200 content-type text/plain lf-string "%[src] %[dst]:%[dst_port] '
+        '%[fc_pp_authority] %[fc_pp_unique_id]"\n'
+    )
+    with subprocess.Popen(["haproxy", "-db", "-f", str(config)], stderr=subprocess.PIPE) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+async def test_haproxy_understands_it(mesh: WholeMesh, tmp_path: Path, version: str) -> None:
+    (port,) = free_ports(1)
+    with haproxy(tmp_path, port):
+        address = await serve(mesh, route(backend=at(port), proxy_protocol=version))
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not (said := await get(address)):
+                await asyncio.sleep(0.01)
+    names = f"{ECHO} " if version == "v2" else " "
+    assert said.startswith(f"127.0.0.1 {address}:7007 {names}"), said
+    assert len(said.split()) == (4 if version == "v2" else 2)
+
+
+async def get(address: str) -> str:
+    """Ask by HTTP; nothing when that failed."""
+    try:
+        reader, writer = await asyncio.open_connection(address, 7007)
+    except ConnectionError:
+        return ""
+    with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return (await reader.read()).partition(b"\r\n\r\n")[2].decode()
+    return ""
+
+
+# TLS
+
+
+async def test_a_backend_by_tls_with_a_client_certificate(mesh: WholeMesh) -> None:
+    files = mesh.pki.relay()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    context.load_verify_locations(files.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    askers: set[str] = set()
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        subject = writer.get_extra_info("peercert")["subject"]
+        askers.add(subject[0][0][1])
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    own = mesh.pki.agent("connector-to-web", [ECHO])
+    server = await asyncio.start_server(echo, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    name = certificate_name(files.certificate)
+    tls = BackendTlsConfig(ca=files.ca, name=name, certificate=own.certificate, key=own.key)
+    async with server:
+        address = await serve(mesh, route(backend=at(port), backend_tls=tls))
+        assert await answered(address) == LINE
+        blob = os.urandom(3_000_000)
+        reader, writer = await asyncio.open_connection(address, 7007)
+        async with asyncio.timeout(WAIT_SECONDS):
+            writer.write(blob)
+            assert await reader.readexactly(len(blob)) == blob
+        writer.close()
+    assert askers == {"connector-to-web"}
+
+
+def certificate_name(file: str) -> str:
+    """Return the first DNS name in a certificate."""
+    described: dict[str, Any] = ssl._ssl._test_decode_cert(file)  # type: ignore[attr-defined]
+    return str(next(value for kind, value in described["subjectAltName"] if kind == "DNS"))
+
+
+async def test_a_backend_with_another_certificate_gets_nothing(mesh: WholeMesh) -> None:
+    files = mesh.pki.relay()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    heard: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read())
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    tls = BackendTlsConfig(ca=files.ca, name="somebody.else")
+    async with server:
+        address = await serve(mesh, route(backend=at(port), backend_tls=tls))
+        await until("listening", lambda: listens(address))
+        assert await ask(address, LINE) == b""
+    assert not any(heard)
+
+
+def listens(address: str) -> bool:
+    with socket.socket() as sock:
+        sock.settimeout(1.0)
+        return sock.connect_ex((address, 7007)) == 0
+
+
+# Several backends
+
+
+async def test_no_flow_fails_when_a_backend_dies_under_load(mesh: WholeMesh) -> None:
+    one, two = await mesh.backend("one"), await mesh.backend("two")
+    backends = (BackendConfig(address=at(one.port)), BackendConfig(address=at(two.port)))
+    # Checks that are slow to notice: the flows themselves find out first.
+    slow = CheckConfig(interval_s=0.5, jitter=0.0, failures_before_critical=3)
+    address = await serve(mesh, route(backends=backends, checks=(slow,), eject_after=2, eject_s=60.0))
+    await answered(address)
+    answers: list[bytes] = []
+    is_over = False
+
+    async def load() -> None:
+        while not is_over:
+            answers.append(await ask(address, LINE))
+
+    def standing(backend: Endpoint) -> dict[str, Any]:
+        found = mesh.connectors["rack-1"].status("connector")["services"][ECHO]["backends"]
+        return next(each for each in found if each["backend"] == str(backend))
+
+    await until("both pass", lambda: standing(at(one.port))["verdict"] == standing(at(two.port))["verdict"])
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(4):
+            tasks.create_task(load())
+        await until("both serve", lambda: {b"one: hello\n", b"two: hello\n"} <= set(answers))
+        one.stop()
+        await until("it is ejected", lambda: standing(at(one.port))["ejected"])
+        since = len(answers)
+        await until("its checks say so, too", lambda: standing(at(one.port))["verdict"] == "critical")
+        await until("a hundred more", lambda: len(answers) > since + 100)
+        is_over = True
+    assert b"" not in answers, "what cannot be dialled is dialled elsewhere"
+    # Those of the moment of ejection may still be answers that one gave before it died.
+    assert set(answers[since + 8 :]) == {b"two: hello\n"}
+    assert mesh.connectors["rack-1"].status("connector")["services"][ECHO]["verdict"] == "passing"
+    await one.start()
+    await until("it is back", lambda: standing(at(one.port))["verdict"] == "passing")
+
+
+# UDP
+
+
+class Program:
+    """A local program's UDP socket, connected to the virtual address."""
+
+    def __init__(self, address: str) -> None:
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sock.setblocking(False)
+        self._sock.connect((address, 7007))
+
+    async def ask(self, payload: bytes) -> bytes:
+        """Send a datagram until it is answered, and return the answer. Raises OSError for what ICMP says."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(WAIT_SECONDS):
+            while True:
+                self._sock.send(payload)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        return await loop.sock_recv(self._sock, 65_535)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+async def test_large_datagrams_go_both_ways_whole(mesh: WholeMesh) -> None:
+    backend = await mesh.backend("echo")
+    address = await serve(
+        mesh, route(backend=at(backend.port), protocol="udp", checks=(CheckConfig(kind="none"),))
+    )
+    with contextlib.closing(Program(address)) as program:
+        for size in SIZES:
+            payload = os.urandom(size)
+            assert await program.ask(payload) == b"echo: " + payload
+
+
+async def test_a_closed_port_is_refused_to_the_program(mesh: WholeMesh) -> None:
+    """As root the agent may tell a program by ICMP, in mode listen too."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as held:
+        held.bind(("127.0.0.1", 0))
+        closed = held.getsockname()[1]
+    address = await serve(mesh, route(backend=at(closed), protocol="udp", checks=(CheckConfig(kind="none"),)))
+    with contextlib.closing(Program(address)) as program, pytest.raises(ConnectionRefusedError):
+        await program.ask(b"anybody?")
