@@ -360,7 +360,11 @@ class Sessions:
         for key in ordered:
             if key in self._unvouched:
                 attempt.refusal = attempt.refusal or Reason.POLICY_UNKNOWN
-            elif key not in attempt.tried and self._peers[key].silent_since is None:
+            elif self._peers[key].silent_since is not None:
+                if request.connector_id is not None:
+                    # Who wants none but this one wants to know whether it lives: a flow may have begun there.
+                    attempt.refusal = attempt.refusal or Reason.PEER_GONE
+            elif key not in attempt.tried:
                 return key
         raise Refused(attempt.refusal or Reason.NO_HEALTHY_CONNECTOR, request.service)
 

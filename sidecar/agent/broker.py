@@ -25,6 +25,7 @@ from sidecar.agent.commands import (
     Retry,
     Send,
     Session,
+    SessionKey,
     Settle,
     Tick,
     Want,
@@ -115,13 +116,15 @@ class Broker:
         """Wait for another session in place of the flow's. Raises Refused as `acquire`."""
         return await self._answer(flow, Retry(flow, cause))
 
-    async def relocate(self, flow: int, connector: ConnectorId, wait_s: float) -> Session:
+    async def relocate(
+        self, flow: int, connector: ConnectorId, wait_s: float, doubted: SessionKey | None = None
+    ) -> Session:
         """Wait for a live session with the connector that has the flow already, as `move`. Raises Refused as `acquire`.
 
         Its relay and its forwarder are where to dial then. It may be the session that the flow has. Call `settle`
-        once the flow is there: what it had before is kept until then.
+        once the flow is there: what it had before is kept until then. `doubted` as in Move.
         """
-        return await self._answer(flow, Move(flow, connector, wait_s))
+        return await self._answer(flow, Move(flow, connector, wait_s, doubted))
 
     def handle(self, event: Event) -> None:
         """Tell the state machine what happened, and do what it decides."""

@@ -133,11 +133,14 @@ class Move:
     """A running flow needs a session with the connector that has it, by whatever relay, maybe the one it has.
 
     What it has stays its own until Settle. While that is live the flow waits as long as it takes, else `wait_s`.
+    Of a `doubted` session it is not known whether its connector still lives: another is asked for, and the flow fails
+    as `no_healthy_connector` as soon as a relay says that the connector has gone without a word.
     """
 
     flow: int
     connector: ConnectorId
     wait_s: float
+    doubted: SessionKey | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ FLOW_ATTEMPTS_ENDED_MAX = 4
 SESSION_IDLE_SECONDS = 300.0
 BACKOFF_FIRST_SECONDS = 0.2
 BACKOFF_MAX_SECONDS = 3.0
+GONE_KEPT_MAX = 1_000
 STEADY_SECONDS = 5.0
 """A session that lived this long was a good one: what ends it does not count as yet another failure, and a
 connector that denies it by then has forgotten it (it was restarted) rather than never known it."""
@@ -93,6 +94,8 @@ class Sessions:
         self._live: dict[SessionKey, Live] = {}
         self._unused: dict[SessionKey, float] = {}  # since when, longest first
         self._busy: dict[tuple[ServiceName, ConnectorId | None], Place] = {}  # opening, resolving, waited for
+        self._gone: dict[ConnectorId, None] = {}
+        """Connectors that went without a word, as a relay said, and had no session since."""
         self._request = 0
         self._commands: list[Command] = []
         self.unexpected = 0
@@ -215,6 +218,11 @@ class Sessions:
         if flow is None or service is None:
             self._fail(event.flow, Reason.NO_SUCH_SERVICE, now)
             return
+        if event.doubted is not None:
+            flow.may_begin_anew = True
+            doubted = self._live.get(event.doubted)
+            if doubted is not None and doubted.retired is None:
+                self._retire(doubted, Reason.PEER_GONE)
         self._unqueue(service, event.flow)
         place = service.pinned.setdefault(event.connector, Place(flow.service, event.connector))
         self._queue(place, event.flow, event.wait_s, now)
@@ -359,6 +367,7 @@ class Sessions:
             self._commands.append(Send(relay, Closed(message.session, Reason.STALE_EPOCH)))
             place.state = IDLE
         else:
+            self._gone.pop(message.connector_id, None)
             session = Session(relay, state.lease, message, now)
             self._live[key] = Live(session)
             self._unused[key] = now
@@ -381,7 +390,14 @@ class Sessions:
             self._stale(place, now)
         else:
             assert isinstance(place.state, Opening)
+            if message.reason is Reason.PEER_GONE and place.connector is not None:
+                self._note_gone(place.connector)
             self._ask_next(place, place.state.tried, message.reason, now)
+
+    def _note_gone(self, connector: ConnectorId) -> None:
+        if len(self._gone) >= GONE_KEPT_MAX:
+            del self._gone[next(iter(self._gone))]
+        self._gone[connector] = None
 
     def _stale(self, place: Place, now: float) -> None:
         """Resolve again for the flows that did not yet; the others have had their try."""
@@ -415,6 +431,10 @@ class Sessions:
         place.state = BackingOff(reason, now + _backoff(place.failures))
         if place.connector is None or reason in _FINAL:
             self._fail_waiting(place, reason, now)
+        elif place.connector in self._gone:
+            for number in [each for each in place.waiting if self._flows[each].may_begin_anew]:
+                del place.waiting[number]
+                self._fail(number, Reason.NO_HEALTHY_CONNECTOR, now)
         self._note_busy(place)
 
     def _closed(self, relay: str, message: Closed, now: float) -> None:
@@ -423,6 +443,8 @@ class Sessions:
             self.unexpected += 1
             return
         service = self._services.get(live.session.service)
+        if message.reason is Reason.PEER_GONE:
+            self._note_gone(live.session.opened.connector_id)
         current = live.retired is None
         self._end(live, message.reason, tell=False)
         if service is None or not current:

@@ -96,6 +96,8 @@ class Flow:
     wait_s: float = 0.0
     attempts: int = 1
     resolved: bool = False
+    may_begin_anew: bool = False
+    """Whether it may go to another connector once the one that it waits for has gone."""
 
 
 @dataclass(slots=True)

@@ -25,10 +25,8 @@ from ztna.wire.control import Address
 from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame, OpenStatus
 
 IDLE_VERDICT_SECONDS = 1.0
-"""An idle carrier whose path died unseen does not acknowledge OPEN by then: a fresh one is dialled instead."""
+"""An idle carrier whose path died unseen does not acknowledge OPEN by then: a fresh one is asked what became of it."""
 FLOW_KEY_BYTES = 16
-IDLE_FIND_OUT_SECONDS = 3.0
-"""How long the fate of an OPEN on an idle carrier is asked for: by then new flows must reach another connector."""
 RESUME_SECONDS = 30.0
 """How long a detached flow lives at both ends (protocol.md, Resuming)."""
 RESUME_RETRY_FIRST_SECONDS = 0.05
@@ -148,8 +146,9 @@ class Streams:
             try:
                 carrier, flow = await self._open_on(session, frame, local)
             except OpenLost as lost:
+                _log.info("open_lost", service=at.service, flow=frame.flow, detail=lost)
                 ride = Ride(number, at, lost.flow, session, None)
-                if await self._find_out(ride, lost):
+                if await self._find_out(ride):
                     return ride
                 session = ride.session
             except FlowRefused as error:
@@ -181,28 +180,29 @@ class Streams:
             carrier.close(Reason.DRAINING)
             raise
 
-    async def _find_out(self, ride: Ride, lost: OpenLost) -> bool:
+    async def _find_out(self, ride: Ride) -> bool:
         """Resume a flow whose OPEN was not answered; False when another OPEN may follow, on the ride's session.
 
-        Only a connector that knows nothing of the flow permits that, or one that had most likely gone before OPEN: a
-        program must not wait for it while another works. Raises Refused or LinkError.
+        Only a connector that knows nothing of the flow permits that, or one of which a relay says that it has gone
+        without a word: the backend is dialled once as long as whoever dials it lives. Raises Refused or LinkError.
         """
-        seconds = IDLE_FIND_OUT_SECONDS if lost.was_idle else RESUME_SECONDS
         try:
-            await self._resume(ride, seconds, is_patient=not lost.unheard)
+            await self._resume(ride, RESUME_SECONDS, doubted=ride.session.key)
         except FlowRefused as error:
-            lost.flow.abandon()
+            ride.flow.abandon()
             if error.status is not OpenStatus.UNKNOWN_FLOW:
                 ride.session = await self._after_refusal(ride.number, error)
             return False
-        except (LinkError, IdentityError) as error:
-            lost.flow.abandon()
-            if not lost.was_idle:
+        except Refused as error:
+            ride.flow.abandon()
+            if error.reason is not Reason.NO_HEALTHY_CONNECTOR:
                 raise
-            ride.session = await self._after_failure(ride.number, ride.session, error)
+            connector = ride.session.opened.connector_id
+            _log.info("connector_failed", service=ride.at.service, connector=connector, detail=error)
+            ride.session = await self._broker.acquire(ride.number, ride.at.service)
             return False
         except BaseException:
-            lost.flow.abandon()
+            ride.flow.abandon()
             raise
         return True
 
@@ -255,7 +255,7 @@ class Streams:
         TCP_FLOWS.labels("detached").inc()
         ride.alight()
         try:
-            await self._resume(ride, RESUME_SECONDS, is_patient=True)
+            await self._resume(ride, RESUME_SECONDS)
         except (Refused, FlowRefused, LinkError, IdentityError) as error:
             if not ride.flow.finished.done():
                 TCP_FLOWS.labels("forsaken").inc()
@@ -270,31 +270,31 @@ class Streams:
         pause = RESUME_RETRY_FIRST_SECONDS
         try:
             async with asyncio.timeout(RESUME_SECONDS):
-                while not await self._try_to_resume(ride, RESUME_SECONDS, is_patient=True):
+                while not await self._try_to_resume(ride, RESUME_SECONDS):
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, RESUME_RETRY_MAX_SECONDS)
         except (TimeoutError, Refused, FlowRefused) as error:
             _log.debug("reset_not_told", flow=ride.flow.opened.flow, detail=error)
         ride.flow.owes_reset = False
 
-    async def _resume(self, ride: Ride, seconds: float, *, is_patient: bool) -> None:
+    async def _resume(self, ride: Ride, seconds: float, doubted: SessionKey | None = None) -> None:
         """Find the flow's connector again, by whatever relay, and go on there.
 
         Raises Refused when there is no session to be had, FlowRefused for the connector's own answer, and LinkError
-        when the time is over or the flow ended meanwhile; without patience also when the first dial fails.
+        when the time is over or the flow ended meanwhile. `doubted` as in Move.
         """
         pause = RESUME_RETRY_FIRST_SECONDS
         try:
             async with asyncio.timeout(seconds) as patience:
                 with ride.ending(patience):
-                    while not await self._try_to_resume(ride, seconds, is_patient=is_patient):
+                    while not await self._try_to_resume(ride, seconds, doubted):
                         await asyncio.sleep(pause)
                         pause = min(2 * pause, RESUME_RETRY_MAX_SECONDS)
         except TimeoutError:
             raise LinkError(f"not resumed within {seconds:g} s") from None
 
-    async def _try_to_resume(self, ride: Ride, seconds: float, *, is_patient: bool) -> bool:
-        await self._relocate(ride, seconds)
+    async def _try_to_resume(self, ride: Ride, seconds: float, doubted: SessionKey | None = None) -> bool:
+        await self._relocate(ride, seconds, doubted)
         try:
             await self._resume_on(await self._carriers.dial(ride.session), ride)
         except FlowRefused as error:
@@ -302,8 +302,6 @@ class Streams:
             if error.status is not OpenStatus.DENIED or not ride.flow.has_begun:
                 raise
         except (LinkError, IdentityError) as error:
-            if not is_patient:
-                raise
             _log.debug("resume_failed", flow=ride.flow.opened.flow, detail=error)
         else:
             self._broker.settle(ride.number)
@@ -336,9 +334,9 @@ class Streams:
         if ride.session.key != before and ride.carrier is not None:
             ride.carrier.close(Reason.PEER_GONE)
 
-    async def _relocate(self, ride: Ride, seconds: float) -> None:
+    async def _relocate(self, ride: Ride, seconds: float, doubted: SessionKey | None = None) -> None:
         connector = ride.session.opened.connector_id
-        session = await self._broker.relocate(ride.number, connector, seconds)
+        session = await self._broker.relocate(ride.number, connector, seconds, doubted)
         if ride in self._running.get(ride.session.key, ()):
             self._unseat(ride)
             ride.session = session

@@ -53,17 +53,11 @@ class FlowRefused(ZtnaError):
 
 
 class OpenLost(LinkError):
-    """The carrier broke before OPEN was answered: `flow` may have begun there, which its RESUME will tell.
+    """The carrier broke before OPEN was answered: `flow` may have begun there, which its RESUME will tell."""
 
-    `was_idle`: the carrier had been idle, so that its connector may have gone long before.
-    `unheard`: as far as TCP knows not even the other host has had OPEN.
-    """
-
-    def __init__(self, detail: str, flow: TcpFlow, *, was_idle: bool, unheard: bool) -> None:
+    def __init__(self, detail: str, flow: TcpFlow) -> None:
         super().__init__(detail)
         self.flow = flow
-        self.was_idle = was_idle
-        self.unheard = unheard
 
 
 class Carrier:
@@ -76,8 +70,6 @@ class Carrier:
         self._frames = FrameStream(tls, self._answered, self._ended)
         self._asked: tuple[OpenFrame | ResumeFrame, TcpFlow] | None = None
         self._answer: asyncio.Future[OpenStatus] | None = None
-        self._is_used = False
-        self._is_unheard = False
         self._frames.start()
 
     @classmethod
@@ -135,9 +127,11 @@ class Carrier:
         self._frames.network_changed(held)
 
     def close_if_unheard(self) -> None:
-        """Close it when written bytes are yet to be acknowledged by the other end's kernel."""
-        if self._frames.unacknowledged_bytes:
-            self._is_unheard = True
+        """Close when an answer is awaited and nobody says that the other end has heard what was asked.
+
+        Its kernel acknowledges what it has; of a forwarded one the relay's does, which says nothing.
+        """
+        if self._answer is not None and (self.forwarded or self._frames.unacknowledged_bytes):
             self.close(Reason.PEER_GONE)
 
     async def open(self, frame: OpenFrame, local: socket.socket) -> TcpFlow:
@@ -158,12 +152,11 @@ class Carrier:
         try:
             await self._ask(frame, flow)
         except LinkError as error:
-            raise OpenLost(str(error), flow, was_idle=self._is_used, unheard=self._is_unheard) from None
+            raise OpenLost(str(error), flow) from None
         except BaseException:
             if not flow.has_begun:
                 flow.abandon()
             raise
-        self._is_used = True
         return flow
 
     async def resume(self, flow: TcpFlow, session: SessionId, attempt: int) -> None:

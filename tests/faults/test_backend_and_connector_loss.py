@@ -123,3 +123,38 @@ def test_one_of_two_connectors_is_killed_and_new_flows_use_the_other(made: Lab) 
         assert udp.result() < FAILOVER_SECONDS
     assert [ask(made, address) for _ in range(5)] == ["hello from two\n"] * 5
     assert [echoed(made, echo) for _ in range(5)] == [b"two"] * 5
+
+
+@pytest.fixture
+def embedded(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """What Consul it is makes no difference to a flow."""
+    note_version(request, "newest")
+    with lab("core", "laptop", "first", "second") as made:
+        made.start_consul("newest")
+        made.dnsd(listen=Endpoint("0.0.0.0", 5533), allow=(IPv4Network("0.0.0.0/0"),))
+        made.relay()
+        yield made
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "forwarded"])
+def test_a_flow_on_an_idle_carrier_to_a_host_that_vanished_begins_anew_elsewhere_in_time(
+    embedded: Lab, direct: bool
+) -> None:
+    """Its OPEN is lost without a word; it is opened elsewhere once the relay says that the connector has gone."""
+    made, core = embedded, embedded.host("core").address
+    backend(made, "first", "one")
+    connector(made, "alpha", "first")
+    agent = made.agent("laptop", ["web-app"], host="laptop", direct=direct).wait_ready()
+    address = made.address("web-app", "laptop", server=core)
+    until("served", lambda: ask(made, address) == "hello from one\n")
+    backend(made, "second", "two")
+    connector(made, "beta", "second")
+    until("the relay knows both", lambda: knows_both(made, "web-app"), 30)
+    assert ask(made, address) == "hello from one\n", "by the carrier that is idle now"
+
+    with made.host("first").dropping("ip saddr != 127.0.0.0/8"):
+        began = time.monotonic()
+        said = http_get(made.host("laptop"), f"http://{address}:8080/", seconds=2 * FAILOVER_SECONDS)[1]
+        assert said == "hello from two\n"
+        assert time.monotonic() - began < FAILOVER_SECONDS
+        assert agent.events("open_lost"), "the idle carrier was tried"

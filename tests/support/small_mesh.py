@@ -203,7 +203,16 @@ class SmallMesh:
     def _open(self, peer: RelayPeer, message: Open) -> AnyMessage:
         if self.denying:
             return Denied(message.request, message.service, self.denying.pop(0))
-        connector = next((each for each in self.connectors if not each.is_dead), None)
+        if any(each.is_dead and each.id == message.connector_id for each in self.connectors):
+            return Denied(message.request, message.service, Reason.PEER_GONE)
+        connector = next(
+            (
+                each
+                for each in self.connectors
+                if not each.is_dead and message.connector_id in (None, each.id)
+            ),
+            None,
+        )
         if connector is None:
             return Denied(message.request, message.service, Reason.NO_HEALTHY_CONNECTOR)
         session = SessionId(f"{next(self._numbers):016x}")

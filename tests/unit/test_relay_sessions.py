@@ -424,6 +424,21 @@ def test_silence_moves_on_to_the_next_and_spares_the_silent_one(world: World) ->
     world.take(X, control.Offered)
 
 
+def test_who_wants_a_silent_connector_and_no_other_is_told_that_it_has_gone(world: World) -> None:
+    world.open(ALICE, WEB, "con-x")
+    world.take(X, control.Offered)
+    world.tick(ACCEPT_SECONDS)
+    assert world.denied() is Reason.PEER_GONE
+    world.open(ALICE, WEB, "con-x")
+    assert world.denied() is Reason.PEER_GONE, "at once while it is silent"
+    # It may be there and only unknown here: not the same thing.
+    world.open(ALICE, WEB, "con-z")
+    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
+    world.do(world.sessions.silence(X, False, world.now + 1, world.now))
+    world.open(ALICE, WEB, "con-x")
+    world.take(X, control.Offered)
+
+
 def test_all_silent_is_nobody_healthy(world: World) -> None:
     world.open()
     world.tick(ACCEPT_SECONDS)

@@ -16,6 +16,7 @@ from sidecar.agent import links
 from tests.support.small_mesh import WAIT_SECONDS, SmallMesh, agent, small_mesh
 from ztna.config import ConsulConfig
 from ztna.errors import ConfigError, LeaseError
+from ztna.identity import Identity
 from ztna.leases import SCHEMA_KEY, Port
 from ztna.names import SessionId
 from ztna.reasons import Reason
@@ -28,7 +29,7 @@ from ztna.wire.control import (
     PunchingResult,
     StartPunching,
 )
-from ztna.wire.stream import OpenStatus
+from ztna.wire.stream import OpenFrame, OpenStatus
 
 TCP = Port("tcp", 8080)
 UDP = Port("udp", 5300)
@@ -202,6 +203,38 @@ class TestTcp:
                 async with asyncio.timeout(5):
                     assert await talk((str(ip), 8080), b"two") == b"two"
             assert len(second.opens) == 1
+
+    @pytest.mark.parametrize("direct", [True, False])
+    async def test_an_open_without_an_answer_is_asked_after_and_never_made_elsewhere(
+        self, tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
+            ip = await mesh.lease("echo-service", 2, TCP)
+            first, second = mesh.connector("c1"), mesh.connector("c2")
+            first.backend = second.backend = backend
+            release, answer = asyncio.Event(), first.open
+
+            async def slowly(peer: Identity, frame: OpenFrame) -> socket.socket:
+                sock = await answer(peer, frame)
+                await release.wait()
+                return sock
+
+            async with agent(mesh, direct=direct), asyncio.timeout(WAIT_SECONDS):
+                assert await talk((str(ip), 8080), b"one") == b"one"
+                monkeypatch.setattr(first, "open", slowly)
+                talking = asyncio.create_task(talk((str(ip), 8080), b"two"))
+                while len(first.opens) < 2:
+                    await asyncio.sleep(0.01)
+                # On the idle carrier, which breaks while the backend is dialled; again and again.
+                for number in range(1, 4):
+                    for carrier in first.carriers():
+                        carrier.close(Reason.PEER_GONE)
+                    while len(first.resumes) < number:
+                        await asyncio.sleep(0.01)
+                release.set()
+                assert await talking == b"two"
+            assert (len(first.opens), len(second.opens)) == (2, 0)
+            assert {each.received for each in first.resumes} == {0}
 
     @pytest.mark.parametrize("direct", [True, False])
     async def test_a_flow_whose_carrier_or_relay_goes_is_resumed(self, tmp_path: Path, direct: bool) -> None:

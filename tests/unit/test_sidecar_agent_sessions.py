@@ -6,6 +6,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
+from sidecar.agent import sessions as sessions_module
 from sidecar.agent.commands import (
     Cause,
     Command,
@@ -455,6 +456,53 @@ class TestMove:
         assert agent.says(Health(WEB, "passing")) == [pinned(4)]
         (proceed,) = agent.opened(4, 4)
         assert isinstance(proceed, Proceed)
+
+    def test_a_doubted_session_is_not_used_again_and_another_one_is_asked_for(self) -> None:
+        agent, session = carrying()
+        assert agent(Move(1, C1, 30.0, session.key)) == [pinned(2)]
+        (proceed,) = agent.opened(2, 2)
+        assert isinstance(proceed, Proceed) and proceed.session.key == ("r1", sid(2))
+        # The next try goes on with that one.
+        assert agent(Move(1, C1, 30.0, session.key)) == [proceed]
+        assert agent(Settle(1)) == [close(1, Reason.PEER_GONE), Ended(session, Reason.PEER_GONE)]
+
+    @pytest.mark.parametrize("said", ["denied", "closed"])
+    def test_who_may_begin_anew_does_so_once_a_relay_says_that_the_connector_has_gone(
+        self, said: str
+    ) -> None:
+        agent, session = carrying()
+        assert agent(Want(2, WEB)) == [Proceed(2, session)]
+        agent(Move(1, C1, 30.0, session.key))
+        assert agent(Move(2, C1, 30.0)) == []
+        failed = Fail(1, Reason.NO_HEALTHY_CONNECTOR)
+        if said == "denied":
+            assert agent.denied(2, Reason.PEER_GONE) == [failed]
+        else:
+            # The relay has missed the connector by now, and knows nothing of it any more.
+            agent.says(Closed(sid(1), Reason.PEER_GONE))
+            assert agent.denied(2, Reason.NO_HEALTHY_CONNECTOR) == [failed]
+        assert agent.sessions.views()[0].waiting == 1, "who was carried there waits on"
+        assert agent(Want(1, WEB)) == [ask(3)]
+
+    def test_a_connector_that_is_only_unknown_to_the_relay_has_not_gone(self) -> None:
+        agent, session = carrying()
+        agent(RelayDown("r1"))
+        agent(RelayUp("r1"))
+        assert agent(Move(1, C1, 30.0, session.key)) == [pinned(2)]
+        assert agent.denied(2, Reason.NO_HEALTHY_CONNECTOR) == []
+        assert agent.sessions.views()[0].waiting == 1
+
+    def test_a_connector_that_came_back_has_not_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sessions_module, "GONE_KEPT_MAX", 1)
+        agent, _ = carrying()
+        agent.says(Closed(sid(1), Reason.PEER_GONE))
+        assert list(agent.sessions._gone) == [C1]
+        agent(Want(2, WEB))
+        (proceed,) = agent.opened(2, 2)
+        assert isinstance(proceed, Proceed) and not agent.sessions._gone
+        agent.sessions._note_gone(OTHER)
+        agent.says(Closed(sid(2), Reason.PEER_GONE))
+        assert list(agent.sessions._gone) == [C1], "the last ones are kept"
 
     def test_but_not_for_ever(self) -> None:
         agent, _ = carrying()
