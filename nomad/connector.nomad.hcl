@@ -34,6 +34,12 @@ variable "consul" {
   description = "Consul's HTTP address"
 }
 
+variable "login_method" {
+  type        = string
+  default     = ""
+  description = "Consul's auth method for Nomad's workload identities (docs/consul.md); empty: no token"
+}
+
 variable "virtual_port" {
   type        = number
   default     = 8080
@@ -73,6 +79,13 @@ job "web-app" {
         sidecar = true
       }
 
+      # What the connector logs in to Consul with, when login_method is set.
+      identity {
+        name = "consul"
+        aud  = ["consul.io"]
+        file = true
+      }
+
       # Sidecars stop last; the drain (25 s by default) fits into Nomad's max_kill_timeout of 30 s.
       kill_timeout = "30s"
       kill_signal  = "SIGTERM"
@@ -87,6 +100,13 @@ job "web-app" {
         data        = <<-YAML
           consul:
             address: ${var.consul}
+            %{~if var.login_method != ""~}
+
+            login:
+              method: ${var.login_method}
+              jwt_file: {{ env "NOMAD_SECRETS_DIR" }}/nomad_consul.jwt
+            %{~endif~}
+
           connector:
             # One connector id an allocation: allocations can run twice during a disconnect.
             id: nomad--{{ env "NOMAD_SHORT_ALLOC_ID" }}

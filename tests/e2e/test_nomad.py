@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.support.console import command
-from tests.support.consul import require_binary
+from tests.support.consul import MANAGEMENT_TOKEN, REAL_KINDS, note_version, require_binary
 from tests.support.lab import Lab, http_get, lab, until
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.nomad, pytest.mark.real_consul, pytest.mark.slow]
 
-JOB = Path(__file__).resolve().parents[2] / "nomad" / "connector.nomad.hcl"
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "nomad" / "connector.nomad.hcl"
+METHOD, ROLE = "nomad-workloads", "web-app-connector"
 
 AGENT_CONFIG = """
 data_dir = "{directory}/nomad"
 bind_addr = "127.0.0.1"
-consul {{ address = "{consul}" }}
+consul {{
+  address = "{consul}"
+  token   = "{token}"
+}}
 plugin "raw_exec" {{ config {{ enabled = true }} }}
 client {{ options = {{ "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean" }} }}
 """
@@ -31,11 +38,36 @@ def test_the_job_file_is_formatted_and_valid() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing() -> None:
+def trust_nomad(made: Lab) -> None:
+    """Have Consul take the identities of Nomad's tasks, as docs/consul.md says, for a connector of web-app."""
+
+    def write(kind: str, body: object) -> None:
+        until(kind, lambda: made.consul_put(f"/v1/acl/{kind}", body))
+
+    page = (ROOT / "docs" / "consul.md").read_text()
+    (method,) = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    write("auth-method", json.loads(method))
+    write("policy", {"Name": ROLE, "Rules": made.rules("connector", ["web-app"])})
+    write("role", {"Name": ROLE, "Policies": [{"Name": ROLE}]})
+    selector = 'value.nomad_job_id=="web-app"'
+    bound = {"AuthMethod": METHOD, "BindType": "role", "BindName": ROLE, "Selector": selector}
+    write("binding-rule", bound)
+
+
+def logins(made: Lab) -> list[str]:
+    """The accessors of the tokens that logins made."""
+    return [each["AccessorID"] for each in made.consul_get("/v1/acl/tokens") if each.get("AuthMethod")]
+
+
+@pytest.mark.parametrize("kind", [None, *REAL_KINDS], ids=["open", *(f"login-{kind}" for kind in REAL_KINDS)])
+def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing(
+    request: pytest.FixtureRequest, kind: str | None
+) -> None:
     nomad = str(require_binary("nomad"))
+    note_version(request, kind or "newest")
     with lab("core") as made:
         core = made.host("core")
-        made.start_consul("newest", acl=False)
+        made.start_consul(kind or "newest", acl=kind is not None)
         made.dnsd().wait_ready()
         made.relay().wait_ready()
         made.agent("laptop", ["web-app"])
@@ -44,7 +76,11 @@ def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing() -> None:
 
         config = made.directory / "nomad.hcl"
         config.write_text(
-            AGENT_CONFIG.format(directory=made.directory, consul=made.consul.address.partition("//")[2])
+            AGENT_CONFIG.format(
+                directory=made.directory,
+                consul=made.consul.address.partition("//")[2],
+                token=MANAGEMENT_TOKEN if kind is not None else "",
+            )
         )
         agent = ("agent", "-dev", "-config", str(config))
         made.spawn("nomad", core, nomad, *agent, environment={"AWS_CA_BUNDLE": ""})
@@ -57,6 +93,9 @@ def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing() -> None:
             "sidecar": command("ztna-sidecar"),
             "consul": made.consul.address,
         }
+        if kind is not None:
+            trust_nomad(made)
+            variables["login_method"] = METHOD
         flags = [f"-var={key}={value}" for key, value in variables.items()]
         done = core.try_run(nomad, "job", "validate", *flags, str(JOB))
         assert done.returncode == 0, done.stdout + done.stderr
@@ -69,10 +108,13 @@ def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing() -> None:
             answer = until("served by name", lambda: http_get(core, f"http://{address}:8080/"), 30)
             assert answer[0] == 200
             assert "Directory listing" in answer[1]
+            assert len(logins(made) if kind is not None else [""]) == 1
         finally:
             done = core.try_run(nomad, "job", "stop", "-purge", "web-app")
         assert done.returncode == 0, done.stdout + done.stderr
         until("no service is left", lambda: made.consul_get("/v1/health/service/web-app") == [], 60)
+        if kind is not None:
+            until("it has logged out", lambda: not logins(made), 30)
 
 
 def _wait_healthy(made: Lab, nomad: str) -> None:
