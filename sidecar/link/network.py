@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import ip_address
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 from pyroute2 import IPRoute
@@ -39,7 +40,8 @@ class Standing(NamedTuple):
     """What a host's paths depend on."""
 
     addresses: tuple[str, ...] = ()
-    """Those of its interfaces that others may reach, IPv6 first, none of loopback or of one link only."""
+    """Those of its interfaces that others may reach, none of loopback or of one link only; IPv6 and IPv4 in turn, as
+    no more than the first few can be told to the other end."""
     held: frozenset[str] = frozenset()
     """These and those from which nothing new is to begin (RFC 4862, deprecated)."""
     defaults: frozenset[tuple[int, str, int]] = frozenset()
@@ -125,7 +127,8 @@ class Network:
 def standing() -> Standing:
     """Return what this host's paths depend on now. Not for a running loop's thread, as pyroute2 has its own."""
     with IPRoute() as netlink:
-        found, held = [], set()
+        found: dict[int, list[str]] = {6: [], 4: []}
+        held = set()
         for each in netlink.get_addr():
             flags = each.get_attr("IFA_FLAGS") or each["flags"]
             own = ip_address(each.get_attr("IFA_LOCAL") or each.get_attr("IFA_ADDRESS"))
@@ -133,10 +136,11 @@ def standing() -> Standing:
                 continue
             held.add(str(own))
             if not flags & _DEPRECATED:
-                found.append((-own.version, str(own)))
+                found[own.version].append(str(own))
         defaults = frozenset(
             (each["family"], each.get_attr("RTA_GATEWAY") or "", each.get_attr("RTA_OIF") or 0)
             for each in netlink.get_routes(table=_ROUTE_TABLE_MAIN)
             if each["dst_len"] == 0 and each["family"] in (socket.AF_INET, socket.AF_INET6)
         )
-    return Standing(tuple(own for _, own in sorted(found)), frozenset(held), defaults)
+    in_turn = chain.from_iterable(zip_longest(sorted(found[6]), sorted(found[4])))
+    return Standing(tuple(each for each in in_turn if each is not None), frozenset(held), defaults)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,16 @@ class Crossing:
         """Return the path of each link, as both ends tell it: `direct` only where both send directly."""
         ours, theirs = self._of_agents(), self._of_connectors()
         return {pair: ours[pair] if ours[pair] == theirs[pair] else "between" for pair in PAIRS}
+
+    def carrying(self) -> dict[Pair, list[dict[str, Any]]]:
+        """Return the candidate that carries, if any does, of each link."""
+        return {
+            (kind, kind_of(link["connector"])): [
+                each for each in link["candidates"] if each["state"] == "carries"
+            ]
+            for kind, agent in self.agents.items()
+            for link in agent.status()["agent"]["links"]
+        }
 
     def _of_agents(self) -> dict[Pair, str]:
         seen = dict.fromkeys(PAIRS, "none")
@@ -214,6 +225,9 @@ def test_every_pair_takes_the_best_path_it_can_have_and_flows_outlive_every_swit
         paths = settled(mesh)
         assert paths == {pair: expected(*pair) for pair in PAIRS}
         mesh.check_flows(begun, "at first")
+        for pair, carrying in mesh.carrying().items():
+            assert len(carrying) == (paths[pair] == "direct"), f"{pair}: {carrying}"
+            assert all(each["rtt_ms"] is not None for each in carrying)
 
         begun, askers = time.monotonic(), {name: set(each) for name, each in mesh.echoes.askers.items()}
         with mesh.cut():

@@ -22,7 +22,11 @@ async def test_this_host_as_the_kernel_tells_it() -> None:
     found = await asyncio.to_thread(standing)
     addresses = [ip_address(each) for each in found.addresses]
     assert not [each for each in addresses if each.is_loopback or each.is_link_local]
-    assert [each.version for each in addresses] == sorted((each.version for each in addresses), reverse=True)
+    versions = [each.version for each in addresses]
+    both = 2 * min(versions.count(4), versions.count(6))
+    assert versions[:both] == [6, 4] * (both // 2), (
+        "neither family keeps the other out of the few that are told"
+    )
     assert set(found.addresses) <= found.held
     assert {family for family, _, _ in found.defaults} <= {socket.AF_INET, socket.AF_INET6}
 
