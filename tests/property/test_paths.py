@@ -26,8 +26,8 @@ LATE_SECONDS = 0.01
 rtts = st.floats(0.0001, 0.15)
 weather = st.lists(
     st.tuples(
-        st.sampled_from(["pass", "pass", "pass", "works", "fails", "named", "doubt", "wonder"]),
-        st.integers(0, len(ADDRESSES) - 1),
+        st.sampled_from(["pass", "pass", "pass", "works", "fails", "dark", "named", "doubt", "wonder"]),
+        st.one_of(st.integers(0, 2), st.integers(0, len(ADDRESSES) - 1)),
         rtts,
         st.floats(0.1, 45.0),
     ),
@@ -52,6 +52,8 @@ class World:
             self.works[address] = rtt
         elif what == "fails":
             self.works.pop(address, None)
+        elif what == "dark":
+            self.works.clear()
         elif what == "named":
             self.paths.add([address], self.now)
             self.probed.pop(address, None)
@@ -65,6 +67,7 @@ class World:
         """Let time pass."""
         until = self.now + seconds
         while self.now < until:
+            self.check()
             for probe in self.paths.due(self.now, lambda: next(self._numbers).to_bytes(12, "big")):
                 since = self.now - self.probed.get(probe.address, -1.0)
                 assert since > PROBE_INTERVAL_SECONDS - LATE_SECONDS, "not more than five a second"
@@ -90,6 +93,8 @@ def test_no_dead_path_carries_for_long_and_probes_are_few(
     events: list[tuple[str, int, float, float]],
 ) -> None:
     world = World()
+    world.works = dict.fromkeys(ADDRESSES[:3], 0.01)
+    world.paths.add(ADDRESSES[:3], world.now)
     for what, number, rtt, seconds in events:
         world.happen(what, ADDRESSES[number], rtt)
         world.run(seconds if what == "pass" else 0.05)
