@@ -88,7 +88,11 @@ class Network:
     def observed(self, connection: RelayConnection, address: SockAddr | None) -> None:
         """Take where a relay sees us come from on one connection to it, None while it has not said."""
         if self._observed.has_moved(connection, address):
-            _log.info("network_changed", relay=connection[0], observed=address)
+            _log.info(
+                "network_moved",
+                relay=connection[0],
+                seen_at=f"{address[0]}:{address[1]}" if address else None,
+            )
             self._changed()
 
     async def run(self) -> None:

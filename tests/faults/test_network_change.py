@@ -20,6 +20,7 @@ from ztna.wire.control import Address
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
 BACKEND_PORT = 18007
+LINK_PORT, FORWARDER_PORT = "4435", "4434"
 START_SECONDS = 60.0
 GAP_SECONDS = 5.0
 """What was measured on an idle machine is under a second."""
@@ -45,6 +46,11 @@ class Mesh:
         """Return where an agent's direct path goes."""
         (link,) = self.agents[agent].status()["agent"]["links"]
         return [each["address"] for each in link["candidates"] if each["state"] == "carries"]
+
+    def carriers(self, agent: str) -> set[str]:
+        """Return where an agent's stream carriers go, of the connector's link and the relay's forwarder."""
+        said = self.lab.host(agent).run("ss", "-Htn", "state", "established")
+        return {port for port in (LINK_PORT, FORWARDER_PORT) if f":{port} " in f"{said} "}
 
     def wait_direct(self, what: str) -> None:
         until(f"direct {what}", lambda: self.path("direct") == "direct", FOUND_SECONDS)
@@ -144,10 +150,13 @@ def test_flows_go_on_when_a_host_gets_another_address(mesh: Mesh) -> None:
             FOUND_SECONDS,
         )
         mesh.wait_direct("after the agents moved")
+    until("TCP goes directly", lambda: mesh.carriers("direct") == {LINK_PORT})
     with mesh.going_on("the connector moved"):
         readdress(mesh.lab.host("rack"), "25.0.0.201")
         until("the new address is used", lambda: "25.0.0.201" in str(mesh.addresses("direct")), FOUND_SECONDS)
         mesh.wait_direct("after the connector moved")
+    # Nothing answers any more at the link address that the relay tells.
+    until("TCP goes through the relay", lambda: mesh.carriers("direct") == {FORWARDER_PORT})
     for daemon in (*mesh.agents.values(), mesh.connector):
         assert [each["addresses"] for each in daemon.events("network_changed")][-1] != [daemon.host.address]
     assert all(len(agent.events("link_opened")) == 1 for agent in mesh.agents.values()), (
