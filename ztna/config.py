@@ -22,6 +22,7 @@ from ztna.routes_config import BackendConfig as BackendConfig
 from ztna.routes_config import BackendTlsConfig as BackendTlsConfig
 from ztna.routes_config import CheckConfig as CheckConfig
 from ztna.routes_config import RouteConfig as RouteConfig
+from ztna.routes_config import RoutesFile as RoutesFile
 from ztna.sections import Count, Seconds, Section, Server, about
 from ztna.sections import Endpoint as Endpoint
 from ztna.wire.control import Address
@@ -379,7 +380,38 @@ class ConnectorConfig(Section, frozen=True, kw_only=True):
             "DNS servers asked for more relays: SRV records of _ztna-relay._udp.<domain>, followed by TTL."
         ),
     ] = ()
-    routes: Annotated[tuple[RouteConfig, ...], about("The services it fronts.")]
+    routes: Annotated[
+        tuple[RouteConfig, ...], about("The services it fronts, of those that stand here.")
+    ] = ()
+    routes_dir: Annotated[
+        str | None,
+        about("A directory whose YAML and JSON files have more of them; watched.", "/etc/ztna/routes.d"),
+    ] = None
+    api: Annotated[
+        str | None,
+        about(
+            "Unix socket where programs of this host add services (ztna services).",
+            "/run/ztna/connector.sock",
+        ),
+    ] = None
+    api_state: Annotated[
+        str | None,
+        about(
+            "Where the services that came by the API are kept; required with it.",
+            "/var/lib/ztna/services.json",
+        ),
+    ] = None
+    consul_services: Annotated[
+        bool,
+        about("Front services too that others registered with the local Consul agent, tagged ztna."),
+    ] = False
+    srv_resolvers: Annotated[
+        tuple[Endpoint, ...],
+        about("DNS servers asked for backends that are srv://NAME; none: those of /etc/resolv.conf."),
+    ] = ()
+    srv_keep_s: Annotated[
+        Seconds, about("So long the last answer for such a name holds while DNS does not answer, in seconds.")
+    ] = 3600.0
     link: Annotated[Endpoint, about("Where agents connect directly, UDP and TCP.")] = Endpoint(
         "0.0.0.0", 4435
     )

@@ -12,7 +12,7 @@ import msgspec
 
 from ztna.leases import Protocol
 from ztna.names import ServiceName
-from ztna.sections import Count, Endpoint, PortNumber, Seconds, Section, about
+from ztna.sections import Backend, Count, Endpoint, PortNumber, Seconds, Section, about
 
 UDP_IDLE_SECONDS = 120.0
 """RFC 4787, REQ-5: a UDP mapping lives for at least two minutes."""
@@ -24,10 +24,10 @@ class CheckConfig(Section, frozen=True, kw_only=True):
     """How a backend's health is found out. Texts to send and to expect may be `hex:00ff...`."""
 
     kind: Annotated[
-        Literal["auto", "tcp", "udp", "http", "grpc", "icmp", "script", "none"],
+        Literal["auto", "tcp", "udp", "http", "grpc", "icmp", "script", "ttl", "none"],
         about(
             "tcp (connect), udp (ICMP errors fail), http, grpc (its health service), icmp (ping), script, "
-            "none (passing) or auto (by protocol)."
+            "ttl (the program tells connector.api), none (passing) or auto (by protocol)."
         ),
     ] = "auto"
     runner: Annotated[
@@ -66,6 +66,9 @@ class CheckConfig(Section, frozen=True, kw_only=True):
         tuple[str, ...],
         about("What a script check runs, no shell: 0 passes, 1 warns.", ["/usr/lib/checks/web", "--fast"]),
     ] = ()
+    ttl_s: Annotated[
+        Seconds, about("A ttl check is critical when its program says nothing for so long, in seconds.")
+    ] = 30.0
     interval_s: Annotated[Seconds, about("Seconds from one check to the next.")] = 5.0
     jitter: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=0.5)],
@@ -112,6 +115,10 @@ class BackendConfig(Section, frozen=True, kw_only=True):
     weight: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=65535)], about("Its part among the route's backends.")
     ] = 1
+    priority: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=65535)],
+        about("It gets flows only while none of a lower priority can serve (RFC 2782)."),
+    ] = 0
     checks: Annotated[
         tuple[CheckConfig, ...] | None,
         about(
@@ -125,7 +132,10 @@ class RouteConfig(Section, frozen=True, kw_only=True):
 
     service: Annotated[ServiceName, about("The service's name: one lower-case label.", "web-app")]
     backend: Annotated[
-        Endpoint | None, about("Where it really listens, if that is one place.", "127.0.0.1:8080")
+        Backend | None,
+        about(
+            "Where it really listens, if that is one place; or srv://NAME, which DNS knows.", "127.0.0.1:8080"
+        ),
     ] = None
     backends: Annotated[
         tuple[BackendConfig, ...], about("Where it really listens, if there are several.")
@@ -186,3 +196,9 @@ class RouteConfig(Section, frozen=True, kw_only=True):
         IPv4Address | None,
         about("The virtual address it asks for; given if nobody else has it.", "10.100.0.80"),
     ] = None
+
+
+class RoutesFile(Section, frozen=True, kw_only=True):
+    """A file of connector.routes_dir, and what the local API takes."""
+
+    routes: Annotated[tuple[RouteConfig, ...], about("The services it fronts.")] = ()

@@ -110,6 +110,8 @@ class Daemon:
     started_at: float = field(default_factory=time.monotonic)
     reread: Callable[[], Config] | None = None
     """Reads the configuration again, from where it came. Raises ConfigError; None when it came from nowhere."""
+    file: Path | None = None
+    """The file that the configuration came from, for who watches it."""
 
 
 Body = Callable[[Daemon], Awaitable[None]]
@@ -148,9 +150,19 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(EXIT_USAGE)
         admin_socket = getattr(own, "admin_socket", None)
-        sys.exit(run(name, body, config=config, admin=own.admin, admin_socket=admin_socket, reread=read))
+        sys.exit(
+            run(
+                name,
+                body,
+                config=config,
+                admin=own.admin,
+                admin_socket=admin_socket,
+                reread=read,
+                file=file,
+            )
+        )
 
-    command.help = f"Run {name} until SIGTERM; SIGHUP reads certificates, or dnsd's pool, again."
+    command.help = f"Run {name} until SIGTERM; SIGHUP reads certificates, routes or dnsd's pool again."
     return command
 
 
@@ -162,6 +174,7 @@ def run(
     admin: Endpoint,
     admin_socket: str | None = None,
     reread: Callable[[], Config] | None = None,
+    file: Path | None = None,
 ) -> int:
     """Run a daemon until its body returns; return the exit status.
 
@@ -172,7 +185,7 @@ def run(
     telemetry.BUILD.labels(daemon_name, version("ztna-mesh")).set(1)
     raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(daemon_name, body, config, admin, admin_socket, reread))
+        return runner.run(_run(daemon_name, body, config, admin, admin_socket, reread, file))
 
 
 async def sleep_or_stop(daemon: Daemon, seconds: float) -> bool:
@@ -196,12 +209,13 @@ async def _run(
     admin: Endpoint,
     admin_socket: str | None,
     reread: Callable[[], Config] | None,
+    file: Path | None,
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_unexpected)
     try:
         async with asyncio.TaskGroup() as tasks:
-            daemon = Daemon(daemon_name, config, tasks, reread=reread)
+            daemon = Daemon(daemon_name, config, tasks, reread=reread, file=file)
             _install_signals(loop, daemon)
             async with serving(daemon, admin, admin_socket):
                 _log.info("started", daemon=daemon_name, admin=endpoint_text(daemon.admin_address))

@@ -22,9 +22,11 @@ from ztna.jsontypes import decode_hook, shortened
 from ztna.wire.control import Address
 
 ENVIRONMENT_PREFIX = "ZTNA_"
+DNS_NAME_CHARACTERS_MAX = 253
 CONFIG_BYTES_MAX = 4 * 1024 * 1024
 HIDDEN = "***"
 UNIX_PREFIX = "unix:"
+SRV_PREFIX = "srv://"
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
 PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -49,14 +51,25 @@ class Endpoint(msgspec.Struct, frozen=True, order=True):
         """Whether it is a socket on this host."""
         return self.host.startswith("/")
 
+    @property
+    def srv_name(self) -> str | None:
+        """The name whose SRV records say where it is, if they do."""
+        return self.host.removeprefix(SRV_PREFIX) if self.host.startswith(SRV_PREFIX) else None
+
     def __str__(self) -> str:
         if self.is_unix:
             return f"{UNIX_PREFIX}{self.host}"
+        if self.srv_name is not None:
+            return self.host
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Server(Endpoint, frozen=True, order=True):
     """`host:port`, or `unix:/path` of a socket on this host: then the host is the path, and the port 0."""
+
+
+class Backend(Endpoint, frozen=True, order=True):
+    """`host:port`, or `srv://name` whose SRV records say where: then that is the host, and the port 0."""
 
 
 S = TypeVar("S", bound=Section)
@@ -244,6 +257,8 @@ def _shaped(value: Any, annotation: Any, path: str) -> Any:
         return None
     if type_ is Server and isinstance(value, str) and value.startswith(UNIX_PREFIX + "/"):
         return {"host": value.removeprefix(UNIX_PREFIX), "port": 0}
+    if type_ is Backend and isinstance(value, str) and value.startswith(SRV_PREFIX):
+        return {"host": SRV_PREFIX + _srv_name(value.removeprefix(SRV_PREFIX), path), "port": 0}
     if type_ in _ENDPOINT_KEYS:
         return _endpoint(value, _ENDPOINT_KEYS[type_], path)
     if _is_section(type_):
@@ -274,6 +289,15 @@ def _endpoint(value: Any, host_key: str, path: str) -> dict[str, Any]:
     if match is None or int(match["port"]) > 65535:
         raise ConfigError(f"{path}: expected host:port, got {_seen(value)}")
     return {host_key: match["v6"] or match["host"], "port": int(match["port"])}
+
+
+def _srv_name(name: str, path: str) -> str:
+    bare = name.removesuffix(".").lower()
+    if len(bare) > DNS_NAME_CHARACTERS_MAX or not _SRV_NAME.fullmatch(bare):
+        raise ConfigError(
+            f"{path}: expected srv:// and a name such as _web._tcp.example.net, got {_seen(name)}"
+        )
+    return bare
 
 
 def _told(text: str, raw: Any) -> ConfigError:
@@ -342,5 +366,6 @@ def _example_value(field: msgspec.structs.FieldInfo) -> Any:
 
 
 _ENDPOINT = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
-_ENDPOINT_KEYS = {Endpoint: "host", Server: "host", Address: "ip"}
+_SRV_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,62})(?:\.[a-z0-9_][a-z0-9_-]{0,62})*")
+_ENDPOINT_KEYS = {Endpoint: "host", Server: "host", Backend: "host", Address: "ip"}
 _SECRET_KEYS = frozenset({"token"})

@@ -138,6 +138,30 @@ SRV_AGE = Gauge(
     registry=REGISTRY,
 )
 
+SERVICES_DEFINED = Gauge(
+    "ztna_connector_services",
+    "Services of a connector: fronted, refused (defined, but not usable), shadowed (defined again elsewhere).",
+    ("state",),
+    registry=REGISTRY,
+)
+ROUTE_FILES_BROKEN = Gauge(
+    "ztna_route_files_broken",
+    "Files of routes whose newest content cannot be used, and what they had before is.",
+    registry=REGISTRY,
+)
+ROUTE_RELOADS = Counter(
+    "ztna_route_reloads",
+    "Files of routes taken into use while running, by kind: config, or file (of routes_dir).",
+    ("kind",),
+    registry=REGISTRY,
+)
+SRV_BACKENDS_AGE = Gauge(
+    "ztna_srv_backends_age_seconds",
+    "How old the answer is that the backends of a name come from: 0 while DNS answers.",
+    ("name",),
+    registry=REGISTRY,
+)
+
 TCP_FLOWS = Counter(
     "ztna_tcp_flows",
     "TCP flows whose carrier broke, by what became of them: detached, then resumed or forsaken.",

@@ -64,6 +64,10 @@ class FlowAuthority:
         if self._is_draining():
             refused(_WHERE, Reason.DRAINING)
             raise FlowRefused(OpenStatus.DENIED, "the connector is draining")
+        if frame.service not in self._fronting:
+            # Removed: its flows may end, and the agent finds another connector for new ones.
+            refused(_WHERE, Reason.DRAINING)
+            raise FlowRefused(OpenStatus.DENIED, f"{frame.service} is being removed here")
         await self._check_lease(frame)
         route = self._route_of(frame)
         sock, claim = await self._dial(route, peer.name, frame)

@@ -24,6 +24,7 @@ Method = Literal["round_robin", "least_connections", "source_hash"]
 
 _HASH_BYTES = 8
 _HASH_RANGE = 2.0 ** (8 * _HASH_BYTES)
+_NONE: Mapping[Endpoint, int] = {}
 _EJECTED, _CRITICAL = 2, 3
 _RANK: Mapping[Verdict, int] = {"passing": 0, "warning": 1, "critical": _CRITICAL}
 
@@ -43,6 +44,7 @@ class Standing:
 
     address: Endpoint
     weight: int
+    priority: int = 0
     verdict: Verdict = "critical"
     flows: int = 0
     failures: int = 0
@@ -59,21 +61,30 @@ class Standing:
         rank = _RANK[self.verdict]
         return _EJECTED if rank < _EJECTED and self.is_ejected(now) else rank
 
+    def preference(self, now: float) -> tuple[int, int]:
+        """Return what is compared: the rank, and among equals the priority (RFC 2782: the lower one first)."""
+        return self.rank(now), self.priority
+
 
 class Balancer:
     """The backends of one route."""
 
-    def __init__(self, weights: Mapping[Endpoint, int], policy: Policy) -> None:
-        self._policy = policy
-        self._standings = {address: Standing(address, weight) for address, weight in weights.items()}
+    def __init__(
+        self, weights: Mapping[Endpoint, int], policy: Policy, priorities: Mapping[Endpoint, int] = _NONE
+    ) -> None:
+        """A backend that `priorities` does not name has 0."""
+        self._standings: dict[Endpoint, Standing] = {}
+        self.update(weights, policy, priorities)
 
-    def update(self, weights: Mapping[Endpoint, int], policy: Policy) -> None:
-        """Go on with other backends, weights or another policy; what stays keeps its standing."""
+    def update(
+        self, weights: Mapping[Endpoint, int], policy: Policy, priorities: Mapping[Endpoint, int] = _NONE
+    ) -> None:
+        """Go on with other backends, weights, priorities or another policy; what stays keeps its standing."""
         known, self._policy = self._standings, policy
         self._standings = {}
         for address, weight in weights.items():
             standing = self._standings[address] = known.get(address) or Standing(address, weight)
-            standing.weight = weight
+            standing.weight, standing.priority = weight, priorities.get(address, 0)
 
     def standings(self) -> Collection[Standing]:
         """Return how each is doing, as configured."""
@@ -87,8 +98,8 @@ class Balancer:
 
     def has_better(self, address: Endpoint, now: float) -> bool:
         """Say whether another backend would be chosen rather than this one."""
-        rank = self._standings[address].rank(now)
-        return any(each.rank(now) < rank for each in self._standings.values())
+        own = self._standings[address].preference(now)
+        return any(each.preference(now) < own for each in self._standings.values())
 
     def pick(self, source: str, now: float, tried: Collection[Endpoint] = ()) -> Endpoint | None:
         """Choose a backend that was not tried yet for a new flow, and count it; None when all were.
@@ -98,8 +109,8 @@ class Balancer:
         left = [each for each in self._standings.values() if each.address not in tried]
         if not left:
             return None
-        best = min(each.rank(now) for each in left)
-        chosen = self._choose([each for each in left if each.rank(now) == best], source)
+        best = min(each.preference(now) for each in left)
+        chosen = self._choose([each for each in left if each.preference(now) == best], source)
         chosen.flows += 1
         return chosen.address
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from ztna.config import CheckConfig, Endpoint
 from ztna.errors import ConfigError
 from ztna.leases import Protocol
@@ -18,7 +20,7 @@ CHECKS_PER_ROUTE_MAX = 16
 SENT_BYTES_MAX = 1200
 """What a check sends is one datagram, or one small write."""
 
-Kind = Literal["tcp", "udp", "http", "grpc", "icmp", "script", "none"]
+Kind = Literal["tcp", "udp", "http", "grpc", "icmp", "script", "ttl", "none"]
 
 _STATUS = re.compile(r"([1-5][0-9]{2})(?:-([1-5][0-9]{2}))?")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 5.6.2
@@ -38,6 +40,7 @@ _KINDS_OF: Mapping[str, frozenset[Kind]] = {
     "expect": frozenset({"tcp", "udp"}),
     "grpc_service": frozenset({"grpc"}),
     "command": frozenset({"script"}),
+    "ttl_s": frozenset({"ttl"}),
 }
 _DEFAULTS = CheckConfig()
 
@@ -83,6 +86,9 @@ def parse(config: CheckConfig, protocol: Protocol, backend: Endpoint, where: str
     warns = config.failures_before_warning
     if warns is not None and warns > config.failures_before_critical:
         raise ConfigError(f"{where}.failures_before_warning: expected no more than failures_before_critical")
+    if kind == "ttl":
+        # What a program says of itself is no sample to be taken twice.
+        config = msgspec.structs.replace(config, success_before_passing=1, failures_before_critical=1)
     return Check(
         kind=kind,
         target=Endpoint(backend.host, config.port or backend.port),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from sidecar.connector import local_api
 from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.backends import ping_problem, resolve
 from sidecar.connector.delegation import Delegation
+from sidecar.connector.departures import Departures
+from sidecar.connector.discovery import Discovery
 from sidecar.connector.fronting import Fronting
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.probes import Prober
+from sidecar.connector.pushes import Pushes
 from sidecar.connector.registrar import Desired, Registrant, check_id
 from sidecar.connector.registration import Registrar
-from sidecar.connector.routes import RouteTable
+from sidecar.connector.routes import RouteTable, ServiceRoutes
 from sidecar.connector.serving import Serving
 from sidecar.link.control import RelayClient
 from sidecar.link.network import Network
@@ -47,11 +52,9 @@ async def body(daemon: Daemon) -> None:
     config = daemon.config.connector
     if config is None:
         raise ConfigError("connector: the configuration has no such section")
-    routes = RouteTable(config.routes)
-    backend_tls = BackendTls()
-    backend_tls.check(routes)
     credentials = Credentials.load(config.tls)
-    routes.require_granted(credentials.identity, config.id)
+    RouteTable.of({}).require_granted(credentials.identity, config.id)
+    _require_services(config)
     if not config.relays and not config.resolvers:
         raise ConfigError(
             "connector.relays: expected at least one relay, or connector.resolvers to find them"
@@ -67,12 +70,20 @@ async def body(daemon: Daemon) -> None:
         try:
             # All that uses them has ended before the Consul client and the prober are closed.
             async with asyncio.TaskGroup() as tasks:
-                await _Connector(
-                    daemon, config, routes, credentials, consul, prober, backend_tls, tasks
-                ).run()
+                await _Connector(daemon, config, credentials, consul, prober, tasks).run()
                 raise _Stopped
         except* _Stopped:
             pass
+
+
+def _require_services(config: ConnectorConfig) -> None:
+    """Raise ConfigError when services can come from nowhere, or the API has no place to keep them."""
+    if not (config.routes or config.routes_dir or config.api or config.consul_services):
+        raise ConfigError(
+            "connector.routes: expected at least one route, or connector.routes_dir, api or consul_services"
+        )
+    if (config.api is None) != (config.api_state is None):
+        raise ConfigError("connector.api: expected connector.api_state beside it, and not one alone")
 
 
 class _Stopped(Exception):
@@ -84,11 +95,9 @@ class _Connector:
         self,
         daemon: Daemon,
         config: ConnectorConfig,
-        routes: RouteTable,
         credentials: Credentials,
         consul: ConsulClient,
         prober: Prober,
-        backend_tls: BackendTls,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._daemon = daemon
@@ -96,7 +105,12 @@ class _Connector:
         self._config = config
         self._consul = consul
         self._loop = asyncio.get_running_loop()
-        self._fronting = Fronting(routes, prober, changed=self._health_changed, tasks=tasks)
+        backend_tls = BackendTls()
+        self._discovery = Discovery(daemon, credentials, consul, check=backend_tls.check, tasks=tasks)
+        self._pushes = Pushes()
+        self._fronting = Fronting(
+            self._discovery.table, prober, self._pushes, changed=self._health_changed, tasks=tasks
+        )
         self._leases = LeaseBook(consul, self._fronting, self._lease_changed)
         self._network = Network(self._network_changed)
         self._serving = Serving(
@@ -110,6 +124,7 @@ class _Connector:
             private_candidates=config.private_candidates,
             tasks=tasks,
         )
+        self._departures = Departures(config.drain_s, self._serving.withdraw)
         self._credentials = credentials
         self._relays = RelayClients(self._relay_client, tasks=tasks, gone=self._relay_gone)
         self._relays.add(config.relays)
@@ -128,6 +143,9 @@ class _Connector:
     async def run(self) -> None:
         """Start everything, wait for the stop, drain."""
         self._link_address = await self._listen()
+        self._discovery.about = self._service_status
+        self._discovery.apply = self._front
+        await self._discovery.begin()
         if self._fronting.table.pings and (problem := ping_problem()) is not None:
             self._daemon.readiness.warn("icmp", f"routes of protocol icmp: {problem}; the others are served")
         registrar = self._registrar = Registrar(
@@ -148,9 +166,10 @@ class _Connector:
             changed=registrar.checks_changed,
             lost=registrar.check_lost,
         )
-        self._daemon.on_reload.append(self._renewal.reload)
+        self._daemon.on_reload += [self._renewal.reload, self._discovery.reload]
         self._daemon.status_sources["certificate"] = self._renewal.status
         self._daemon.status_sources["connector"] = self._status
+        self._daemon.status_sources["discovery"] = self._discovery.status
         tasks = self._tasks
         registering = tasks.create_task(registrar.run(), name="registration")
         tasks.create_task(self._registered(registrar), name="first registration")
@@ -161,7 +180,11 @@ class _Connector:
         tasks.create_task(self._network.run(), name="network")
         self._fronting.start()
         self._relays.start(self._config.resolvers, self._daemon.config.domain)
-        await self._daemon.stopping.wait()
+        async with AsyncExitStack() as stack:
+            if self._config.api is not None:
+                api = local_api.serving(self._discovery, self._pushes, self._config.api)
+                await stack.enter_async_context(api)
+            await self._daemon.stopping.wait()
         registering.cancel()
         await asyncio.wait((registering,))  # or a registration on its way would come after we have left
         await self._drain(registrar)
@@ -187,7 +210,7 @@ class _Connector:
         """
         self._serving.is_draining = True
         for client in self._relays:
-            self._withdraw(client)
+            self._register(client, (), tuple(self._fronting.table.services))
         leaving = self._tasks.create_task(registrar.leave(), name="leave Consul")
         try:
             async with asyncio.timeout(self._config.drain_s):
@@ -197,7 +220,39 @@ class _Connector:
         await leaving
         self._serving.close()
 
-    # Health
+    # Services
+
+    def _front(self, table: RouteTable) -> None:
+        """Front what another table says; who is not concerned does not notice."""
+        if self._serving.is_draining:
+            return
+        before = self._fronting.table
+        self._fronting.replace(table)
+        self._departures.changed(before, table)
+        self._leases.services_changed()
+        if self._registrar is not None:
+            self._registrar.services_changed()
+        new = [
+            each
+            for service, each in table.services.items()
+            if service not in before.services or before.services[service].ports != each.ports
+        ]
+        gone = sorted(before.services.keys() - table.services.keys())
+        for client in self._relays:
+            if client.connected:
+                self._register(client, new, gone)
+
+    def _register(
+        self, client: RelayClient, services: Sequence[ServiceRoutes], gone: Sequence[ServiceName] = ()
+    ) -> None:
+        """Tell a relay what is fronted from now on, and what no more."""
+        refusals = self._refusals[self._relays.label(client)]
+        for service in gone:
+            refusals.pop(service, None)
+        for start in range(0, max(len(services), len(gone)), SERVICES_PER_REGISTER):
+            part = slice(start, start + SERVICES_PER_REGISTER)
+            offerings = tuple(Offering(each.service, each.ports) for each in services[part])
+            client.send(Register(self._config.id, offerings, self._link_address, tuple(gone[part])))
 
     def _health_changed(self, service: ServiceName) -> None:
         if self._registrar is not None:
@@ -257,17 +312,8 @@ class _Connector:
         self._show_newest()
         if self._serving.is_draining:
             return
-        offerings = [Offering(each.service, each.ports) for each in self._fronting.table.services.values()]
-        for start in range(0, len(offerings), SERVICES_PER_REGISTER):
-            services = tuple(offerings[start : start + SERVICES_PER_REGISTER])
-            client.send(Register(self._config.id, services, self._link_address))
+        self._register(client, tuple(self._fronting.table.services.values()))
         self._daemon.readiness.done("relay")
-
-    def _withdraw(self, client: RelayClient) -> None:
-        services = tuple(self._fronting.table.services)
-        for start in range(0, len(services), SERVICES_PER_REGISTER):
-            withdrawn = services[start : start + SERVICES_PER_REGISTER]
-            client.send(Register(self._config.id, (), self._link_address, withdrawn))
 
     def _relay_lost(self, client: RelayClient, reason: str) -> None:
         log = _log.info if self._daemon.stopping.is_set() else _log.warning
@@ -332,6 +378,7 @@ class _Connector:
     def _use_credentials(self, credentials: Credentials) -> None:
         self._credentials = credentials
         self._relays.use_credentials(credentials)
+        self._discovery.use_identity(credentials.identity)
         self._show_newest()
 
     def _show_newest(self) -> None:
@@ -361,6 +408,7 @@ class _Connector:
         health, registrar = self._fronting.health(service), self._registrar
         return {
             "verdict": health.verdict,
+            "output": health.output,
             "since_s": round(self._loop.time() - health.since, 1),
             "registered": registrar is not None and registrar.is_registered(service),
             "refused": registrar.refusal(service) if registrar is not None else None,

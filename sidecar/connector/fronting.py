@@ -16,6 +16,7 @@ from sidecar.connector.balance import Balancer, Standing
 from sidecar.connector.checks import Check
 from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, Verdict, next_delay
 from sidecar.connector.probes import Prober
+from sidecar.connector.pushes import Pushes
 from sidecar.connector.routes import Route, RouteTable, ServiceRoutes
 from ztna.leases import Port
 from ztna.names import ServiceName
@@ -69,6 +70,7 @@ class Fronting:
         self,
         table: RouteTable,
         prober: Prober,
+        pushes: Pushes,
         *,
         changed: Callable[[ServiceName], None],
         tasks: asyncio.TaskGroup,
@@ -77,6 +79,7 @@ class Fronting:
         self.lost: Callable[[Route, Endpoint], None] = lambda route, backend: None
         self.delegate: Delegate | None = None
         self._prober = prober
+        self._pushes = pushes
         self._changed = changed
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
@@ -96,6 +99,8 @@ class Fronting:
 
     def replace(self, table: RouteTable) -> None:
         """Front what another table says from now on."""
+        for service in self.table.services.keys() - table.services.keys():
+            self._pushes.forget(service)
         self.table = table
         for service in self._take_up(table):
             self._changed(service)
@@ -123,7 +128,7 @@ class Fronting:
     def balancer(self, route: Route) -> Balancer:
         """Return what chooses among a route's backends; of a route that is gone, what nothing comes of."""
         known = self._balancers.get((route.service, route.port))
-        return known if known is not None else Balancer(route.weights, route.policy)
+        return known if known is not None else Balancer(route.weights, route.policy, route.priorities)
 
     def failed(self, claim: Claim) -> None:
         """Count a failure of a backend against it, and pass it over when it fails too often."""
@@ -188,7 +193,7 @@ class Fronting:
             for route in routes.routes:
                 key = (route.service, route.port)
                 balancer = self._balancers[key] = balancers.get(key) or Balancer({}, route.policy)
-                balancer.update(route.weights, route.policy)
+                balancer.update(route.weights, route.policy, route.priorities)
                 for backend in route.backends:
                     verdict = self._health[route.service].backend(route.port, backend.address)
                     balancer.judge(backend.address, verdict)
@@ -213,8 +218,11 @@ class Fronting:
             self._checking[place] = wanted[place], task
 
     async def _check(self, service: ServiceName, key: CheckKey, check: Check) -> None:
-        """Check one backend for ever."""
+        """Check one backend for ever; of kind ttl, listen to its program."""
         config = check.config
+        while check.kind == "ttl":
+            self._checked(service, key, self._pushes.now(service, config.ttl_s))
+            await self._pushes.changed(service, config.ttl_s)
         while True:
             if not self.is_delegated(service, key):
                 outcome = await self._prober.probe(check)

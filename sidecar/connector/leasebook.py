@@ -45,6 +45,11 @@ class LeaseBook:
         """Return the newest lease seen."""
         return self._leases.get(service)
 
+    def services_changed(self) -> None:
+        """Learn the leases of services that are new among ours."""
+        if self.watch.latest is not None:
+            self._published(self.watch.latest)
+
     async def read_again(self, service: ServiceName, epoch: int) -> Lease | None:
         """Return the newest lease, asking Consul for up to READ_AGAIN_SECONDS for one of that epoch or later.
 

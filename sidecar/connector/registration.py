@@ -100,6 +100,10 @@ class Registrar:
         """Compare soon: a virtual address has to be registered."""
         self._reconcile.set()
 
+    def services_changed(self) -> None:
+        """Compare soon: services came or went."""
+        self._reconcile.set()
+
     async def run(self) -> None:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as tasks:
@@ -170,6 +174,7 @@ class Registrar:
         own = {service: instance_id(service, self._registrant.connector_id) for service in desired}
         self._registered = {service for service, own_id in own.items() if own_id in known}
         self.waiting = planned.waiting
+        self._refused = {service: why for service, why in self._refused.items() if service in desired}
         await _each(self._client.deregister_service, planned.deregister)
         await _each(self._register, planned.register)
         _log_plan(planned)
@@ -210,7 +215,9 @@ class Registrar:
         return batch
 
     async def _report_check(self, service: ServiceName) -> None:
-        desired = self._desired()[service]
+        desired = self._desired().get(service)
+        if desired is None:
+            return  # removed meanwhile
         own_check = check_id(service, self._registrant.connector_id)
         output = desired.output[:OUTPUT_CHARACTERS]
         if not await self._client.update_check(own_check, desired.ttl_verdict, output):

@@ -37,6 +37,7 @@ class Backend:
     address: Endpoint
     weight: int
     checks: tuple[Check, ...]
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,11 @@ class Route:
     def weights(self) -> dict[Endpoint, int]:
         """The weight of each backend."""
         return {backend.address: backend.weight for backend in self.backends}
+
+    @property
+    def priorities(self) -> dict[Endpoint, int]:
+        """The priority of each backend: those of a higher number only serve when none of a lower one can."""
+        return {backend.address: backend.priority for backend in self.backends}
 
     def is_same(self, other: Route) -> bool:
         """Whether it is the same published port, in whichever table."""
@@ -100,15 +106,19 @@ class RouteTable:
             grouped.setdefault(config.service, []).append(
                 (config, _route(config, f"connector.routes[{index}]"))
             )
-        if not grouped:
-            raise ConfigError("connector.routes: expected at least one route")
-        self.services: Mapping[ServiceName, ServiceRoutes] = {
-            service: _service_routes(service, group) for service, group in grouped.items()
-        }
+        self._set({service: _service_routes(service, group) for service, group in grouped.items()})
+
+    @classmethod
+    def of(cls, services: Mapping[ServiceName, ServiceRoutes]) -> RouteTable:
+        """Return the table of these services."""
+        made = cls(())
+        made._set(services)
+        return made
+
+    def _set(self, services: Mapping[ServiceName, ServiceRoutes]) -> None:
+        self.services: Mapping[ServiceName, ServiceRoutes] = services
         self._routes = {
-            (route.service, route.port): route
-            for service in self.services.values()
-            for route in service.routes
+            (route.service, route.port): route for service in services.values() for route in service.routes
         }
 
     @property
@@ -221,7 +231,13 @@ def _backends(config: RouteConfig, where: str) -> tuple[Backend, ...]:
             f"{where}.backends: expected at most {BACKENDS_PER_ROUTE_MAX}, got {len(config.backends)}"
         )
     if config.backend is not None:
-        return (_backend(BackendConfig(address=config.backend), config, where),)
+        if config.backend.srv_name is not None:
+            raise ConfigError(f"{where}.backend: {config.backend} has to be asked for in DNS first")
+        return (
+            _backend(
+                BackendConfig(address=Endpoint(config.backend.host, config.backend.port)), config, where
+            ),
+        )
     backends = tuple(
         _backend(each, config, where if each.checks is None else f"{where}.backends[{number}]")
         for number, each in enumerate(config.backends)
@@ -241,6 +257,7 @@ def _backend(config: BackendConfig, route: RouteConfig, where: str) -> Backend:
     return Backend(
         address=config.address,
         weight=config.weight,
+        priority=config.priority,
         checks=tuple(
             _introduced(parse(check, route.protocol, config.address, f"{where}.checks[{number}]"), route)
             for number, check in enumerate(checks)

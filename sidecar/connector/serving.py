@@ -213,6 +213,13 @@ class Serving:
             self.datagrams.end_session(session)
             self.links.ended(session)
 
+    def withdraw(self, service: ServiceName) -> None:
+        """End the sessions and flows of a service that was removed, whose flows had their time to end."""
+        for session in [each for each in self.sessions.live() if each.service == service]:
+            self._tell_closed(session, Reason.DRAINING)
+            self.sessions.close(*session.key, Reason.DRAINING, self._loop.time())
+            self._end(session, Reason.DRAINING)
+
     def tick(self) -> None:
         """End what has had its time: to be called about once a second."""
         self.datagrams.flows.expire()

@@ -68,3 +68,11 @@ def test_headers_patterns_and_payloads_are_ready() -> None:
 def test_says_what_cannot_be_asked(config: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=rf"checks\[0\]\.{said}"):
         parsed(**config)
+
+
+def test_a_programs_own_word_counts_at_once() -> None:
+    check = parsed(kind="ttl", ttl_s=5.0, failures_before_critical=3, success_before_passing=3)
+    assert (check.kind, check.config.ttl_s) == ("ttl", 5.0)
+    assert (check.config.failures_before_critical, check.config.success_before_passing) == (1, 1)
+    with pytest.raises(ConfigError, match=r"ttl_s: only a check of kind ttl has one"):
+        parsed(ttl_s=5.0)

@@ -797,6 +797,8 @@ async def test_with_a_crl_out_of_date_no_session_begins_and_flows_go_on(pki: Pki
     [
         ({"relays": ()}, "at least one relay"),
         ({"routes": ()}, "at least one route"),
+        ({"api": "/tmp/api.sock"}, "expected connector.api_state beside it"),
+        ({"api_state": "/tmp/state.json"}, "expected connector.api_state beside it"),
         ({"id": ConnectorId("other")}, r"id\.other\.ztna"),
     ],
 )

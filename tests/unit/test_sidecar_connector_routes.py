@@ -110,7 +110,6 @@ def test_several_backends_share_a_port() -> None:
 @pytest.mark.parametrize(
     ("routes", "said"),
     [
-        ([], "at least one route"),
         ([route(protocol="icmp")], r"routes\[0\]\.port: icmp has no ports"),
         ([route(port=None)], r"routes\[0\]\.port: expected the port"),
         ([route(icmp="connector")], r"routes\[0\]\.icmp: only a route of protocol icmp has it, got tcp"),

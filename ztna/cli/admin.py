@@ -26,22 +26,28 @@ def ask(
     type_: type[T],
     *,
     method: str = "GET",
+    body: bytes | None = None,
     seconds: float = ANSWER_SECONDS,
     who: str = "relay",
 ) -> tuple[int, T]:
     """Return the status and the JSON that `host:port`, or the socket at a path, answers. Raises ZtnaError."""
     try:
-        status, body = fetch(admin, path, method=method, seconds=seconds)
-        refusal = _refusal(body) if status >= 400 else None
+        status, answer = fetch(admin, path, method=method, body=body, seconds=seconds)
+        refusal = _refusal(answer) if status >= 400 else None
         if refusal is None:
-            return status, from_json(body, type_)
+            return status, from_json(answer, type_)
     except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
         raise ZtnaError(f"{who} at {admin}: {error}") from None
     raise ZtnaError(f"{who} at {admin}: {refusal}")
 
 
 def fetch(
-    admin: str, path: str, *, method: str = "GET", seconds: float = ANSWER_SECONDS
+    admin: str,
+    path: str,
+    *,
+    method: str = "GET",
+    body: bytes | None = None,
+    seconds: float = ANSWER_SECONDS,
 ) -> tuple[int, bytes]:
     """Return the status and the body. Raises OSError, ValueError and HTTPException."""
     connection = (
@@ -50,7 +56,7 @@ def fetch(
         else http.client.HTTPConnection(admin, timeout=seconds)
     )
     try:
-        connection.request(method, path)
+        connection.request(method, path, body)
         answer = connection.getresponse()
         return answer.status, answer.read(ANSWER_BYTES_MAX)
     finally:

@@ -16,6 +16,7 @@ _COMMANDS = {
     "status": "ztna.cli.status:status",
     "ping": "ztna.cli.reach:ping",
     "trace": "ztna.cli.reach:trace",
+    "services": "ztna.cli.services:services",
     "sessions": "ztna.cli.sessions:sessions",
     "leases": "ztna.cli.leases:leases",
     "dns": "ztna.cli.dns:dns",

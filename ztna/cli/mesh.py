@@ -41,7 +41,7 @@ from ztna.errors import ConsulUnavailable, ZtnaError
 from ztna.jsontypes import from_json
 from ztna.leases import SERVICE_PREFIX, Lease
 from ztna.names import ConnectorId, ServiceName
-from ztna.sections import Server
+from ztna.sections import Backend, Server
 from ztna.wire.control import Address
 
 START_SECONDS = 30.0
@@ -259,20 +259,20 @@ class Mesh:
         return (
             RouteConfig(
                 service=ECHO,
-                backend=Endpoint("127.0.0.1", self.backend_ports[ECHO]),
+                backend=Backend("127.0.0.1", self.backend_ports[ECHO]),
                 port=VIRTUAL_PORTS[ECHO],
                 protocol="udp",
                 checks=(CheckConfig(kind="none"),),
             ),
             RouteConfig(
                 service=WEB,
-                backend=Endpoint("127.0.0.1", self.backend_ports[WEB]),
+                backend=Backend("127.0.0.1", self.backend_ports[WEB]),
                 port=VIRTUAL_PORTS[WEB],
                 checks=(CheckConfig(kind="http", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),),
             ),
             RouteConfig(
                 service=DATABASE,
-                backend=Endpoint("127.0.0.1", self.backend_ports[DATABASE]),
+                backend=Backend("127.0.0.1", self.backend_ports[DATABASE]),
                 port=VIRTUAL_PORTS[DATABASE],
                 checks=(CheckConfig(kind="tcp", interval_s=1.0, timeout_s=1.0, failures_before_critical=1),),
             ),

@@ -283,6 +283,11 @@ class ConsulClient:
         found = await _mapped(self._api.agent.checks(), 'service_prefix "" { policy = "read" }')
         return _shaped(shapes.agent_checks, found)
 
+    async def agent_service_health(self) -> Mapping[str, Status]:
+        """Return the worst status of each service of the local Consul agent that has checks, by service id."""
+        found = await _mapped(self._api.agent.checks(), 'service_prefix "" { policy = "read" }')
+        return _shaped(shapes.agent_service_health, found)
+
     async def agent_self(self) -> Mapping[str, Any]:
         """Return Consul's own account of its agent (`Config`, `Member`, ...)."""
         found = await _mapped(self._api.agent.self(), 'agent_prefix "" { policy = "read" }')

@@ -69,6 +69,15 @@ def agent_checks(entries: Mapping[str, Any]) -> Mapping[str, Status]:
     return {check_id: status(entry["Status"]) for check_id, entry in entries.items()}
 
 
+def agent_service_health(entries: Mapping[str, Any]) -> Mapping[str, Status]:
+    """Read /v1/agent/checks: the worst status of each service id that has a check."""
+    found: dict[str, list[Status]] = {}
+    for entry in entries.values():
+        if entry.get("ServiceID"):
+            found.setdefault(entry["ServiceID"], []).append(status(entry["Status"]))
+    return {service_id: worst(statuses) for service_id, statuses in found.items()}
+
+
 def _agent_service(entry: Mapping[str, Any]) -> AgentService:
     weights = entry.get("Weights") or {}
     return AgentService(

@@ -1,0 +1,295 @@
+"""What this connector fronts, from all the places that define services, as it changes while it runs.
+
+Files, the local API and the local Consul agent each give definitions; DNS gives backends. Whenever one of them changes,
+everything is settled anew (sidecar.connector.sources), and what can be fronted is handed on as one table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sidecar.connector import api_state
+from sidecar.connector.consul_services import local_definitions
+from sidecar.connector.route_files import RouteFiles
+from sidecar.connector.routes import RouteTable
+from sidecar.connector.sources import Definition, Entry, Settled, chosen, lacks_grant, settle
+from sidecar.connector.srv import SrvNames
+from sidecar.connector.srv_records import names_of, resolved, sound
+from ztna import sections
+from ztna.config import Config, ConnectorConfig, RouteConfig
+from ztna.consul.client import ConsulClient
+from ztna.credentials import Credentials
+from ztna.errors import ConfigError, ConsulError, Refused, ZtnaError
+from ztna.identity import Identity
+from ztna.names import ServiceName
+from ztna.reasons import Reason
+from ztna.resolver import Resolver
+from ztna.runtime import Daemon
+from ztna.sections import Endpoint
+from ztna.system_dns import DNS_PORT, RESOLV_CONF, nameservers
+from ztna.telemetry import SERVICES_DEFINED, logger, refused
+
+API_SERVICES_MAX = 2_000
+CONSUL_SERVICES_SECONDS = 2.0
+"""How often the local Consul agent is asked for services that others registered; only it answers, no server."""
+RESOLVER_SECONDS = 3.0
+TOLD_MAX = 5
+"""As many names are told in one warning of /readyz; /status and the API have them all."""
+
+_WHERE = "connector"
+
+_log = logger(__name__)
+
+
+class NotFromHere(ZtnaError):
+    """A service that the API cannot remove, or has no word on, as it does not come from it; says where it does."""
+
+
+class Discovery:
+    """`apply` takes a table into use; `about` says of a fronted service how it is, for operators.
+
+    `check` raises ConfigError when this host lacks what a table's routes need, a file most often.
+
+    Made with ConfigError for a configuration, state file or directory that cannot be used.
+    """
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        credentials: Credentials,
+        consul: ConsulClient,
+        *,
+        check: Callable[[RouteTable], None],
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        assert daemon.config.connector is not None
+        config: ConnectorConfig = daemon.config.connector
+        self.apply: Callable[[RouteTable], None] = lambda table: None
+        self.about: Callable[[ServiceName], Mapping[str, object]] = lambda service: {}
+        self._daemon = daemon
+        self._config = config
+        self._consul = consul
+        self._tasks = tasks
+        self._identity = credentials.identity
+        self._check = check
+        self._files = RouteFiles(daemon, config, self._settle)
+        check(self._files.own_table)
+        self._state = None if config.api_state is None else Path(config.api_state)
+        self._api = {} if self._state is None else api_state.read(self._state)
+        self._local: tuple[Definition, ...] = ()
+        self._local_problem: str | None = None
+        self._srv = SrvNames(_resolver(config), config.srv_keep_s, tasks, self._settle)
+        self._settled = Settled({}, RouteTable.of({}))
+        self._told: dict[ServiceName, str] = {}
+        for each in self._files.definitions:
+            if not self._identity.may_serve(each.service):
+                raise ConfigError(f"connector.routes: {lacks_grant(each.service)}")
+
+    @property
+    def table(self) -> RouteTable:
+        """What is fronted."""
+        return self._settled.table
+
+    async def begin(self) -> None:
+        """Read what there is to read, for the first table; and keep it up to date from now on."""
+        await self._files.look()
+        if self._config.consul_services:
+            self._tasks.create_task(self._keep_asking_consul(), name="services of the local Consul agent")
+        self._settle()
+        self._tasks.create_task(self._files.run(), name="files of routes")
+
+    def reload(self) -> None:
+        """Read the files again: SIGHUP."""
+        self._files.reload()
+        self._settle()
+
+    def use_identity(self, identity: Identity) -> None:
+        """Settle anew with another certificate of ours: it may grant more."""
+        if identity.connector != self._identity.connector:
+            self._identity = identity
+            self._settle()
+
+    # The local API
+
+    def put(self, service: ServiceName, routes: tuple[RouteConfig, ...]) -> None:
+        """Add or change a service. Raises ConfigError, Refused or StateError, and then nothing has changed."""
+        self._check(sound(routes))
+        definition = Definition(service, api_state.ORIGIN, routes)
+        if not self._identity.may_serve(service):
+            raise Refused(Reason.NO_GRANT, lacks_grant(service))
+        if service not in self._api and len(self._api) >= API_SERVICES_MAX:
+            raise Refused(Reason.LIMIT_REACHED, f"expected at most {API_SERVICES_MAX} services from the API")
+        self._keep({**self._api, service: definition})
+        _log.info("service_put", service=service, routes=len(routes))
+
+    def remove(self, service: ServiceName) -> None:
+        """Remove a service that came by the API. Raises Refused, NotFromHere or StateError."""
+        if service not in self._api:
+            where = self._entry(service).definition.origin
+            raise NotFromHere(f"{service} comes from {where}: remove it there")
+        self._keep({name: each for name, each in self._api.items() if name != service})
+        _log.info("service_removed", service=service)
+
+    def require_ttl(self, service: ServiceName) -> None:
+        """Raise Refused or NotFromHere when no check of the service waits for a program's word."""
+        entry = self._entry(service)
+        routes = self.table.services.get(service)
+        backends = [] if routes is None else [each for route in routes.routes for each in route.backends]
+        if not any(check.kind == "ttl" for backend in backends for check in backend.checks):
+            raise NotFromHere(f"{service} (from {entry.definition.origin}) has no check of kind ttl")
+
+    def shown(self) -> list[dict[str, object]]:
+        """Return every service that is defined anywhere, for people and programs."""
+        return [self._shown(service) for service in sorted(self._settled.entries)]
+
+    def shown_one(self, service: ServiceName) -> dict[str, object]:
+        """Return one service, with its routes. Raises Refused when nobody defines it."""
+        entry = self._entry(service)
+        return self._shown(service) | {
+            "routes": [sections.plain(route, secrets=False) for route in entry.definition.routes]
+        }
+
+    def status(self) -> dict[str, object]:
+        """Return what /status shows: the places, and what became of each name."""
+        return {
+            "files": self._files.status(),
+            "srv": self._srv.status(),
+            "consul_services": {"enabled": self._config.consul_services, "problem": self._local_problem},
+            "services": {
+                service: {
+                    "from": str(entry.definition.origin),
+                    "shadowed": list(map(str, entry.shadowed)),
+                    "problem": entry.problem,
+                }
+                for service, entry in self._settled.entries.items()
+            },
+        }
+
+    def _shown(self, service: ServiceName) -> dict[str, object]:
+        entry = self._settled.entries[service]
+        return {
+            "service": service,
+            "from": str(entry.definition.origin),
+            "shadowed": list(map(str, entry.shadowed)),
+            "problem": entry.problem,
+            "fronted": service in self.table.services,
+            "ports": [f"{route.protocol}:{route.port or 0}" for route in entry.definition.routes],
+        } | (dict(self.about(service)) if service in self.table.services else {})
+
+    def _entry(self, service: ServiceName) -> Entry:
+        entry = self._settled.entries.get(service)
+        if entry is None:
+            raise Refused(Reason.NO_SUCH_SERVICE, f"{service} is defined nowhere")
+        return entry
+
+    def _keep(self, services: dict[ServiceName, Definition]) -> None:
+        assert self._state is not None  # or there would be no API
+        api_state.write(self._state, services)
+        self._api = services
+        self._settle()
+
+    # Settling
+
+    def _settle(self) -> None:
+        """Make of all definitions one table, say what cannot be used, and hand it on."""
+        entries = chosen((*self._files.definitions, *self._api.values(), *self._local))
+        self._srv.follow(names_of(each.definition for each in entries.values()))
+        settled = settle(
+            {service: self._resolved(entry) for service, entry in entries.items()},
+            self._identity,
+            self.table,
+            self._check,
+        )
+        self._settled = Settled(
+            {
+                service: replace(entry, problem=settled.entries[service].problem)
+                for service, entry in entries.items()
+            },
+            settled.table,
+        )
+        self._tell()
+        self.apply(settled.table)
+
+    def _resolved(self, entry: Entry) -> Entry:
+        try:
+            return replace(entry, definition=resolved(entry.definition, self._srv.backends))
+        except ConfigError as error:
+            return replace(entry, problem=str(error))
+
+    def _tell(self) -> None:
+        """Say once what cannot be fronted, and which names are defined more than once."""
+        told = {
+            service: "; ".join(filter(None, (entry.problem, _conflict(entry))))
+            for service, entry in self._settled.entries.items()
+            if entry.problem or entry.shadowed
+        }
+        for service, text in told.items():
+            if self._told.get(service) != text:
+                log = _log.error if self._settled.entries[service].problem else _log.warning
+                log("service_definition", service=service, detail=text)
+                if self._settled.entries[service].problem and not self._identity.may_serve(service):
+                    refused(_WHERE, Reason.NO_GRANT)
+        self._told = told
+        counts = {"fronted": len(self.table.services), "shadowed": 0, "refused": 0}
+        for entry in self._settled.entries.values():
+            counts["shadowed"] += len(entry.shadowed)
+            counts["refused"] += entry.problem is not None
+        for state, count in counts.items():
+            SERVICES_DEFINED.labels(state).set(count)
+        if told:
+            shown = [f"{service}: {text}" for service, text in list(told.items())[:TOLD_MAX]]
+            more = len(told) - len(shown)
+            self._daemon.readiness.warn("services", "; ".join(shown) + (f"; and {more} more" if more else ""))
+        else:
+            self._daemon.readiness.unwarn("services")
+
+    # The local Consul agent
+
+    async def _keep_asking_consul(self) -> None:
+        while True:
+            before = self._local
+            await self._ask_consul()
+            if self._local != before:
+                self._settle()
+            await asyncio.sleep(CONSUL_SERVICES_SECONDS)
+
+    async def _ask_consul(self) -> None:
+        """Read what others registered; a Consul that is away leaves it as it was."""
+        try:
+            known, health = await asyncio.gather(
+                self._consul.agent_services(), self._consul.agent_service_health()
+            )
+        except ConsulError as error:
+            if self._local_problem is None:
+                _log.warning("consul_services_not_read", error=error)
+            self._local_problem = str(error)
+            return
+        self._local_problem = None
+        self._local = local_definitions(known, health, self._consul_host(), self._identity.may_serve)
+
+    def _consul_host(self) -> str:
+        config: Config = self._daemon.config
+        return urlsplit(config.consul.address).hostname or "127.0.0.1"
+
+
+def _conflict(entry: Entry) -> str:
+    if not entry.shadowed:
+        return ""
+    others = ", ".join(map(str, entry.shadowed))
+    return f"defined by {entry.definition.origin}, which counts, and by {others}"
+
+
+def _resolver(config: ConnectorConfig) -> Resolver | None:
+    """Return who is asked for SRV records: those of the configuration, else this host's own."""
+    servers: tuple[Endpoint, ...] = config.srv_resolvers
+    if not servers:
+        try:
+            text = (Path("/") / RESOLV_CONF).read_text()
+        except OSError:
+            text = ""
+        servers = tuple(Endpoint(host, DNS_PORT) for host in nameservers(text))
+    return Resolver(servers, RESOLVER_SECONDS) if servers else None
