@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import TypeVar
 
 from sidecar.connector.registrar import (
@@ -174,12 +174,17 @@ class Registrar:
         own = {service: instance_id(service, self._registrant.connector_id) for service in desired}
         self._registered = {service for service, own_id in own.items() if own_id in known}
         self.waiting = planned.waiting
-        self._refused = {service: why for service, why in self._refused.items() if service in desired}
+        self._forget_all_but(desired)
         await _each(self._client.deregister_service, planned.deregister)
         await _each(self._register, planned.register)
         _log_plan(planned)
         if len(self._registered) == len(desired):
             self.complete.set()
+
+    def _forget_all_but(self, desired: Container[ServiceName]) -> None:
+        self._refused = {service: why for service, why in self._refused.items() if service in desired}
+        self._generations = {service: each for service, each in self._generations.items() if service in desired}
+        self._unchecked = {service for service in self._unchecked if service in desired}
 
     async def _register(self, registration: Registration) -> None:
         service = ServiceName(registration.service)
