@@ -1,4 +1,4 @@
-# ztna-sidecar connector: one `service` block for each service of its routes, and no other.
+# ztna-sidecar connector: one `service` block for each service that it fronts, wherever that is defined, and no other.
 # It reads leases and cannot write one, so a stolen token points no other name at its holder.
 
 service "echo-service" {

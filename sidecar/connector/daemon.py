@@ -246,7 +246,7 @@ class _Connector:
         self, client: RelayClient, services: Sequence[ServiceRoutes], gone: Sequence[ServiceName] = ()
     ) -> None:
         """Tell a relay what is fronted from now on, and what no more."""
-        refusals = self._refusals[self._relays.label(client)]
+        refusals = self._refusals.get(self._relays.label(client), {})
         for service in gone:
             refusals.pop(service, None)
         for start in range(0, max(len(services), len(gone)), SERVICES_PER_REGISTER):

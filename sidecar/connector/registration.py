@@ -183,7 +183,9 @@ class Registrar:
 
     def _forget_all_but(self, desired: Container[ServiceName]) -> None:
         self._refused = {service: why for service, why in self._refused.items() if service in desired}
-        self._generations = {service: each for service, each in self._generations.items() if service in desired}
+        self._generations = {
+            service: each for service, each in self._generations.items() if service in desired
+        }
         self._unchecked = {service for service in self._unchecked if service in desired}
 
     async def _register(self, registration: Registration) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import Pki
 from tests.support.console import require_tools
 from tests.support.consul import free_ports
 from tests.support.lab import until
 from ztna import config as configuration
 from ztna.config import Config
+from ztna.names import ServiceName
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +32,7 @@ PAGES = [
 ]
 SECONDARIES = ROOT / "docs/secondaries.md"
 CERTIFICATES = ROOT / "docs/certificates.md"
+DISCOVERY = ROOT / "docs/discovery.md"
 SECURITY = ROOT / "docs/security.md"
 V1 = ROOT / "docs/v1.md"
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"  # tests/e2e/test_troubleshooting.py runs its commands
@@ -50,7 +54,7 @@ def commands(page: Path) -> list[str]:
 def test_every_command_of_every_page_is_run_by_a_test() -> None:
     known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md"))
     known |= set(commands(SECONDARIES)) | set(commands(CERTIFICATES))
-    known |= set(commands(V1)) | set(commands(TROUBLESHOOTING))
+    known |= set(commands(V1)) | set(commands(TROUBLESHOOTING)) | set(commands(DISCOVERY))
     unknown = {page.name: line for page in PAGES for line in commands(page) if line not in known}
     assert unknown == {}
 
@@ -73,6 +77,36 @@ def test_the_commands_of_the_page_on_certificates_work_in_order(tmp_path: Path) 
         done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and done.stdout, f"{line}: {done.returncode}: {done.stdout}{done.stderr}"
     assert (tmp_path / "ztna-ca/crl.pem").exists()
+
+
+def test_the_commands_of_the_page_on_discovery_work_in_order(tmp_path: Path) -> None:
+    require_tools("curl")
+    pki = Pki(tmp_path)
+    tls = pki.connector("alpha", [ServiceName("web-app"), ServiceName("db")])
+    link, admin, nobody = free_ports(3)
+    (tmp_path / "routes.d").mkdir()
+    (tmp_path / "connector.yaml").write_text(
+        f"consul: {{address: 'http://127.0.0.1:{nobody}'}}\n"
+        f"connector: {{id: alpha, tls: {{certificate: {tls.certificate}, key: {tls.key}, ca: {tls.ca}}}, "
+        f"relays: [{{address: 127.0.0.1:{nobody}, name: edge}}], link: 127.0.0.1:{link}, "
+        f"admin: 127.0.0.1:{admin}, api: connector.sock, api_state: services.json, routes_dir: routes.d}}\n"
+    )
+    (tmp_path / "db.yaml").write_text("routes: [{port: 5432, backend: 'srv://_db._tcp.example.net'}]\n")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    argv = ["ztna-sidecar", "connector", "--config", "connector.yaml"]
+    connector = subprocess.Popen(argv, cwd=tmp_path, env=environment)
+    try:
+        until("the socket", lambda: (tmp_path / "connector.sock").exists() or connector.poll() is not None)
+        for line in commands(DISCOVERY):
+            done = subprocess.run(
+                ["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            )
+            said = f"{line}: {done.returncode}: {done.stdout}{done.stderr}"
+            assert done.returncode == 0 and done.stdout and '"error"' not in done.stdout, said
+        assert json.loads((tmp_path / "services.json").read_text())["routes"][0]["service"] == "web-app"
+    finally:
+        connector.send_signal(signal.SIGTERM)
+        assert connector.wait(30) == 0
 
 
 def test_each_promise_of_the_page_on_security_names_tests_that_exist() -> None:

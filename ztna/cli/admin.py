@@ -6,6 +6,8 @@ import http.client
 import socket
 from typing import TypeVar
 
+import msgspec
+
 from ztna.errors import ProtocolError, ZtnaError
 from ztna.jsontypes import from_json
 
@@ -13,6 +15,10 @@ ANSWER_SECONDS = 5.0
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 
 T = TypeVar("T")
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    error: str | None = None
 
 
 def is_socket(admin: str) -> bool:
@@ -66,7 +72,7 @@ def fetch(
 def _refusal(body: bytes) -> str | None:
     """Return what an answer says is wrong, None when it says something else."""
     try:
-        return from_json(body, dict[str, str]).get("error")
+        return from_json(body, _Refusal).error
     except ProtocolError:
         return None
 

@@ -189,7 +189,7 @@ def check(
 
 def _api(file: Path | None, api: str | None) -> str:
     if api is not None:
-        return api if "/" in api else f"./{api}"
+        return _path(api)
     if file is None:
         return DEFAULT_API
     try:
@@ -198,7 +198,12 @@ def _api(file: Path | None, api: str | None) -> str:
         raise click.UsageError(str(error)) from None
     if connector is None or connector.api is None:
         raise click.UsageError(f"{file} has no connector.api")
-    return connector.api
+    return _path(connector.api)
+
+
+def _path(text: str) -> str:
+    """Return the path so that it is not taken for a host's name."""
+    return text if "/" in text else f"./{text}"
 
 
 def _service(name: str) -> ServiceName:
