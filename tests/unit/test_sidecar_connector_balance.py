@@ -148,3 +148,20 @@ def test_no_flow_is_taken_back_twice() -> None:
 @pytest.mark.parametrize("method", ["round_robin", "least_connections", "source_hash"])
 def test_one_backend_gets_everything(method: str) -> None:
     assert picked(balancer(1, method=method), 3) == [ONE] * 3
+
+
+def test_a_higher_priority_serves_only_while_no_lower_one_can() -> None:
+    made = balancer(1, 1, 1)
+    policy, weights = Policy(eject_after=1), dict.fromkeys(ALL, 1)
+    made.update(weights, policy, {TWO: 10, THREE: 20})
+    assert Counter(picked(made, 6)) == {ONE: 6}
+    assert made.has_better(TWO, 0.0) and not made.has_better(ONE, 0.0)
+    assert made.judge(ONE, "critical")
+    assert Counter(picked(made, 6)) == {TWO: 6}
+    assert made.failed(TWO, 0.0)
+    assert Counter(picked(made, 6)) == {THREE: 6}
+    assert made.pick("ann", 0.0, tried=(THREE,)) == TWO, "an ejected one rather than one that is critical"
+    made.judge(ONE, "passing")
+    assert Counter(picked(made, 6)) == {ONE: 6}
+    made.update(weights, policy)
+    assert {each.priority for each in made.standings()} == {0}

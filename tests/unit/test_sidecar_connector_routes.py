@@ -12,6 +12,7 @@ from ztna.errors import ConfigError
 from ztna.identity import Grants, Identity
 from ztna.leases import Port
 from ztna.names import ConnectorId, ServiceName
+from ztna.sections import Backend
 
 BACKEND = Endpoint("127.0.0.1", 8080)
 WEB = ServiceName("web")
@@ -182,3 +183,11 @@ def test_our_certificate_must_allow_every_route() -> None:
         table.require_granted(identity(services=("web",)), ConnectorId("c1"))
     with pytest.raises(ConfigError, match=r"id\.c2\.ztna"):
         table.require_granted(identity(services=("web", "db")), ConnectorId("c2"))
+
+
+def test_backends_have_a_priority_and_names_are_to_be_asked_for_first() -> None:
+    spare = BackendConfig(address=Endpoint("10.0.0.9", 1), priority=20)
+    shared = RouteConfig(service=WEB, port=80, backends=(BackendConfig(address=BACKEND), spare))
+    assert RouteTable([shared]).services[WEB].routes[0].priorities == {BACKEND: 0, spare.address: 20}
+    with pytest.raises(ConfigError, match=r"routes\[0\]\.backend: srv://_web\._tcp\.example has to be asked for"):
+        RouteTable([RouteConfig(service=WEB, port=80, backend=Backend("srv://_web._tcp.example", 0))])
