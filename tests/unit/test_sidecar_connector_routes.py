@@ -189,5 +189,7 @@ def test_backends_have_a_priority_and_names_are_to_be_asked_for_first() -> None:
     spare = BackendConfig(address=Endpoint("10.0.0.9", 1), priority=20)
     shared = RouteConfig(service=WEB, port=80, backends=(BackendConfig(address=BACKEND), spare))
     assert RouteTable([shared]).services[WEB].routes[0].priorities == {BACKEND: 0, spare.address: 20}
-    with pytest.raises(ConfigError, match=r"routes\[0\]\.backend: srv://_web\._tcp\.example has to be asked for"):
+    with pytest.raises(
+        ConfigError, match=r"routes\[0\]\.backend: srv://_web\._tcp\.example has to be asked for"
+    ):
         RouteTable([RouteConfig(service=WEB, port=80, backend=Backend("srv://_web._tcp.example", 0))])
