@@ -85,7 +85,7 @@ def why_not(check: Check, can: Capabilities, *, is_only_backend: bool = True) ->
 
 def _why_not_kind(check: Check, can: Capabilities) -> str | None:
     match check.kind:
-        case "icmp" | "none":
+        case "icmp" | "none" | "ttl":
             return f"Consul has no check of kind {check.kind}"
         case "tcp" | "udp" if check.send or check.expect is not None:
             return "Consul sends and expects nothing"

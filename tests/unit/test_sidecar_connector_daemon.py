@@ -24,6 +24,7 @@ from sidecar.link.budget import Budget
 from sidecar.link.packet import PacketLink
 from sidecar.link.stream import Carrier, FlowRefused
 from tests.support.certificates import Pki
+from tests.support.consul import free_ports
 from tests.support.fake_relay import FakeRelay, RelayPeer, fake_relay
 from ztna import udp
 from ztna.config import (
@@ -109,9 +110,9 @@ class Backends:
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> None:
+        is_first, self.port = not self.port, self.port or free_ports(1)[0]
         self.server = await asyncio.start_server(self._echo, "127.0.0.1", self.port)
-        if not self.port:
-            self.port = self.server.sockets[0].getsockname()[1]
+        if is_first:
             self._udp.bind(("127.0.0.1", self.port))
             asyncio.get_running_loop().add_reader(self._udp.fileno(), self._echo_datagram)
 

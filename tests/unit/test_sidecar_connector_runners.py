@@ -71,6 +71,7 @@ def test_what_only_newer_ones_run(keys: dict[str, Any], why: str) -> None:
     [
         ({"kind": "icmp"}, "no check of kind icmp"),
         ({"kind": "none"}, "no check of kind none"),
+        ({"kind": "ttl"}, "no check of kind ttl"),
         ({"kind": "tcp", "send": "ping"}, "sends and expects nothing"),
         ({"kind": "udp", "expect": "pong"}, "sends and expects nothing"),
         ({"kind": "http", "body": "ready"}, "looks at no body"),
