@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -17,6 +18,7 @@ from ztna.names import ServiceName
 
 WEB, DB = ServiceName("web"), ServiceName("db")
 CONFIG, API, CONSUL = Origin("config"), Origin("api"), Origin("consul")
+FINE: Callable[[RouteTable], None] = lambda table: None  # noqa: E731
 ME = identity("c", connector=("web", "db"), id_name="c1")
 
 
@@ -50,7 +52,7 @@ def test_what_cannot_be_used_has_a_problem_and_keeps_no_other_out() -> None:
         chosen((*defined(CONFIG), *twice, *defined(API, route("pay")), Definition(DB, CONSUL, ()))),
         ME,
         RouteTable.of({}),
-        lambda table: None,
+        FINE,
     )
     assert set(settled.table.services) == {WEB}
     problems = {service: entry.problem for service, entry in settled.entries.items()}
@@ -63,25 +65,23 @@ def test_what_cannot_be_used_has_a_problem_and_keeps_no_other_out() -> None:
 def test_a_place_can_say_itself_that_a_service_is_unusable() -> None:
     entry = chosen((Definition(WEB, CONSUL, (), "instances disagree"),))[WEB]
     assert entry == Entry(Definition(WEB, CONSUL, (), "instances disagree"), (), "instances disagree")
-    settled = settle({WEB: entry}, ME, RouteTable.of({}), lambda table: None)
+    settled = settle({WEB: entry}, ME, RouteTable.of({}), FINE)
     assert settled.entries[WEB].problem == "instances disagree" and not settled.table.services
 
 
 def test_what_did_not_change_is_the_very_same_object() -> None:
     before = settle(
-        chosen((*defined(CONFIG), *defined(CONFIG, route("db")))), ME, RouteTable.of({}), lambda table: None
+        chosen((*defined(CONFIG), *defined(CONFIG, route("db")))), ME, RouteTable.of({}), FINE
     ).table
     asks = route("db", virtual_ip=IPv4Address("10.0.0.1"))
-    after = settle(chosen((*defined(API), *defined(CONFIG, asks))), ME, before, lambda table: None).table
+    after = settle(chosen((*defined(API), *defined(CONFIG, asks))), ME, before, FINE).table
     assert after.services[WEB] is before.services[WEB]
     assert after.services[DB] is not before.services[DB]
 
 
 def test_there_is_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SERVICES_MAX", 1)
-    settled = settle(
-        chosen((*defined(CONFIG), *defined(API, route("db")))), ME, RouteTable.of({}), lambda table: None
-    )
+    settled = settle(chosen((*defined(CONFIG), *defined(API, route("db")))), ME, RouteTable.of({}), FINE)
     assert set(settled.table.services) == {WEB}
     assert settled.entries[DB].problem == "db: expected at most 1 services"
 
