@@ -163,7 +163,7 @@ async def test_a_broken_file_keeps_what_it_had_and_says_so(pki: Pki, tmp_path: P
         put(made.folder / "b.yaml", route("db"))
         await until("fronted", lambda: made.fronted == {"db", "web"})
         for broken, said in (
-            ("routes: [", "line 1"),
+            ("routes: [", "a.yaml, line "),
             (json.dumps({"routes": [route(port=0)]}), r"routes[0].port: expected int >= 1, got 0"),
             (json.dumps({"routes": [route(), route()]}), "routes: web: tcp port 80 is routed twice"),
             (json.dumps({"rotes": []}), "did you mean routes?"),
