@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.bench.harness import CannotMeasure, free_port, wait_until
 from tests.support.lab import READY_SECONDS, Daemon, Lab
 from tests.support.namespaces import LocalNetwork
-from ztna.config import ConsulConfig, Endpoint, RouteConfig
+from ztna.config import Endpoint, RouteConfig
 
 
 @dataclass
@@ -51,9 +51,8 @@ def bench_mesh(
     lab = Lab(LocalNetwork(), directory, IPv4Network("127.100.0.0/16"))
     try:
         consul, dns, control, forwarder, link = (free_port() for _ in range(5))
-        lab.consul = ConsulConfig(address=f"http://127.0.0.1:{consul}")
         lab.spawn("consul", lab.host("core"), *(consul_argv or _embedded)(consul))
-        lab._consul_host = lab.host("core")
+        lab.use_consul(f"http://127.0.0.1:{consul}")
         wait_until("Consul", lambda: bool(lab.consul_get("/v1/status/leader")))
         dnsd = lab.dnsd(listen=Endpoint("127.0.0.1", dns))
         relay = lab.relay(

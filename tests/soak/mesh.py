@@ -30,7 +30,6 @@ from ztna.config import (
     CheckConfig,
     Config,
     ConnectorConfig,
-    ConsulConfig,
     Endpoint,
     Override,
     RelayTarget,
@@ -109,10 +108,9 @@ class SoakMesh:
         sidecar.agent.ranges.LOOK_SECONDS = 3600.0
         consul, dns, control, forwarder = free_ports(4)
         lab = self.lab
-        lab.consul = ConsulConfig(address=f"http://127.0.0.1:{consul}")
         argv = (sys.executable, "-m", "ztna.consul.embedded", "--listen", f"127.0.0.1:{consul}")
         self.consul = lab.spawn("consul", lab.host("core"), *argv)
-        lab._consul_host = lab.host("core")
+        lab.use_consul(f"http://127.0.0.1:{consul}")
         await self._wait("Consul", lambda: lab.consul_get("/v1/status/leader"))
         self.dnsd = lab.dnsd(listen=Endpoint("127.0.0.1", dns))
         self.relay = lab.relay(

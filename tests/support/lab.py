@@ -309,9 +309,7 @@ class Lab:
         """
         at = self.host(host)
         self._acl = acl and kind != "embedded"
-        self._consul_address = f"http://{at.address}:{CONSUL_PORT}"
-        self.consul = ConsulConfig(address=self._consul_address)
-        self._consul_host = at
+        self.use_consul(f"http://{at.address}:{CONSUL_PORT}", host)
         data = self.directory / "consul"
         if kind == "embedded":
             where = ("--listen", f"0.0.0.0:{CONSUL_PORT}", "--data", str(data))
@@ -336,6 +334,11 @@ class Lab:
                 self.consul = ConsulConfig(address=address, ca=pki.ca, certificate=certificate, key=key)
         until("Consul has a leader", lambda: self.consul_get("/v1/status/leader"), READY_SECONDS)
         return running
+
+    def use_consul(self, address: str, host: str = "core") -> None:
+        """Have daemons and tests go by the Consul at this address, reached from a host."""
+        self._consul_address, self._consul_host = address, self.host(host)
+        self.consul = ConsulConfig(address=address)
 
     def consul_get(self, path: str) -> Any:
         """Return what Consul's HTTP API answers; OSError when it does not with 200."""
