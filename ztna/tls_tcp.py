@@ -235,31 +235,39 @@ class TlsStream:
             self._stop_watching()
             self._tls.close()
 
-    def finish(self, patience_s: float) -> None:
+    def finish(self, patience_s: float, parted: Callable[[bool], None] = lambda clean: None) -> None:
         """Send the end, wait at most `patience_s` for the peer's, reading what comes without a look, and close.
 
-        Closing with unread bytes would send a RST, which may overtake what the peer has yet to read.
+        Closing with unread bytes would send a RST, which may overtake what the peer has yet to read. `parted` is
+        called with whether the peer's end came, so that it has had all there was.
         """
         if self._is_closed:
+            parted(False)
             return
         self._stop_watching()
         try:
             socket.socket.shutdown(self._tls, socket.SHUT_WR)
         except OSError:
-            self.close()
+            self._part(parted, False)
             return
-        timer = self._loop.call_later(patience_s, self.close)
-        self._loop.add_reader(self._fd, self._discard, timer)
+        timer = self._loop.call_later(patience_s, self._part, parted, False)
+        self._loop.add_reader(self._fd, self._discard, timer, parted)
 
-    def _discard(self, timer: asyncio.TimerHandle) -> None:
+    def _discard(self, timer: asyncio.TimerHandle, parted: Callable[[bool], None]) -> None:
         with contextlib.suppress(BlockingIOError):
+            clean = False
             try:
                 if socket.socket.recv(self._tls, 4 * RECORD_BYTES):
                     return
+                clean = True
             except ConnectionError:
                 pass
             timer.cancel()
-            self.close()
+            self._part(parted, clean)
+
+    def _part(self, parted: Callable[[bool], None], clean: bool) -> None:
+        self.close()
+        parted(clean)
 
     def _stop_watching(self) -> None:
         if self._followed is not None:

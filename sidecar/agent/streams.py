@@ -228,7 +228,7 @@ class Streams:
         self.quiet.clear()
         ride.flow.finished.add_done_callback(ride.wake)
         try:
-            while not ride.flow.finished.done() or ride.flow.owes_reset:
+            while not await self._is_over(ride):
                 if ride.flow.owes_reset:
                     await self._tell_reset(ride)
                 elif ride.carrier is None or ride.carrier.closed.done():
@@ -249,6 +249,14 @@ class Streams:
             else:
                 self._carriers.keep(carrier, ride.session)
 
+    async def _is_over(self, ride: Ride) -> bool:
+        """Say whether the flow has ended and the connector knows: a RESET may die with its carrier."""
+        flow = ride.flow
+        if flow.finished.done() and flow.sent_reset and ride.carrier is not None:
+            flow.sent_reset = False
+            flow.owes_reset = not await ride.carrier.farewell
+        return flow.finished.done() and not flow.owes_reset
+
     async def _go_on(self, ride: Ride) -> None:
         """Resume the flow within RESUME_SECONDS, or reset it."""
         _log.info("flow_detached", service=ride.at.service, flow=ride.flow.opened.flow)
@@ -265,17 +273,24 @@ class Streams:
             TCP_FLOWS.labels("resumed").inc()
 
     async def _tell_reset(self, ride: Ride) -> None:
-        """Resume a flow that its program reset while it was detached, only to say so."""
+        """Resume a flow that its program has reset, only to say so; until the connector is known to have heard it."""
         ride.alight()
         pause = RESUME_RETRY_FIRST_SECONDS
         try:
             async with asyncio.timeout(RESUME_SECONDS):
-                while not await self._try_to_resume(ride, RESUME_SECONDS):
+                while not await self._try_to_tell_reset(ride):
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, RESUME_RETRY_MAX_SECONDS)
         except (TimeoutError, Refused, FlowRefused) as error:
             _log.debug("reset_not_told", flow=ride.flow.opened.flow, detail=error)
         ride.flow.owes_reset = False
+
+    async def _try_to_tell_reset(self, ride: Ride) -> bool:
+        ride.flow.owes_reset = True
+        if not await self._try_to_resume(ride, RESUME_SECONDS):
+            return False
+        carrier = ride.alight()
+        return carrier is not None and await carrier.farewell
 
     async def _resume(self, ride: Ride, seconds: float, doubted: SessionKey | None = None) -> None:
         """Find the flow's connector again, by whatever relay, and go on there.

@@ -51,6 +51,8 @@ class FrameStream:
         self._end_reason = Reason.CLOSED_BY_PEER
         self._on_frame = on_frame
         self._on_closed = on_closed
+        self.farewell: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """Whether the other end has had all that was sent and closed too; known a while after the end."""
 
     def start(self) -> None:
         """Begin to read; it ends when the peer's certificate does, whatever runs on it."""
@@ -116,12 +118,17 @@ class FrameStream:
             return
         self.is_closed = True
         self._tls.close()
+        self._parted(False)
         self._ended(reason)
 
     def _finished(self, reason: Reason) -> None:
         self.is_closed = True
-        self._tls.finish(FINISH_SECONDS)
+        self._tls.finish(FINISH_SECONDS, self._parted)
         self._ended(reason)
+
+    def _parted(self, clean: bool) -> None:
+        if not self.farewell.done():
+            self.farewell.set_result(clean)
 
     def _refused(self, error: IdentityError) -> None:
         refused(_WHERE, error.reason)

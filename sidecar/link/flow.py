@@ -99,6 +99,8 @@ class TcpFlow:
         self.has_begun = False
         self.owes_reset = False
         """The local program reset it while it was detached: the other end is to be told on the next carrier."""
+        self.sent_reset = False
+        """It did so on a carrier, which may have died with it."""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._loop = asyncio.get_running_loop()
@@ -142,7 +144,9 @@ class TcpFlow:
         """End the flow at once at both ends: RESET to the other, RST to the local program."""
         if not self._is_over:
             self._reset_code = reset_code(reason)
-            self.owes_reset = reason is None and self.has_begun and self._carrier is _NOWHERE
+            if reason is None and self.has_begun:
+                self.owes_reset = self._carrier is _NOWHERE
+                self.sent_reset = not self.owes_reset
             self._carrier.send(encode(ResetFrame(self._reset_code)))
             self._end(reusable=False)
 

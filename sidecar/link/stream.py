@@ -108,6 +108,11 @@ class Carrier:
         return await cls._secured(sock, credentials, check, budget, forwarded=True)
 
     @property
+    def farewell(self) -> asyncio.Future[bool]:
+        """Whether the connector has had all that was sent; known a while after the end."""
+        return self._frames.farewell
+
+    @property
     def peer(self) -> Identity:
         """The connector."""
         return self._frames.peer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +12,15 @@ from tests.support.consul import note_version
 from tests.support.lab import until
 from tests.support.namespaces import Host
 from tests.support.relayed import Mesh, relayed_mesh
-from tests.support.traffic import DOWNLOADS, IDLE_FLOWS, PATIENCE_SECONDS, ROUTES, traffic
+from tests.support.traffic import (
+    DOWNLOADS,
+    ECHO_PORT,
+    HTTP_PORT,
+    IDLE_FLOWS,
+    PATIENCE_SECONDS,
+    ROUTES,
+    traffic,
+)
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow, pytest.mark.timeout(PATIENCE_SECONDS + 120)]
 
@@ -85,3 +95,27 @@ def test_every_path_is_swallowed_for_a_while(mesh: Mesh) -> None:
             until("every flow is detached", lambda: flows(mesh, "detached") >= detached, 2 * NOTICE_SECONDS)
         running.check()
         assert flows(mesh, "forsaken") == 0
+
+
+def test_a_reset_that_died_with_its_carrier_is_told_again(direct: Mesh) -> None:
+    """The carrier dies without a word, and the program resets its flow meanwhile: the backend must not wait for it."""
+
+    def served() -> int:
+        return int(direct.connector.status()["connector"]["tcp_flows"])
+
+    ports = ("--http", str(HTTP_PORT), "--tcp", str(ECHO_PORT))
+    direct.lab.python("backend", direct.core, "-m", "tests.support.backends", *ports)
+    address = direct.address("shell")
+    direct.wait_known()
+    with direct.laptop.socket() as program:
+        program.settimeout(NOTICE_SECONDS)
+        program.connect((address, 22))
+        program.sendall(b"hello")
+        assert program.recv(5) == b"hello"
+        until("it is served", lambda: served() == 1, NOTICE_SECONDS)
+        with direct.laptop.dropping(f"tcp dport {LINK_PORT}", f"tcp sport {LINK_PORT}"):
+            program.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            program.close()
+            # By the forwarder, and long before the connector would miss the agent and forsake the flow.
+            until("the connector knows", lambda: served() == 0, NOTICE_SECONDS)
+        assert direct.connector.metric("ztna_tcp_flows_total", outcome="forsaken") == 0

@@ -71,6 +71,7 @@ class MemoryTls:
     """What a FrameStream needs of a TlsStream; writes are short now and then, as the wire's chance wants it."""
 
     peer_address: SockAddr = ("192.0.2.1", 1)
+    own_address: SockAddr = ("192.0.2.2", 2)
     unacknowledged_bytes = 0
 
     def __init__(self, wire: Wire, way: int, peer: str) -> None:
@@ -116,8 +117,10 @@ class MemoryTls:
             self._wire.is_broken = True
             self._wire.ends[1 - self._way].arrived(b"")
 
-    def finish(self, patience_s: float) -> None:
+    def finish(self, patience_s: float, parted: Callable[[bool], None]) -> None:
+        clean = not self._wire.is_broken
         self.close()
+        parted(clean)
 
     def _wake(self) -> None:
         if not self._is_waking:
