@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 from typing import Protocol as Interface
 
 from sidecar.link.flow import abort
@@ -36,8 +36,7 @@ _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _log = logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class VirtualPort:
+class VirtualPort(NamedTuple):
     """A published port of a service: `ip` is the leased address, `at` the one that programs call here."""
 
     service: ServiceName

@@ -67,7 +67,7 @@ class Redirect:
         self._accept = accept
         self._receive = receive
         self._write = write
-        self._tcp: dict[Spot, VirtualPort] = {}
+        self._spots: dict[Spot, VirtualPort] = {}
         self._udp: dict[Spot, PacketPort] = {}
         self._pools: frozenset[AnyNetwork] = frozenset()
         self._loop = asyncio.get_running_loop()
@@ -90,18 +90,20 @@ class Redirect:
     @property
     def bound(self) -> frozenset[VirtualPort]:
         """What is published."""
-        return frozenset(self._tcp.values()) | {port.at for port in self._udp.values()}
+        return frozenset(self._spots.values())
 
     def apply(self, wanted: Iterable[VirtualPort], pools: frozenset[AnyNetwork]) -> None:
         """Publish what is wanted and nothing else. Raises NftError when the table is not ours any more."""
         protocols = ("tcp",) if self._write is None else ("tcp", "udp")
         spots = {Spot(at.protocol, at.at, at.port): at for at in wanted if at.protocol in protocols}
-        before = self._tcp.keys() | self._udp.keys()
-        self._change_ports(spots)
+        before, self._spots = self._spots, spots
+        self._change_udp(
+            {spot for spot in before.keys() | spots.keys() if before.get(spot) != spots.get(spot)}
+        )
         if pools != self._pools:
             self._nft.run(self._rules.pools(pools - self._pools, self._pools - pools))
             self._pools = pools
-        for commands in self._rules.change(spots.keys() - before, before - spots.keys()):
+        for commands in self._rules.change(spots.keys() - before.keys(), before.keys() - spots.keys()):
             self._nft.run(commands)
 
     async def run(self) -> None:
@@ -150,17 +152,18 @@ class Redirect:
             return False
         return True
 
-    def _change_ports(self, spots: Mapping[Spot, VirtualPort]) -> None:
-        self._tcp = {spot: at for spot, at in spots.items() if spot.protocol == "tcp"}
-        for spot in [spot for spot, port in self._udp.items() if spots.get(spot) != port.at]:
-            self._udp.pop(spot).close()
-        if self._write is not None:
-            for spot in spots.keys() - self._tcp.keys() - self._udp.keys():
-                self._udp[spot] = PacketPort(spots[spot], self._write)
+    def _change_udp(self, changed: Iterable[Spot]) -> None:
+        for spot in changed:
+            if spot.protocol != "udp":
+                continue
+            if (port := self._udp.pop(spot, None)) is not None:
+                port.close()
+            if (at := self._spots.get(spot)) is not None and self._write is not None:
+                self._udp[spot] = PacketPort(at, self._write)
 
     def _accepted(self, local: socket.socket, source: SockAddr) -> None:
         called = _original_destination(local)
-        at = self._tcp.get(Spot("tcp", *called)) if called is not None else None
+        at = self._spots.get(Spot("tcp", *called)) if called is not None else None
         if at is None:
             # Somebody called the listener itself, or the port was taken back meanwhile.
             dropped(_WHERE, "not_published")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,8 +33,7 @@ _NAT_PRIORITY = -101
 """Just before the usual one, -100: of two that would redirect a connection the first does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spot:
+class Spot(NamedTuple):
     """A published port at an address that programs call."""
 
     protocol: Protocol
