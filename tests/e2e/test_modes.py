@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
+import json
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +26,7 @@ pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 POOL = "10.100.0.0/16"
 ULA = IPv6Network("fd12:3456:789a::/96")
 WEB = "web-app"
+SERVICES = (WEB, "quiet", "answered", "lost")
 BACKEND_PORT = 18007
 DEAD_PORT = 18008
 FOREIGN_RULES = (
@@ -61,9 +66,10 @@ def mesh() -> Iterator[Lab]:
             ping_route(WEB),
             udp_route("quiet", backend),
             ping_route("answered", "192.0.2.1", icmp="connector"),
+            ping_route("lost", "192.0.2.1"),
         ]
         made.connector("alpha", routes).wait_ready()
-        for service in (WEB, "quiet", "answered"):
+        for service in SERVICES:
             made.address(service)
         yield made
 
@@ -72,7 +78,7 @@ def mesh() -> Iterator[Lab]:
 def agent(made: Lab, mode: str, **keys: object) -> Iterator[Daemon]:
     """An agent on the laptop, which ends with status 0 and leaves nothing behind."""
     before = traces(made.host("laptop"))
-    daemon = made.agent(f"laptop-{next(_numbers)}", [WEB, "quiet", "answered"], "laptop", mode=mode, **keys)
+    daemon = made.agent(f"laptop-{next(_numbers)}", SERVICES, "laptop", mode=mode, **keys)
     try:
         daemon.wait_ready()
         yield daemon
@@ -171,6 +177,14 @@ def test_tun_pings_the_backend_and_the_connector(mesh: Lab) -> None:
         assert "3 received" in ping(laptop, web, "-s", "4000")
         assert "3 received" in ping(laptop, vip(mesh, "answered"))
         assert "3 received" in ping(laptop, vip(mesh, kind="AAAA"))
+        core = mesh.host("core")
+        core.run("sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1")
+        assert "0 received" in laptop.try_run("ping", "-n", "-c", "1", "-w", "2", web).stdout, (
+            "it is the backend"
+        )
+        core.run("sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=0")
+        lost = laptop.try_run("ping", "-n", "-c", "1", "-w", "10", vip(mesh, "lost"))
+        assert "Destination Net Unreachable" in lost.stdout
         unpublished = laptop.try_run("ping", "-n", "-c", "1", "-w", "10", vip(mesh, "quiet"))
         assert "Packet filtered" in unpublished.stdout
         nobody = laptop.try_run("ping", "-n", "-c", "1", "-w", "10", "10.100.255.77")
@@ -219,6 +233,44 @@ def test_two_agents_on_one_host(mesh: Lab, mode: str) -> None:
         assert tcp_echoes(laptop, web)
 
 
+def test_tun_takes_its_pool_once_nothing_overlaps_it(mesh: Lab) -> None:
+    laptop, web = mesh.host("laptop"), vip(mesh)
+    before = traces(laptop)
+    laptop.run("ip", "route", "add", "10.100.3.0/24", "dev", "eth0")
+    daemon = mesh.agent(f"laptop-{next(_numbers)}", [WEB], "laptop", mode="tun")
+    until("it says why not", lambda: "route 10.100.3.0/24 (eth0)" in daemon.get("/readyz")[1])
+    laptop.run("ip", "route", "del", "10.100.3.0/24", "dev", "eth0")
+    daemon.wait_ready()
+    until("TCP", lambda: tcp_echoes(laptop, web))
+    until("ping", lambda: ping(laptop, web))
+    # A network that comes later has what lies in it, as long as it is there.
+    laptop.run("ip", "route", "add", "10.100.0.0/16", "dev", "eth0", "metric", "77")
+    until("it leaves the pool to the host", lambda: "ztna0" not in laptop.run("ip", "route"))
+    laptop.run("ip", "route", "del", "10.100.0.0/16", "dev", "eth0", "metric", "77")
+    until("TCP again", lambda: tcp_echoes(laptop, web), 30)
+    assert daemon.stop() == 0
+    mesh.running.remove(daemon)
+    assert traces(laptop) == before
+
+
+@pytest.mark.parametrize("mode", ["anyip", "tun"])
+def test_flows_go_on_while_it_drains(mesh: Lab, mode: str) -> None:
+    laptop, web = mesh.host("laptop"), vip(mesh)
+    with agent(mesh, mode, drain_s=30.0) as daemon:
+        until("TCP", lambda: tcp_echoes(laptop, web))
+        with connect(laptop, web, 8080) as flow:
+            flow.sendall(b"before")
+            assert flow.recv(100) == b"before"
+            daemon.signal(signal.SIGTERM)
+            until(
+                "nobody new", lambda: refusal(laptop, web, 8080, socket.SOCK_STREAM) is ConnectionRefusedError
+            )
+            flow.sendall(b"meanwhile")
+            assert flow.recv(100) == b"meanwhile"
+        until("it has ended", lambda: not daemon.alive)
+        assert daemon.process is not None and daemon.process.returncode == 0
+
+
 ASK = """
 import socket, sys
 address, port, kind = sys.argv[1], int(sys.argv[2]), getattr(socket, sys.argv[3])
@@ -237,6 +289,63 @@ def asked_as(host: Host, uid: int, address: str, port: int, kind: str) -> str:
     """Return what a program of this user hears."""
     argv = ("setpriv", "--reuid", str(uid), "--clear-groups", "--inh-caps=-all", sys.executable, "-c", ASK)
     return host.run(*argv, address, str(port), kind).strip()
+
+
+MANY = 5000
+PAIRS_PER_TRANSACTION = 64
+
+
+def test_five_thousand_names_need_one_listener() -> None:
+    with lab("core", "laptop", pool=POOL) as made:
+        core, laptop = made.host("core"), made.host("laptop")
+        before = traces(laptop)
+        made.start_consul("embedded")
+        made.python("backends", core, "-m", "tests.support.backends", "--tcp", str(BACKEND_PORT))
+        _write_leases(made, {f"service-{n}": f"10.100.{n // 250 + 1}.{n % 250 + 1}" for n in range(MANY)})
+        _write_leases(made, {WEB: "10.100.0.9"})
+        # The leases are ours: a keeper would find most of their services gone.
+        made.dnsd(keeper=False, pool=PoolConfig(cidr=made.pool)).wait_ready()
+        made.relay().wait_ready()
+        made.connector("alpha", [tcp_route(WEB, Endpoint("127.0.0.1", BACKEND_PORT))]).wait_ready()
+        daemon = made.agent("laptop", ["*"], "laptop", mode="anyip").wait_ready()
+        listening = until("it serves all", lambda: _listening(daemon), 60)
+        assert listening >= 2 * MANY
+        assert len(list(Path(f"/proc/{daemon.pid}/fd").iterdir())) < 100
+        until("one of them answers", lambda: tcp_echoes(laptop, "10.100.0.9"))
+        for port in (8080, 53):
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                with laptop.socket(kind) as program:
+                    program.bind(("0.0.0.0", port))
+        until("the others have no connector", lambda: _is_reset(laptop, "10.100.7.7"))
+        assert daemon.stop() == 0
+        assert traces(laptop) == before
+
+
+def _write_leases(made: Lab, addresses: dict[str, str]) -> None:
+    """Write leases with a TCP and a UDP port each, as a keeper does but for its lock."""
+    ports = [{"protocol": "tcp", "port": 8080}, {"protocol": "udp", "port": 53}]
+    pairs = []
+    for name, ip in addresses.items():
+        lease = {"ip": ip, "epoch": 1, "ports": ports if name != WEB else ports[:1]}
+        value = base64.b64encode(json.dumps(lease).encode()).decode()
+        pairs.append({"KV": {"Verb": "set", "Key": f"ztna/vip/service/{name}", "Value": value}})
+    for start in range(0, len(pairs), PAIRS_PER_TRANSACTION):
+        made.consul_put("/v1/txn", pairs[start : start + PAIRS_PER_TRANSACTION])
+
+
+def _listening(daemon: Daemon) -> int:
+    """Return how many ports are served once all services are known, else 0."""
+    services = daemon.status()["agent"]["services"]
+    return sum(len(each["listening"]) for each in services) if len(services) > MANY else 0
+
+
+def _is_reset(host: Host, address: str) -> bool:
+    with connect(host, address, 8080) as flow:
+        flow.sendall(b"x")
+        try:
+            return flow.recv(100) == b""
+        except ConnectionResetError:
+            return True
 
 
 @pytest.mark.parametrize("mode", ["listen", "anyip", "tun"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.support.lab import until
 from tests.support.namespaces import Host
 
 _LISTS = (
@@ -16,5 +17,6 @@ _LISTS = (
 
 
 def traces(host: Host) -> dict[str, list[str]]:
-    """Return rules, routes, addresses and links of a host, by the command that lists them."""
+    """Return rules, routes, addresses and links of a host, by the command that lists them, once they are settled."""
+    until("its addresses are settled", lambda: "tentative" not in host.run("ip", "-o", "addr"))
     return {" ".join(argv): host.run(*argv).splitlines() for argv in _LISTS}
