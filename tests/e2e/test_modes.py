@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.consul import find_binary
 from tests.support.lab import Daemon, Lab, lab, tcp_route, udp_route, until
 from tests.support.namespaces import Host
 from tests.support.traces import traces
@@ -48,12 +49,12 @@ def ping_route(service: str, host: str = "127.0.0.1", **keys: object) -> RouteCo
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Lab]:
-    """A mesh with one service by TCP, UDP and ping; agents come with the tests."""
+    """A mesh on the newest Consul there is, with a service by TCP, UDP and ping; agents come with the tests."""
     with lab("core", "laptop", pool=POOL) as made:
         core, laptop = made.host("core"), made.host("laptop")
         core.run("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647")
         laptop.run("nft", FOREIGN_RULES)
-        made.start_consul("embedded")
+        made.start_consul("newest" if find_binary("newest") is not None else "embedded")
         ports = ("--udp", str(BACKEND_PORT), "--tcp", str(BACKEND_PORT))
         made.python("backends", core, "-m", "tests.support.backends", *ports)
         backend = Endpoint("127.0.0.1", BACKEND_PORT)
