@@ -208,12 +208,12 @@ def _agent(status: Json) -> list[Table]:
         ),
         _table(
             "links",
-            agent.get("links", ()),
+            [each | {"tried": _candidates(each.get("candidates", ()))} for each in agent.get("links", ())],
             connector="connector",
             path="path",
             relay="relay",
             carrier="carrier",
-            **{"rtt ms": "rtt_ms"},
+            **{"rtt ms": "rtt_ms", "direct paths": "tried"},
             sent="sent_bytes",
             received="received_bytes",
         ),
@@ -236,6 +236,15 @@ def _agent(status: Json) -> list[Table]:
             },
         ),
     ]
+
+
+def _candidates(tried: Iterable[Json]) -> list[str] | None:
+    """Return a few words on each direct path that was tried, None where none was."""
+    told = [
+        f"{each['address']} {each['state']}" + (f" {each['rtt_ms']} ms" if each["rtt_ms"] is not None else "")
+        for each in tried
+    ]
+    return told or None
 
 
 def _connector(status: Json) -> list[Table]:
