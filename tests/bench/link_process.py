@@ -113,10 +113,10 @@ async def send_stream(tls: Path, port: int, commands: Commands) -> None:
     while line := await commands.next():
         for _ in range(int(line)):
             while connection.unsent_bytes(stream) > UNACKNOWLEDGED_BYTES_MAX - PIECE_BYTES:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             connection.send_stream(stream, piece)
         while connection.unsent_bytes(stream):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         print("{}", flush=True)
     dialling.close()
 
