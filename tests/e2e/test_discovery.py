@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from tests.support.consul import KINDS, REAL_KINDS, note_version
+from tests.support.dns_server import ZONE
 from tests.support.lab import Daemon, Lab, http_get, lab, tcp_route, until
 from ztna.cli.admin import ask
 from ztna.config import Endpoint
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
-HTTP_PORT, ECHO_PORT = 18080, 18081
+HTTP_PORT, ECHO_PORT, SPARE_PORT, DNS_PORT = 18080, 18081, 18082, 18053
 ECHO = Endpoint("127.0.0.1", ECHO_PORT)
 SERVICES = ("shell", "web-app", "db")
 ROUNDS = 100
@@ -279,3 +280,39 @@ def test_flows_of_a_removed_service_drain_and_then_end(real_mesh: Mesh) -> None:
             assert flow.recv(1) == b""
         until("ended", lambda: mesh.connector.status()["connector"]["tcp_flows"] == 1)
         says(other, b"not concerned")
+
+
+def test_a_record_that_is_gone_gets_no_new_flow_and_those_it_has_go_on() -> None:
+    with lab("core") as made:
+        made.start_consul("newest")
+        records, core = made.directory / "records.json", made.host("core")
+
+        def serve(*backends: tuple[int, int, int]) -> None:
+            fresh = records.with_suffix(".new")
+            fresh.write_text(json.dumps({"shell": backends}))
+            fresh.replace(records)
+
+        serve((10, 1, ECHO_PORT), (20, 1, SPARE_PORT))
+        made.python("dns", core, "-m", "tests.support.dns_server", str(DNS_PORT), str(records))
+        made.python("spare", core, "-m", "tests.support.backends", "--tcp", str(SPARE_PORT))
+        mesh = Mesh(made, srv_resolvers=(Endpoint("127.0.0.1", DNS_PORT),))
+        mesh.write("db.yaml", f"routes: [{{service: db, port: 80, backend: 'srv://shell.{ZONE}'}}]")
+
+        def flows() -> dict[str, int]:
+            backends = mesh.listed().get("db", {}).get("backends", [])
+            return {each["backend"].rpartition(":")[2]: each["flows"] for each in backends}
+
+        until("fronted", lambda: flows() == {str(ECHO_PORT): 0, str(SPARE_PORT): 0})
+        with mesh.connect("db", 80) as flow:
+            assert flows() == {str(ECHO_PORT): 1, str(SPARE_PORT): 0}, "the lower priority"
+            serve((20, 1, SPARE_PORT))
+            until("the record is gone", lambda: set(flows()) == {str(SPARE_PORT)})
+            with mesh.connect("db", 80) as later:
+                assert flows() == {str(SPARE_PORT): 1}
+                says(flow, b"still here")
+                says(later, b"here too")
+        serve()
+        until("withdrawn", lambda: "has no SRV records" in str(mesh.listed()["db"]["problem"]))
+        until("gone from Consul", lambda: mesh.ids() == {"shell@alpha"})
+        serve((1, 1, ECHO_PORT))
+        until("back", lambda: "db@alpha" in mesh.ids())

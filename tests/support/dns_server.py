@@ -1,9 +1,15 @@
-"""A small real DNS server on loopback UDP: SRV records and `_fresh` as the test says."""
+"""A small real DNS server on loopback UDP: SRV records and `_fresh` as the test says.
+
+As a program, `python -m tests.support.dns_server PORT FILE`, its `backends` are what the file says, in JSON, at each query.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 import time
+from pathlib import Path
 
 from dnslib import CLASS, EDNS0, QTYPE, RR, SOA, SRV, TXT, A, DNSRecord, EDNSOption
 
@@ -21,6 +27,8 @@ class DnsServer(asyncio.DatagramProtocol):
         self.routes: dict[str, list[tuple[int, int, str]]] = {}
         self.foreign: dict[str, str] = {}
         """service -> an SRV target that is no connector."""
+        self.backends: dict[str, list[tuple[int, int, int]]] = {}
+        """service -> [(priority, weight, port)] at 127.0.0.1."""
         self.ttl_s = 1
         self.negative_ttl_s = 1
         self.fresh: str | None = ""
@@ -30,10 +38,10 @@ class DnsServer(asyncio.DatagramProtocol):
         self.asked: list[str] = []
         self._transport: asyncio.DatagramTransport | None = None
 
-    async def start(self) -> Endpoint:
-        """Listen on a free port."""
+    async def start(self, port: int = 0) -> Endpoint:
+        """Listen, on a free port unless told."""
         loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, ("127.0.0.1", 0))
+        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, ("127.0.0.1", port))
         return Endpoint(*self._transport.get_extra_info("sockname"))
 
     def close(self) -> None:
@@ -76,9 +84,32 @@ class DnsServer(asyncio.DatagramProtocol):
                 SRV(priority, weight, 4435, f"{connector}.connector.{ZONE}")
                 for priority, weight, connector in self.routes.get(service, [])
             ]
+            found += [
+                SRV(priority, weight, port, f"backend.{ZONE}")
+                for priority, weight, port in self.backends.get(service, [])
+            ]
             if service in self.foreign:
                 found.append(SRV(0, 1, 1, self.foreign[service]))
             return found
         if service == "_fresh" and kind == "TXT" and self.fresh is not None:
             return [TXT(self.fresh or str(int(time.time())))]
         return []
+
+
+class _FromFile(DnsServer):
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+
+    def answer(self, data: bytes) -> bytes:
+        self.backends = json.loads(self._file.read_text())
+        return super().answer(data)
+
+
+async def _serve(port: int, file: Path) -> None:
+    await _FromFile(file).start(port)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(int(sys.argv[1]), Path(sys.argv[2])))

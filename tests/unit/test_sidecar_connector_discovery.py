@@ -238,13 +238,17 @@ async def test_srv_records_are_backends_and_follow_their_ttl(pki: Pki, tmp_path:
     async with place(pki, tmp_path, own(backend=NAMED), own(DB)) as made:
         await until("told", lambda: "has no SRV records" in str(made.shown().get("problem")))
         assert made.fronted == {"db"}
-        made.dns.routes["named"] = [(10, 5, "a"), (20, 1, "b")]
+        made.dns.backends["named"] = [(20, 1, 1002), (10, 5, 1000), (10, 0, 1001)]
         await until("fronted", lambda: made.fronted == {"db", "web"})
-        assert made.backends() == [("127.0.0.1:4435", 5, 10)]
+        assert made.backends() == [
+            ("127.0.0.1:1000", 5, 10),
+            ("127.0.0.1:1001", 1, 10),
+            ("127.0.0.1:1002", 1, 20),
+        ]
         before = made.discovery.table.services[DB]
-        made.dns.routes["named"] = [(10, 7, "a")]
-        await until("changed", lambda: made.backends() == [("127.0.0.1:4435", 7, 10)])
-        made.dns.routes.clear()
+        made.dns.backends["named"] = [(10, 7, 1001)]
+        await until("changed", lambda: made.backends() == [("127.0.0.1:1001", 7, 10)])
+        made.dns.backends.clear()
         await until("withdrawn", lambda: made.fronted == {"db"})
         assert made.discovery.table.services[DB] is before
         assert made.dns.asked[0] == f"named.{ZONE} SRV"
