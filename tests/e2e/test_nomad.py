@@ -124,3 +124,86 @@ def _wait_healthy(made: Lab, nomad: str) -> None:
         logs = ("alloc", "logs", "-job", "-task", "connector", "-stderr", "web-app")
         said = made.host("core").try_run(nomad, *logs).stdout
         raise AssertionError(f"{error}; the connector said:\n{said[-3000:]}") from None
+
+
+TAGGED_JOB = """
+job "web-app" {
+  group "web" {
+    count = 2
+    network {
+      port "http" {}
+    }
+    task "web" {
+      driver = "raw_exec"
+      config {
+        command = "python3"
+        args    = ["-m", "http.server", "${NOMAD_PORT_http}", "--bind", "127.0.0.1"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+    service {
+      name = "web-app"
+      port = "http"
+      tags = ["ztna"]
+      meta {
+        ztna-ports = "tcp:8080"
+      }
+      check {
+        type     = "tcp"
+        interval = "1s"
+        timeout  = "1s"
+      }
+    }
+  }
+}
+"""
+
+
+def test_a_nomad_service_with_the_tag_is_fronted_by_a_connector_that_never_heard_of_it() -> None:
+    nomad = str(require_binary("nomad"))
+    with lab("core") as made:
+        core = made.host("core")
+        made.start_consul("newest", acl=False)
+        made.dnsd().wait_ready()
+        made.relay().wait_ready()
+        made.agent("laptop", ["web-app"])
+        connector = made.connector("beside", [], grants=["web-app"], consul_services=True).wait_ready()
+        config = made.directory / "nomad.hcl"
+        consul = made.consul.address.partition("//")[2]
+        config.write_text(AGENT_CONFIG.format(directory=made.directory, consul=consul, token=""))
+        agent = ("agent", "-dev", "-config", str(config))
+        made.spawn("nomad", core, nomad, *agent, environment={"AWS_CA_BUNDLE": ""})
+        until("Nomad has a ready client", lambda: "ready" in core.try_run(nomad, "node", "status").stdout, 60)
+        job = made.directory / "tagged.nomad.hcl"
+        job.write_text(TAGGED_JOB)
+
+        def ids() -> list[str]:
+            found = made.consul_get("/v1/agent/services").values()
+            return sorted(each["ID"] for each in found if each["Service"] == "web-app")
+
+        done = core.try_run(nomad, "job", "run", "-detach", str(job))
+        assert done.returncode == 0, done.stdout + done.stderr
+        try:
+            address = made.address("web-app", seconds=90)
+            answer = until("served by name", lambda: http_get(core, f"http://{address}:8080/"), 60)
+            assert answer[0] == 200 and "Directory listing" in answer[1]
+            until("both instances, and ours beside them", lambda: len(ids()) == 3, 60)
+            assert [each.partition("-")[0] for each in ids()] == ["_nomad", "_nomad", "web"]
+
+            def backends() -> set[str]:
+                found = connector.status()["connector"]["services"]["web-app"]["backends"]
+                return {each["backend"] for each in found if each["verdict"] == "passing"}
+
+            until("both are backends", lambda: len(backends()) == 2)
+            theirs = ids()[:2]
+            connector.stop()
+            until("only ours is gone", lambda: ids() == theirs)
+            connector.start()
+            until("ours again", lambda: ids() == [*theirs, "web-app@beside"], 60)
+        finally:
+            done = core.try_run(nomad, "job", "stop", "-purge", "web-app")
+        assert done.returncode == 0, done.stdout + done.stderr
+        until("gone with theirs", lambda: ids() == [], 60)

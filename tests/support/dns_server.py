@@ -1,6 +1,6 @@
 """A small real DNS server on loopback UDP: SRV records and `_fresh` as the test says.
 
-As a program, `python -m tests.support.dns_server PORT FILE`, its `backends` are what the file says, in JSON, at each query.
+`python -m tests.support.dns_server PORT FILE` serves as `backends` what the file says, in JSON, at each query.
 """
 
 from __future__ import annotations
