@@ -436,6 +436,13 @@ class ConnectorConfig(Section, frozen=True, kw_only=True):
         Count, about("The most flows of one agent: so many of UDP and ICMP, and so many of TCP.")
     ] = 1000
     flows_total: Annotated[Count, about("The most flows in all, counted alike.")] = 20_000
+    flow_log: Annotated[
+        str | None,
+        about(
+            "File for a JSON line of each flow that ended, with its bytes (0600); SIGHUP opens it anew.",
+            "/var/log/ztna/flows.log",
+        ),
+    ] = None
     drain_s: Annotated[
         Seconds, about("How long TCP flows may go on after SIGTERM, in seconds; a route may say less.")
     ] = 25.0

@@ -13,9 +13,11 @@ from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.backends import Introduction, dial_tcp
 from sidecar.connector.fronting import Claim, Fronting
 from sidecar.connector.leasebook import LeaseBook
+from sidecar.connector.ledger import Key
 from sidecar.connector.proxy_protocol import Caller, header
 from sidecar.connector.routes import Route
 from sidecar.connector.sessions import Session, Sessions, standing
+from sidecar.connector.tcp_flows import TcpFlows
 from sidecar.link.flow import TcpFlow, abort
 from sidecar.link.stream import FlowRefused
 from ztna.errors import ConfigError, Refused
@@ -46,6 +48,7 @@ class FlowAuthority:
         sessions: Sessions,
         leases: LeaseBook,
         *,
+        flows: TcpFlows,
         backend_tls: BackendTls,
         verdicts: Verdicts,
         is_draining: Callable[[], bool],
@@ -53,10 +56,11 @@ class FlowAuthority:
         self._fronting = fronting
         self._sessions = sessions
         self._leases = leases
+        self._flows = flows
         self._backend_tls = backend_tls
         self._verdicts = verdicts
         self._is_draining = is_draining
-        self._claims: dict[tuple[str, str], Claim] = {}
+        self._claims: dict[Key, Claim] = {}
 
     async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
         """Return a socket connected to the backend of this flow. Raises FlowRefused."""
@@ -70,18 +74,23 @@ class FlowAuthority:
             raise FlowRefused(OpenStatus.DENIED, f"{frame.service} is being removed here")
         await self._check_lease(frame)
         route = self._route_of(frame)
-        sock, claim = await self._dial(route, peer.name, frame)
-        if not self._sessions.has_flows(session):
-            claim.release()
-            abort(sock)
-            raise FlowRefused(OpenStatus.DENIED, "the session ended while the backend was dialled")
-        self._claims[peer.name, frame.flow] = claim
+        key = (peer.name, frame.flow)
+        self._admit(key, route)
+        try:
+            sock, claim = await self._dial(route, peer.name, frame)
+            if not self._sessions.has_flows(session):
+                claim.release()
+                abort(sock)
+                raise FlowRefused(OpenStatus.DENIED, "the session ended while the backend was dialled")
+        except BaseException:
+            self._flows.given_up(key)
+            raise
+        self._claims[key] = claim
         return sock
 
     def began(self, flow: TcpFlow) -> None:
         """The flow whose backend `open` dialled runs from now on."""
-        claim = self._claims.pop((flow.peer.name, flow.opened.flow))
-        flow.finished.add_done_callback(lambda _: claim.release())
+        self._flows.began(flow, self._claims.pop((flow.peer.name, flow.opened.flow)))
 
     def resume(self, peer: Identity, frame: ResumeFrame, service: ServiceName | None) -> None:
         """Check that the session is live, the peer's and its flow's. Raises FlowRefused.
@@ -100,6 +109,13 @@ class FlowAuthority:
             _log.warning("flow_refused", agent=peer.name, service=service, reason=error.reason)
             raise FlowRefused(OpenStatus.DENIED, error.detail) from None
         return found
+
+    def _admit(self, key: Key, route: Route) -> None:
+        try:
+            self._flows.admit(key, route.tcp_idle_s)
+        except Refused as error:
+            refused(_WHERE, error.reason)
+            raise FlowRefused(OpenStatus.DENIED, error.detail) from None
 
     async def _check_lease(self, frame: OpenFrame) -> None:
         known = self._leases.lease(frame.service)

@@ -15,9 +15,10 @@ import ssl
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from sidecar.connector.flow_log import Counts, Ended, FlowEnd, FlowLog
 from sidecar.connector.flows import FlowKey, FlowTable, SessionKey
 from sidecar.connector.routes import Route
 from sidecar.link.stream import FlowRefused
@@ -193,9 +194,12 @@ class Claimed(Protocol):
 class _UdpFlow:
     key: FlowKey
     socket: socket.socket
+    agent: str
     claim: Claimed
     reply: Callable[[bytes], object]
     last: bytes
+    began: float
+    counts: Counts = field(default_factory=Counts)
 
     def encoded(self, payload: bytes) -> bytes:
         """Return a datagram as its socket takes it."""
@@ -231,7 +235,8 @@ class UdpFlows:
     waiting, and a connected UDP socket has one for every ICMP error.
     """
 
-    def __init__(self, *, per_agent: int, total: int) -> None:
+    def __init__(self, *, per_agent: int, total: int, log: FlowLog) -> None:
+        self._flow_log = log
         self._table: FlowTable[_UdpFlow] = FlowTable(per_agent=per_agent, total=total)
         self._flows: dict[int, _UdpFlow] = {}
         self._loop = asyncio.get_running_loop()
@@ -271,7 +276,7 @@ class UdpFlows:
         try:
             for ended in self._table.make_room(agent):
                 refused(_WHERE, Reason.LIMIT_REACHED)
-                self._close(ended)
+                self._close(ended, "evicted", Reason.LIMIT_REACHED)
             sock = connected_udp(address) if is_udp else connected_ping(address)
         except Refused:
             claim.release()
@@ -283,8 +288,8 @@ class UdpFlows:
             # No route to the backend: the same answer as if a router on the way had said so.
             _answer(reply, packet, _KINDS.get(error.errno or 0, Unreachable.HOST))
             return
-        flow = (_UdpFlow if is_udp else _EchoFlow)(key, sock, claim, reply, packet)
-        self._table.add(key, agent, flow, idle_s=claim.route.udp_idle_s, now=self._loop.time())
+        flow = (_UdpFlow if is_udp else _EchoFlow)(key, sock, agent, claim, reply, packet, self._loop.time())
+        self._table.add(key, agent, flow, idle_s=claim.route.udp_idle_s, now=flow.began)
         self._flows[sock.fileno()] = flow
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
@@ -294,38 +299,58 @@ class UdpFlows:
         for key, flow in moved.items():
             flow.key, flow.reply = key, reply
         for flow in ended:
-            self._close(flow)
+            self._close(flow, "session_ended")
         return bool(moved)
 
     def end_session(self, session: SessionKey) -> None:
         """End the flows of a session."""
         for flow in self._table.end_session(session):
-            self._close(flow)
+            self._close(flow, "session_ended")
 
     def leave(self, route: Route, backend: Endpoint) -> None:
         """End the flows at a backend of a route, as there is a better one: the next datagram of each goes there."""
         for flow in list(self._flows.values()):
             if flow.claim.backend == backend and flow.claim.route.is_same(route):
                 self._table.discard(flow.key)
-                self._close(flow)
+                self._close(flow, "backend_left")
 
     def expire(self) -> None:
         """End the flows that were idle for their time."""
         for flow in self._table.expire(self._loop.time()):
-            self._close(flow)
+            self._close(flow, "idle")
 
     def close(self) -> None:
         """End everything."""
         for flow in self._table.end_all():
-            self._close(flow)
+            self._close(flow, "closing")
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
-    def _close(self, flow: _UdpFlow) -> None:
+    def _close(self, flow: _UdpFlow, ended: Ended, reason: Reason | None = None) -> None:
         self._epoll.unregister(flow.socket.fileno())
         del self._flows[flow.socket.fileno()]
         flow.socket.close()
         flow.claim.release()
+        key = flow.key
+        is_udp = key.protocol == PROTOCOL_UDP
+        self._flow_log.write(
+            FlowEnd(
+                protocol="udp" if is_udp else "icmp",
+                agent=flow.agent,
+                service=flow.claim.route.service,
+                session=key.session[1],
+                flow=None,
+                source=str(Endpoint(key.source, key.source_port)) if is_udp else key.source,
+                destination=str(Endpoint(key.destination, key.destination_port))
+                if is_udp
+                else key.destination,
+                backend=str(flow.claim.backend),
+                seconds=self._loop.time() - flow.began,
+                counts=flow.counts,
+                ended=ended,
+                reason=reason,
+            )
+        )
 
     def _pass_on(self, flow: _UdpFlow, payload: bytes) -> None:
         for _attempt in range(2):
@@ -341,6 +366,8 @@ class UdpFlows:
                         _answer(flow.reply, flow.last, Unreachable.TOO_BIG, _mtu(flow.socket))
                     break
             else:
+                flow.counts.to_backend += len(payload)
+                flow.counts.datagrams_to_backend += 1
                 return
         dropped(_WHERE, "udp_not_sent")
 
@@ -369,6 +396,8 @@ class UdpFlows:
                 dropped(_WHERE, "udp_reply_too_large")
                 continue
             if packet is not None:
+                flow.counts.to_agent += len(data)
+                flow.counts.datagrams_to_agent += 1
                 flow.reply(packet)
 
     def _tell_errors(self, flow: _UdpFlow) -> bool:

@@ -13,6 +13,7 @@ from sidecar.connector.backends import ping_problem, resolve
 from sidecar.connector.delegation import Delegation
 from sidecar.connector.departures import Departures
 from sidecar.connector.discovery import Discovery
+from sidecar.connector.flow_log import FlowLog
 from sidecar.connector.fronting import Fronting
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.probes import Prober
@@ -67,10 +68,13 @@ async def body(daemon: Daemon) -> None:
         )
         prober = Prober()
         stack.push_async_callback(prober.close)
+        flow_log = FlowLog(config.flow_log)
+        stack.callback(flow_log.close)
+        daemon.on_reload.append(flow_log.reopen)
         try:
             # All that uses them has ended before the Consul client and the prober are closed.
             async with asyncio.TaskGroup() as tasks:
-                await _Connector(daemon, config, credentials, consul, prober, tasks).run()
+                await _Connector(daemon, config, credentials, consul, prober, flow_log, tasks).run()
                 raise _Stopped
         except* _Stopped:
             pass
@@ -98,11 +102,13 @@ class _Connector:
         credentials: Credentials,
         consul: ConsulClient,
         prober: Prober,
+        flow_log: FlowLog,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._daemon = daemon
         self._tasks = tasks
         self._config = config
+        self._flow_log = flow_log
         self._consul = consul
         self._loop = asyncio.get_running_loop()
         backend_tls = BackendTls()
@@ -120,6 +126,7 @@ class _Connector:
             backend_tls=backend_tls,
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
+            flow_log=flow_log,
             addresses=lambda: self._network.addresses,
             private_candidates=config.private_candidates,
             tasks=tasks,
@@ -212,10 +219,7 @@ class _Connector:
         for client in self._relays:
             self._register(client, (), tuple(self._fronting.table.services))
         leaving = self._tasks.create_task(registrar.leave(), name="leave Consul")
-        try:
-            async with asyncio.timeout(self._config.drain_s):
-                await self._serving.drained()
-        except TimeoutError:
+        if not await self._serving.drained(self._config.drain_s):
             _log.warning("drain_cut_short", seconds=self._config.drain_s)
         await leaving
         self._serving.close()
@@ -288,6 +292,10 @@ class _Connector:
     async def _tick(self) -> None:
         while not await sleep_or_stop(self._daemon, TICK_SECONDS):
             self._serving.tick()
+            if self._flow_log.problem:
+                self._daemon.readiness.warn("flow_log", self._flow_log.problem)
+            else:
+                self._daemon.readiness.unwarn("flow_log")
 
     # Relays
 
@@ -391,6 +399,7 @@ class _Connector:
             "id": self._config.id,
             "link_address": self._link_address,
             "services": {service: self._service_status(service) for service in self._fronting.table.services},
+            "flow_log": self._flow_log.status(),
             "consul": {"problem": self._registrar.problem if self._registrar is not None else None},
             "relays": [
                 {

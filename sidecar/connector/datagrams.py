@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from sidecar.connector.backends import UdpFlows
+from sidecar.connector.flow_log import FlowLog
 from sidecar.connector.flows import FlowKey
 from sidecar.connector.fronting import Fronting
 from sidecar.connector.links import Links
@@ -41,8 +42,9 @@ class Datagrams:
         verdicts: Verdicts,
         flows_per_agent: int,
         flows_total: int,
+        flow_log: FlowLog,
     ) -> None:
-        self.flows = UdpFlows(per_agent=flows_per_agent, total=flows_total)
+        self.flows = UdpFlows(per_agent=flows_per_agent, total=flows_total, log=flow_log)
         self._fronting = fronting
         fronting.lost = self.flows.leave
         self._sessions = sessions

@@ -12,11 +12,13 @@ from collections.abc import Callable, Collection, Sequence
 from sidecar.connector.authority import FlowAuthority
 from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.datagrams import Datagrams
+from sidecar.connector.flow_log import FlowLog
 from sidecar.connector.flows import RelayConnection
 from sidecar.connector.fronting import Fronting
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.links import Links
 from sidecar.connector.sessions import Session, Sessions, standing
+from sidecar.connector.tcp_flows import TcpFlows
 from sidecar.link.budget import Budget
 from sidecar.link.control import RelayClient
 from sidecar.link.listener import StreamListener
@@ -70,6 +72,7 @@ class Serving:
         backend_tls: BackendTls,
         flows_per_agent: int,
         flows_total: int,
+        flow_log: FlowLog,
         addresses: Callable[[], Sequence[str]],
         private_candidates: bool,
         tasks: asyncio.TaskGroup,
@@ -82,7 +85,9 @@ class Serving:
             verdicts=credentials.verdicts,
             flows_per_agent=flows_per_agent,
             flows_total=flows_total,
+            flow_log=flow_log,
         )
+        self.tcp_flows = TcpFlows(per_agent=flows_per_agent, total=flows_total, log=flow_log)
         self.links = self.datagrams.links = Links(
             self.sessions,
             self._proven,
@@ -95,6 +100,7 @@ class Serving:
             fronting,
             self.sessions,
             leases,
+            flows=self.tcp_flows,
             backend_tls=backend_tls,
             verdicts=credentials.verdicts,
             is_draining=lambda: self.is_draining,
@@ -223,6 +229,7 @@ class Serving:
     def tick(self) -> None:
         """End what has had its time: to be called about once a second."""
         self.datagrams.flows.expire()
+        self.tcp_flows.tick()
         expired = self.sessions.expire(self._loop.time())
         for session in expired:
             self._end_datagrams(session, Reason.PEER_GONE)
@@ -230,10 +237,23 @@ class Serving:
         self.links.tidy()
         self.streams.close_unowned(self.sessions.has_agent, self._loop.time())
 
-    async def drained(self) -> None:
-        """Return when no TCP flow runs any more."""
-        while flows := [flow.finished for flow in self.streams.served.flows()]:
-            await asyncio.wait(flows)
+    async def drained(self, drain_s: float) -> bool:
+        """Let TCP flows finish, those of a service for its own time, others for `drain_s`; say whether all did."""
+        began, did_all = self._loop.time(), True
+        while flows := [flow for flow in self.streams.served.flows() if not flow.finished.done()]:
+            ends_at = {flow: began + self._drain_s(flow.opened.service, drain_s) for flow in flows}
+            for flow in [each for each, at in ends_at.items() if at <= self._loop.time()]:
+                did_all = False
+                del ends_at[flow]
+                flow.reset(Reason.DRAINING)
+            if ends_at:
+                left_s = max(0.0, min(ends_at.values()) - self._loop.time())
+                await asyncio.wait([flow.finished for flow in ends_at], timeout=left_s)
+        return did_all
+
+    def _drain_s(self, service: ServiceName, drain_s: float) -> float:
+        routes = self._fronting.table.services.get(service)
+        return drain_s if routes is None or routes.drain_s is None else min(drain_s, routes.drain_s)
 
     def close(self) -> None:
         """End everything, telling agents and relays."""

@@ -44,6 +44,11 @@ def reset_code(reason: Reason | None) -> int:
     return 0 if reason is None else 1 + _REASONS.index(reason)
 
 
+def reset_reason(code: int) -> Reason | None:
+    """Return what a RESET's byte says, None for the local socket's own RST."""
+    return _REASONS[code - 1] if 0 < code <= len(_REASONS) else None
+
+
 def abort(sock: socket.socket) -> None:
     """Close a TCP socket with a RST."""
     with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import ssl
@@ -21,6 +22,8 @@ from tests.support.consul import free_ports
 from tests.support.whole_mesh import ECHO, PROMPT, WAIT_SECONDS, WholeMesh, ask, until, whole_mesh
 from ztna.config import BackendConfig, BackendTlsConfig, CheckConfig, ConsulConfig, Endpoint, RouteConfig
 from ztna.consul.embedded import EmbeddedConsul
+from ztna.reasons import Reason
+from ztna.telemetry import REFUSALS
 
 LINE = b"hello\n"
 SIZES = (1_200, 1_400, 9_000, 20_000, 60_000)
@@ -44,12 +47,17 @@ def route(**keys: Any) -> RouteConfig:
     return RouteConfig(**{"service": ECHO, "port": 7007, "checks": (PROMPT,)} | keys)
 
 
-async def serve(mesh: WholeMesh, *routes: RouteConfig) -> str:
+async def serve(mesh: WholeMesh, *routes: RouteConfig, **keys: Any) -> str:
     """Start a connector and the agent; return the virtual address once the mesh serves it."""
-    await mesh.connector("rack-1", routes)
+    await mesh.connector("rack-1", routes, **keys)
     await mesh.agent(ECHO)
     await mesh.served_by(ECHO, "rack-1")
     return str(await mesh.virtual_address(ECHO))
+
+
+def refusals(reason: Reason) -> float:
+    value: float = REFUSALS.labels("connector", reason.value)._value.get()
+    return value
 
 
 async def answered(address: str) -> bytes:
@@ -304,3 +312,86 @@ async def test_a_closed_port_is_refused_to_the_program(mesh: WholeMesh) -> None:
     address = await serve(mesh, route(backend=at(closed), protocol="udp", checks=(CheckConfig(kind="none"),)))
     with contextlib.closing(Program(address)) as program, pytest.raises(ConnectionRefusedError):
         await program.ask(b"anybody?")
+
+
+# Limits, idle times, draining, and what is told of flows
+
+
+def logged(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+async def test_every_flow_is_told_of_with_its_bytes(mesh: WholeMesh, tmp_path: Path) -> None:
+    file, backend = tmp_path / "flows.log", await mesh.backend("echo")
+    udp = route(backend=at(backend.port), protocol="udp", checks=(CheckConfig(kind="none"),), udp_idle_s=0.5)
+    address = await serve(mesh, route(backend=at(backend.port)), udp, flow_log=str(file))
+    await answered(address)
+    with contextlib.closing(Program(address)) as program:
+        assert await program.ask(b"ping") == b"echo: ping"
+    await until("both have ended", lambda: {"tcp", "udp"} <= {each["protocol"] for each in logged(file)})
+    told = {each["protocol"]: each for each in logged(file) if each["bytes_to_agent"]}
+    for protocol, size in (("tcp", len(LINE)), ("udp", 4)):
+        line = told[protocol]
+        assert (line["event"], line["agent"], line["service"]) == (
+            "flow_ended",
+            "spiffe://ztna/agent-1",
+            ECHO,
+        )
+        assert (line["destination"], line["backend"]) == (f"{address}:7007", f"127.0.0.1:{backend.port}")
+        assert (line["bytes_to_backend"], line["bytes_to_agent"]) == (size, size + len("echo: "))
+    assert (told["tcp"]["ended"], told["udp"]["ended"]) == ("finished", "idle")
+    assert (told["udp"]["datagrams_to_backend"], told["udp"]["datagrams_to_agent"]) == (1, 1)
+    # As logrotate does it: moved away, then SIGHUP.
+    file.rename(tmp_path / "flows.log.1")
+    for reload in mesh.connectors["rack-1"].daemon.on_reload:
+        reload()
+    await answered(address)
+    await until("it goes on in a new file", lambda: file.exists() and logged(file))
+
+
+async def test_a_tcp_flow_that_is_idle_is_reset(mesh: WholeMesh, tmp_path: Path) -> None:
+    file, backend = tmp_path / "flows.log", await mesh.backend("echo")
+    address = await serve(mesh, route(backend=at(backend.port), tcp_idle_s=1.0), flow_log=str(file))
+    await answered(address)
+    reader, writer = await asyncio.open_connection(address, 7007)
+    with contextlib.closing(writer):
+        writer.write(LINE)
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert await reader.readline() == b"echo: hello\n"
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+    await until("told", lambda: any(each["ended"] == "idle" for each in logged(file)))
+
+
+async def test_an_agent_has_no_more_tcp_flows_than_its_limit(mesh: WholeMesh) -> None:
+    backend = await mesh.backend("echo")
+    address = await serve(mesh, route(backend=at(backend.port)), flows_per_agent=2)
+    await answered(address)
+    counted = mesh.connectors["rack-1"]
+    await until("the first has ended", lambda: counted.status("connector")["tcp_flows"] == 0)
+    before = refusals(Reason.LIMIT_REACHED)
+    held = [await asyncio.open_connection(address, 7007) for _ in range(2)]
+    for reader, writer in held:
+        writer.write(LINE)
+        assert await reader.readline() == b"echo: hello\n"
+    assert await ask(address, LINE) == b"", "none of those in use makes way"
+    assert refusals(Reason.LIMIT_REACHED) == before + 1
+    held[0][1].close()
+    await until("there is room", lambda: counted.status("connector")["tcp_flows"] == 1)
+    assert await ask(address, LINE) == b"echo: hello\n"
+    held[1][1].close()
+
+
+async def test_a_service_drains_for_its_own_time(mesh: WholeMesh, tmp_path: Path) -> None:
+    file, backend = tmp_path / "flows.log", await mesh.backend("echo")
+    short = route(backend=at(backend.port), drain_s=0.2)
+    address = await serve(mesh, short, flow_log=str(file), drain_s=WAIT_SECONDS)
+    await answered(address)
+    reader, writer = await asyncio.open_connection(address, 7007)
+    with contextlib.closing(writer):
+        writer.write(LINE)
+        assert await reader.readline() == b"echo: hello\n"
+        await mesh.connectors["rack-1"].stop()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+    assert [each["reason"] for each in logged(file) if each["ended"] == "reset"] == [Reason.DRAINING]

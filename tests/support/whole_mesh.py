@@ -202,16 +202,17 @@ class WholeMesh:
         return made
 
     async def connector(
-        self, name: str, routes: Sequence[RouteConfig], *, tls: TlsConfig | None = None
+        self, name: str, routes: Sequence[RouteConfig], *, tls: TlsConfig | None = None, **keys: Any
     ) -> Running:
         """Start a connector; it is ready once Consul and the relay know it."""
+        fields: dict[str, Any] = {"drain_s": 0.1} | keys
         own = ConnectorConfig(
             id=ConnectorId(name),
             tls=tls or self.pki.connector(name, sorted({each.service for each in routes})),
             relays=(self._target,),
             routes=tuple(routes),
             link=FREE,
-            drain_s=0.1,
+            **fields,
         )
         running = self.connectors[name] = self._body(name, connector.body, connector=own)
         return await running.ready()

@@ -11,6 +11,7 @@ import pytest
 import uvloop
 
 from sidecar.connector.backends import UdpFlows, dial_tcp
+from sidecar.connector.flow_log import FlowLog
 from sidecar.connector.flows import FlowKey, SessionKey
 from sidecar.connector.routes import Route, RouteTable
 from sidecar.link.stream import FlowRefused
@@ -137,7 +138,7 @@ class Agent:
 
 @pytest.fixture
 async def flows() -> AsyncIterator[UdpFlows]:
-    made = UdpFlows(per_agent=10, total=20)
+    made = UdpFlows(per_agent=10, total=20, log=FlowLog(None))
     yield made
     made.close()
 

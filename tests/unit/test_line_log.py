@@ -1,4 +1,4 @@
-"""One line a session in a file of the relay's own; what cannot be written is counted and costs nothing else."""
+"""One line an event in a file (here the audit log); what cannot be written is counted and costs nothing else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from relay import audit as module
 from relay.audit import AuditLog
+from ztna import line_log as module
 from ztna.errors import ConfigError
 
 DEADLINE_S = 10.0
