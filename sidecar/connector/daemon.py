@@ -70,7 +70,6 @@ async def body(daemon: Daemon) -> None:
         stack.push_async_callback(prober.close)
         flow_log = FlowLog(config.flow_log)
         stack.callback(flow_log.close)
-        daemon.on_reload.append(flow_log.reopen)
         try:
             # All that uses them has ended before the Consul client and the prober are closed.
             async with asyncio.TaskGroup() as tasks:
@@ -173,7 +172,7 @@ class _Connector:
             changed=registrar.checks_changed,
             lost=registrar.check_lost,
         )
-        self._daemon.on_reload += [self._renewal.reload, self._discovery.reload]
+        self._daemon.on_reload += [self._renewal.reload, self._discovery.reload, self._flow_log.reopen]
         self._daemon.status_sources["certificate"] = self._renewal.status
         self._daemon.status_sources["connector"] = self._status
         self._daemon.status_sources["discovery"] = self._discovery.status
