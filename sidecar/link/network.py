@@ -15,6 +15,7 @@ from itertools import chain, zip_longest
 from typing import NamedTuple
 
 from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from ztna.telemetry import logger
 from ztna.udp import SockAddr
@@ -96,15 +97,21 @@ class Network:
             self._changed()
 
     async def run(self) -> None:
-        """Read once, then again after each event, until cancelled."""
+        """Read once, then again after each event, until cancelled.
+
+        Where the kernel says nothing (a sandbox without AF_NETLINK) there are no addresses, and only relays tell.
+        """
         loop = asyncio.get_running_loop()
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
-            events.setblocking(False)
-            events.bind((0, _GROUPS))
+        try:
+            events = _events()
+        except OSError as error:
+            _log.warning("network_unwatched", detail=error)
+            return
+        with events:
             # Before the first look, so that nothing is missed between.
             loop.add_reader(events.fileno(), self._heard, events)
             try:
-                self._standing = await asyncio.to_thread(standing)
+                self._standing = await self._read()
                 while True:
                     await self._news.wait()
                     await asyncio.sleep(SETTLE_SECONDS)
@@ -115,10 +122,19 @@ class Network:
                 loop.remove_reader(events.fileno())
 
     async def _look(self) -> None:
-        before, self._standing = self._standing, await asyncio.to_thread(standing)
+        before, self._standing = self._standing, await self._read()
         if self._standing != before:
             _log.info("network_changed", addresses=list(self.addresses))
             self._changed()
+
+    async def _read(self) -> Standing:
+        """Return what stands; what stood, to be read again, when it changed as it was read."""
+        try:
+            return await asyncio.to_thread(standing)
+        except (NetlinkError, OSError) as error:
+            _log.debug("network_not_read", detail=error)
+            self._news.set()
+            return self._standing
 
     def _heard(self, events: socket.socket) -> None:
         # What was said does not matter, nor that there was too much of it (ENOBUFS).
@@ -126,6 +142,18 @@ class Network:
             while events.recv(EVENTS_BYTES):
                 pass
         self._news.set()
+
+
+def _events() -> socket.socket:
+    """Return a socket that can be read whenever something changed. Raises OSError."""
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    try:
+        events.setblocking(False)
+        events.bind((0, _GROUPS))
+    except OSError:
+        events.close()
+        raise
+    return events
 
 
 def standing() -> Standing:

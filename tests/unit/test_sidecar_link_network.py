@@ -9,6 +9,7 @@ import socket
 from ipaddress import ip_address
 
 import pytest
+from pyroute2.netlink.exceptions import NetlinkDumpInterrupted
 
 from sidecar.link import network as module
 from sidecar.link.network import Network, Observed, Standing, standing
@@ -58,6 +59,41 @@ async def test_only_what_is_another_than_before_is_told(monkeypatch: pytest.Monk
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+
+
+async def test_what_could_not_be_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Standing | Exception] = [HERE, NetlinkDumpInterrupted(), OSError("no memory"), THERE]
+
+    def look() -> Standing:
+        found = read.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(module, "standing", look)
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    changes = asyncio.Queue[tuple[str, ...]]()
+    network = Network(lambda: changes.put_nowait(network.addresses))
+    network._news.set()
+    running = asyncio.create_task(network.run())
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        assert await changes.get() == THERE.addresses
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+async def test_a_host_that_lets_nobody_listen_has_no_addresses_to_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forbidden(*_: object) -> socket.socket:
+        raise OSError(97, "Address family not supported by protocol")
+
+    monkeypatch.setattr(module.socket, "socket", forbidden)
+    network = Network(lambda: None)
+    await network.run()
+    assert network.addresses == ()
 
 
 def test_a_relay_that_sees_another_address_on_one_connection_tells_of_a_move() -> None:
