@@ -31,8 +31,8 @@ class Rules(msgspec.Struct, frozen=True):
 class Leaving:
     """Since when connectors are no longer in a service's SRV records, and what becomes of their sessions.
 
-    After the grace, `close` ends them. `move` ends them as soon as another connector could have them, so that what the
-    agent begins next goes there, and spares them until then, for as long as an answer of DNS may be relied on.
+    After the grace, `close` ends them. `move` has them run out as soon as another connector could have what the agent
+    begins next, and spares them until then; both for as long as an answer of DNS may be relied on.
     """
 
     def __init__(self, rules: Rules) -> None:

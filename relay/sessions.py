@@ -504,7 +504,7 @@ class Sessions:
     # Ending.
 
     def _hold(self, service: ServiceName, connector_id: ConnectorId, now: float, out: list[Command]) -> None:
-        """End the sessions with one connector of a service when DNS no longer permits them."""
+        """End the sessions with one connector of a service when DNS no longer permits them, or have them run out."""
         place, routes = (service, connector_id), self._table.routes(service, now)
         live = self._serving.live(service)
         elsewhere = any(route.connector_id in live for route in routes or ())
@@ -512,7 +512,19 @@ class Sessions:
         reason = self._leaving.verdict(place, routes, elsewhere, self._table.hold_s, now, withdrew=withdrew)
         if reason is not None:
             for session_id in sorted(self._book.routed[place]):
-                self._cut(self._book.live[session_id], reason, BY_RELAY, now, out)
+                session = self._book.live[session_id]
+                if reason is not Reason.DRAINING or not self._runs_out(session, out):
+                    self._cut(session, reason, BY_RELAY, now, out)
+
+    def _runs_out(self, session: Session, out: list[Command]) -> bool:
+        """Have its agent begin nothing more on the session; False for an agent that cannot be told so."""
+        features = self._peers[session.agent].features or ()
+        if not session.open or "retired" not in features:
+            return False
+        if not session.retired:
+            session.retired = True
+            self._send(session.agent, control.Retired(session.id), out)
+        return True
 
     def _end_idle(self, now: float, out: list[Command]) -> None:
         for session_id in sorted(self._of_v1):

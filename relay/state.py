@@ -72,6 +72,8 @@ class Session:
     v1_used_at: float = 0.0
     """When the last look found that more was carried than at the one before."""
     candidates: control.Candidates | None = None
+    retired: bool = False
+    """Whether its agent was told to use it for nothing new."""
 
     @property
     def open(self) -> bool:

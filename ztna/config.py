@@ -335,7 +335,7 @@ class RelayConfig(Section, frozen=True, kw_only=True):
     leaving: Annotated[
         Literal["close", "move"],
         about(
-            "Sessions whose connector left the SRV records: close them, or move: once another can take them."
+            "Sessions whose connector left the SRV records: close them, or move what is new and let TCP finish."
         ),
     ] = "close"
     leave_grace_s: Annotated[

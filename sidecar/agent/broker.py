@@ -23,6 +23,7 @@ from sidecar.agent.commands import (
     ReadLease,
     Release,
     Retry,
+    RunOut,
     Send,
     Session,
     SessionKey,
@@ -48,6 +49,7 @@ class Outside:
     read_lease: Callable[[ServiceName], None]
     ended: Callable[[Ended], None]
     leave: Callable[[Session], None]
+    run_out: Callable[[Session], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,8 @@ class Broker:
                 self._outside.ended(command)
             case Leave():
                 self._outside.leave(command.session)
+            case RunOut():
+                self._outside.run_out(command.session)
 
     def _set_timer(self) -> None:
         """Wake at the machine's next time. A timer that is set too early only looks again."""

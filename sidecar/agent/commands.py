@@ -211,13 +211,20 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class RunOut:
+    """Its relay wants nothing new on the session: what can begin anew elsewhere should, the rest may finish."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
 class ReadLease:
     """Read the service's lease again and answer with LeaseIs."""
 
     service: ServiceName
 
 
-Command = Send | Proceed | Fail | Ended | Leave | ReadLease
+Command = Send | Proceed | Fail | Ended | Leave | RunOut | ReadLease
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,13 @@ class Agent:
         self._relays.add(config.relays)
         self._broker = Broker(
             Sessions(map(self._relays.label, self._relays), config.flows_total),
-            Outside(send=self._send, read_lease=self._read_lease, ended=self._ended, leave=self._leave),
+            Outside(
+                send=self._send,
+                read_lease=self._read_lease,
+                ended=self._ended,
+                leave=self._leave,
+                run_out=lambda session: self._datagrams.session_ended(session),
+            ),
         )
         self._network = Network(self._network_changed)
         self._carriers = Carriers(self._proven, send=self._send, direct=config.direct)

@@ -36,6 +36,7 @@ from sidecar.agent.commands import (
     RelayUp,
     Release,
     Retry,
+    RunOut,
     Send,
     ServiceView,
     Session,
@@ -59,7 +60,7 @@ from sidecar.agent.state import (
 )
 from ztna.names import ConnectorId, ServiceName
 from ztna.reasons import Reason
-from ztna.wire.control import Closed, Denied, Drain, Health, Open, Opened
+from ztna.wire.control import Closed, Denied, Drain, Health, Open, Opened, Retired
 
 OPEN_SECONDS = 5.0
 """How long one relay may take to answer an `open`; it gives each connector 1 s."""
@@ -342,6 +343,8 @@ class Sessions:
                 self._denied(event.relay, event.message, now)
             case Closed():
                 self._closed(event.relay, event.message, now)
+            case Retired():
+                self._run_out(event.relay, event.message)
             case Health():
                 self._health(event.message, now)
             case Drain():
@@ -454,6 +457,17 @@ class Sessions:
         if message.reason is Reason.STALE_EPOCH:
             self._resolve(service.any, now)
 
+    def _run_out(self, relay: str, message: Retired) -> None:
+        live = self._live.get((relay, message.session))
+        if live is None:
+            self.unexpected += 1
+            return
+        live.runs_out = True
+        if live.retired is None:
+            self._retire(live, Reason.DRAINING)
+        if live.session.key in self._live:
+            self._commands.append(RunOut(live.session))
+
     def _health(self, message: Health, now: float) -> None:
         service = self._services.get(message.service)
         if service is None or message.state not in HEALTHY_STATES:
@@ -519,7 +533,7 @@ class Sessions:
         return [
             live
             for live in self._live.values()
-            if live.retired is None
+            if (live.retired is None or (live.runs_out and connector is not None and not live.left))
             and live.session.service == service
             and connector in (None, live.session.opened.connector_id)
         ]

@@ -108,3 +108,5 @@ class Live:
     uses: int = 0
     retired: Reason | None = None
     left: bool = False
+    runs_out: bool = False
+    """Whether only flows that it had already may use it: also to come back to it."""

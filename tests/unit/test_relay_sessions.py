@@ -693,9 +693,37 @@ def test_nothing_is_opened_for_or_with_those_of_whom_crls_tell_nothing(world: Wo
     world.take(Y, control.Offered)
 
 
-def test_sessions_move_once_another_connector_can_have_them() -> None:
+def test_sessions_run_out_once_another_connector_can_have_what_comes_next() -> None:
     world = World(msgspec.structs.replace(RULES, leaving="move"))
     world.agent(ALICE)
+    world.connector(X, "con-x")
+    world.srv(WEB, "con-x")
+    session = world.opened()
+    world.srv(WEB)
+    world.tick()
+    world.tick(RULES.leave_grace_s)
+    assert session in world.sessions.sessions, "nowhere to go"
+    world.connector(Y, "con-y")
+    world.settle()
+    world.srv(WEB, "con-y")
+    for _ in range(3):
+        world.tick()
+    assert world.take(ALICE, control.Retired).session == session
+    assert world.quiet(ALICE, X), "once, and the session goes on"
+    world.opened(ALICE, Y)
+    assert session in world.sessions.sessions
+    # What runs has as long as an answer of DNS may be relied on, and no longer.
+    world.now += HOLD_S
+    world.srv(WEB, "con-y")
+    world.tick()
+    for key in (ALICE, X):
+        assert world.take(key, control.Closed) == control.Closed(session, Reason.NO_HEALTHY_CONNECTOR)
+
+
+def test_sessions_of_agents_that_cannot_have_them_run_out_move_at_once() -> None:
+    world = World(msgspec.structs.replace(RULES, leaving="move"))
+    world.agent(ALICE, hello=False)
+    world.say(ALICE, control.Hello(features=control.FEATURES - {"retired"}))
     world.connector(X, "con-x")
     world.srv(WEB, "con-x")
     session = world.opened()

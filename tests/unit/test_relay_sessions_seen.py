@@ -107,6 +107,30 @@ async def test_a_session_is_listed_with_who_what_and_how_much(seen: Seen) -> Non
         assert (await seen.ztna("list", "--relay", seen.port, "--json", *filtered)).stdout == "[]\n"
 
 
+async def test_tcp_of_a_connector_that_leaves_dns_may_finish_and_what_is_new_moves(tmp_path: Path) -> None:
+    async with running(tmp_path, leaving="move", leave_grace_s=0.2) as seen:
+        mesh = seen.mesh
+        old, agent = await mesh.connector("con-x"), await mesh.agent()
+        opened, _, _ = await agent.open_with(old)
+        ends = await spliced(mesh, agent, old, opened)
+        new = await mesh.connector("con-y")
+        mesh.dns.routes[SERVICE] = [(0, 1, "con-y")]
+        assert await agent.expect(control.Retired, session=opened.session)
+        fresh, _, connector = await agent.open_with(old, new, request=2)
+        assert connector is new and fresh.connector_id == "con-y"
+        ends[0].writer.write(b"as before")
+        assert await asyncio.wait_for(ends[1].reader.readexactly(9), WAIT_SECONDS) == b"as before"
+        # And for a carrier that broke: the session still gets tokens.
+        for end in await spliced(mesh, agent, old, opened):
+            end.writer.close()
+        # As long as an answer of DNS would hold, and no longer: two seconds from now on.
+        mesh.relay.puller._hold_s = 2.0
+        closed = await agent.expect(control.Closed, session=opened.session)
+        assert closed.reason is Reason.NO_HEALTHY_CONNECTOR
+        await until_reset(ends[0])
+        assert fresh.session in mesh.relay.sessions.sessions
+
+
 async def until_reset(end: Dialled) -> None:
     with pytest.raises(ConnectionError):
         async with asyncio.timeout(WAIT_SECONDS):

@@ -27,6 +27,7 @@ from ztna.wire.control import (
     Closed,
     Drain,
     PunchingResult,
+    Retired,
     StartPunching,
 )
 from ztna.wire.stream import OpenFrame, OpenStatus
@@ -203,6 +204,37 @@ class TestTcp:
                 async with asyncio.timeout(5):
                     assert await talk((str(ip), 8080), b"two") == b"two"
             assert len(second.opens) == 1
+
+    async def test_what_runs_may_finish_on_a_session_that_runs_out_and_the_rest_begins_anew(
+        self, tmp_path: Path
+    ) -> None:
+        async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
+            ip = await mesh.lease("echo-service", 2, TCP, Port("udp", 7))
+            first, second = mesh.connector("c1"), mesh.connector("c2")
+            first.backend = second.backend = backend
+            async with agent(mesh), asyncio.timeout(WAIT_SECONDS):
+                reader, writer = await asyncio.open_connection(str(ip), 8080)
+                program = Program((str(ip), 7))
+                assert await program.ask_until_answered(b"hello") == b"HELLO"
+                writer.write(b"hello\n")
+                assert await reader.readline() == b"hello\n"
+                mesh.connectors.remove(first)
+                mesh.say(Retired(SessionId(f"{1:016x}")))
+                while not second.packets:
+                    await program.ask_until_answered(b"again")
+                assert await talk((str(ip), 8080), b"new") == b"new"
+                assert len(second.opens) == 1
+                # Its carrier breaks, and it goes on where it was.
+                for carrier in first.carriers():
+                    carrier.close(Reason.PEER_GONE)
+                writer.write(b"still\n")
+                assert await reader.readline() == b"still\n"
+                assert (len(first.opens), len(first.resumes)) == (1, 1)
+                writer.close()
+                program.sock.close()
+                while not [each for each in heard(mesh, Closed) if each.session == f"{1:016x}"]:
+                    await asyncio.sleep(0.01)
+            first.close()
 
     @pytest.mark.parametrize("direct", [True, False])
     async def test_an_open_without_an_answer_is_asked_after_and_never_made_elsewhere(

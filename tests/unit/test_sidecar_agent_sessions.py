@@ -27,6 +27,7 @@ from sidecar.agent.commands import (
     RelayUp,
     Release,
     Retry,
+    RunOut,
     Send,
     Session,
     Settle,
@@ -47,7 +48,18 @@ from sidecar.agent.sessions import (
 )
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason
-from ztna.wire.control import AnyMessage, Closed, Denied, Drain, Health, Hello, LeaseRef, Open, Opened
+from ztna.wire.control import (
+    AnyMessage,
+    Closed,
+    Denied,
+    Drain,
+    Health,
+    Hello,
+    LeaseRef,
+    Open,
+    Opened,
+    Retired,
+)
 
 WEB = ServiceName("web-app")
 DB = ServiceName("db")
@@ -565,6 +577,28 @@ class TestMove:
         agent(Move(1, C1, 30.0))
         assert agent(LeaseIs(WEB, None)) == [Fail(1, Reason.NO_SUCH_SERVICE)]
         assert agent.sessions.next_timer() is None
+
+
+class TestRunningOut:
+    """A relay wants nothing new on a session; what runs on it may finish."""
+
+    def test_new_flows_have_another_session_and_those_that_run_keep_theirs(self) -> None:
+        agent, session = carrying()
+        assert agent.says(Retired(sid(1))) == [RunOut(session)]
+        assert agent(Want(2, WEB)) == [ask(2)]
+        (proceed,) = agent.says(Opened(2, sid(2), WEB, OTHER, PRINT))
+        assert isinstance(proceed, Proceed) and proceed.session != session
+        # One whose carrier breaks comes back to it, as no relay gives another one with that connector.
+        assert agent(Move(1, C1, 30.0)) == [Proceed(1, session)]
+        assert agent(Want(3, WEB)) == [Proceed(3, proceed.session)]
+        assert agent.says(Retired(sid(1))) == [RunOut(session)]
+        assert agent(Release(1)) == [close(1, Reason.DRAINING), Ended(session, Reason.DRAINING)]
+
+    def test_one_that_nobody_uses_ends(self) -> None:
+        agent, session = carrying()
+        agent(Release(1))
+        assert agent.says(Retired(sid(1))) == [close(1, Reason.DRAINING), Ended(session, Reason.DRAINING)]
+        assert agent.says(Retired(sid(1))) == [] and agent.sessions.unexpected == 1
 
 
 class TestClosing:

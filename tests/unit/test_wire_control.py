@@ -44,6 +44,7 @@ from ztna.wire.control import (
     Refused,
     Register,
     Registered,
+    Retired,
     Secret,
     StartPunching,
     UnknownMessage,
@@ -81,6 +82,7 @@ MESSAGES: list[AnyMessage] = [
     Health(WEB, "passing"),
     Conflict(cidr="10.100.0.0/16", with_="docker0", detail="route"),
     Drain(25.0, ("edge-2",)),
+    Retired(SESSION),
 ]
 
 
@@ -100,7 +102,7 @@ def test_the_features_are_the_messages() -> None:
 
 def test_the_layout_is_that_of_the_protocol() -> None:
     assert encode(Dial(SESSION)) == b'\0\0\0\x2c{"type":"dial","session":"00010203040506ff"}'
-    assert b'"with":"docker0"' in encode(MESSAGES[-2])
+    assert b'"with":"docker0"' in encode(MESSAGES[-3])
     assert b'"bind_id":"AAAAAAAAAAAAAAAAAAAAAA"' in encode(MESSAGES[6])
 
 

@@ -35,7 +35,7 @@ FEATURES = frozenset(
     {
         "register", "registered", "refused", "open", "offered", "accepted", "opened", "denied", "dial",
         "dial_token", "carry", "closed", "candidate_offer", "candidate_answer", "start_punching",
-        "punching_result", "health", "conflict", "drain",
+        "punching_result", "health", "conflict", "drain", "retired",
     }
 )  # fmt: skip
 
@@ -229,6 +229,16 @@ class Closed(Message, frozen=True, tag=_snake):
     reason: Reason
 
 
+class Retired(Message, frozen=True, tag=_snake):
+    """Relay -> agent: nothing new is to use the session; TCP flows on it may finish.
+
+    Beyond protocol.md: for `leaving: move`, as TCP flows cannot follow to another connector. An agent without it in its
+    features is sent `closed` instead.
+    """
+
+    session: SessionId
+
+
 class CandidateOffer(Message, frozen=True, tag=_snake):
     """Agent -> relay -> that connector."""
 
@@ -284,7 +294,7 @@ class Drain(Message, frozen=True, tag=_snake):
 AnyMessage = (
     Hello | Register | Registered | Refused | Open | Offered | Accepted | Opened | Denied | Dial | DialToken
     | Carry | Closed | CandidateOffer | CandidateAnswer | StartPunching | PunchingResult | Health | Conflict
-    | Drain
+    | Drain | Retired
 )  # fmt: skip
 
 
