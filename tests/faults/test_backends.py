@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -19,7 +20,7 @@ import pytest
 
 from tests.support.console import require_tools
 from tests.support.consul import free_ports
-from tests.support.whole_mesh import ECHO, PROMPT, WAIT_SECONDS, WholeMesh, ask, until, whole_mesh
+from tests.support.whole_mesh import ECHO, PROMPT, WAIT_SECONDS, Running, WholeMesh, ask, until, whole_mesh
 from ztna.config import BackendConfig, BackendTlsConfig, CheckConfig, ConsulConfig, Endpoint, RouteConfig
 from ztna.consul.embedded import EmbeddedConsul
 from ztna.reasons import Reason
@@ -203,6 +204,49 @@ def certificate_name(file: str) -> str:
     return str(next(value for kind, value in described["subjectAltName"] if kind == "DNS"))
 
 
+async def test_tls_half_closes_through_a_small_window(mesh: WholeMesh) -> None:
+    """The backend still sends megabytes when the program has said all it has to say."""
+    files, blob = mesh.pki.relay(), os.urandom(3_000_000)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def talk() -> bytes:
+        listening.settimeout(WAIT_SECONDS)
+        sock, _ = listening.accept()
+        sock.settimeout(WAIT_SECONDS)
+        with context.wrap_socket(sock, server_side=True) as tls:
+            heard = [tls.recv(100)]
+            sending = threading.Thread(target=tls.sendall, args=(blob,))
+            sending.start()
+            while part := tls.recv(65_536):
+                heard.append(part)
+            sending.join()
+            tls.sendall(b"the end")
+        return b"".join(heard)
+
+    tls = BackendTlsConfig(ca=files.ca, name=certificate_name(files.certificate))
+    port = listening.getsockname()[1]
+    plain = route(backend=at(port), backend_tls=tls, checks=(CheckConfig(kind="none"),))
+    await mesh.connector("rack-1", (plain,))
+    await mesh.served_by(ECHO, "rack-1")
+    agent = await mesh.scripted("ann", ECHO)
+    opened = await agent.open()
+    talking = asyncio.ensure_future(asyncio.to_thread(talk))
+    _flow, program = await agent.begin(await agent.carrier(opened), opened.session)
+    loop, parts = asyncio.get_running_loop(), []
+    with contextlib.closing(program), contextlib.closing(listening):
+        async with asyncio.timeout(WAIT_SECONDS):
+            await loop.sock_sendall(program, LINE)
+            parts.append(await loop.sock_recv(program, 1000))
+            await loop.sock_sendall(program, LINE)
+            program.shutdown(socket.SHUT_WR)
+            while part := await loop.sock_recv(program, 65_536):
+                parts.append(part)
+            assert await talking == 2 * LINE
+    assert b"".join(parts) == blob + b"the end"
+
+
 async def test_a_backend_with_another_certificate_gets_nothing(mesh: WholeMesh) -> None:
     files = mesh.pki.relay()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -246,7 +290,7 @@ async def test_no_flow_fails_when_a_backend_dies_under_load(mesh: WholeMesh) -> 
             answers.append(await ask(address, LINE))
 
     def standing(backend: Endpoint) -> dict[str, Any]:
-        found = mesh.connectors["rack-1"].status("connector")["services"][ECHO]["backends"]
+        found = standings(mesh.connectors["rack-1"])
         return next(each for each in found if each["backend"] == str(backend))
 
     await until("both pass", lambda: standing(at(one.port))["verdict"] == standing(at(two.port))["verdict"])
@@ -266,6 +310,34 @@ async def test_no_flow_fails_when_a_backend_dies_under_load(mesh: WholeMesh) -> 
     assert mesh.connectors["rack-1"].status("connector")["services"][ECHO]["verdict"] == "passing"
     await one.start()
     await until("it is back", lambda: standing(at(one.port))["verdict"] == "passing")
+
+
+@pytest.mark.parametrize(
+    ("balance", "labels"),
+    [("round_robin", [b"one", b"two"]), ("least_connections", [b"one", b"two"]), ("source_hash", [b"one"])],
+)
+async def test_backends_share_the_flows(mesh: WholeMesh, balance: str, labels: list[bytes]) -> None:
+    made = [await mesh.backend(label) for label in ("one", "two")]
+    backends = tuple(BackendConfig(address=at(backend.port)) for backend in made)
+    address = await serve(mesh, route(backends=backends, balance=balance))
+    await answered(address)
+    running = mesh.connectors["rack-1"]
+    await until("both pass", lambda: all(each["verdict"] == "passing" for each in standings(running)))
+    await until("nothing runs", lambda: not any(each["flows"] for each in standings(running)))
+    streams = [await asyncio.open_connection(address, 7007) for _ in range(4)]
+    said = []
+    for reader, writer in streams:
+        writer.write(LINE)
+        said.append((await reader.readline()).partition(b":")[0])
+    assert sorted(each["flows"] for each in standings(running)) == ([0, 4] if len(labels) == 1 else [2, 2])
+    assert len(set(said)) == len(labels)
+    for _reader, writer in streams:
+        writer.close()
+
+
+def standings(connector: Running) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = connector.status("connector")["services"][ECHO]["backends"]
+    return found
 
 
 # UDP
@@ -288,6 +360,13 @@ class Program:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         return await loop.sock_recv(self._sock, 65_535)
+
+    async def ask_in_spite_of_errors(self, payload: bytes) -> bytes:
+        """Ask again for as long as ICMP says that nobody is there."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while True:
+                with contextlib.suppress(ConnectionRefusedError):
+                    return await self.ask(payload)
 
     def close(self) -> None:
         self._sock.close()
@@ -312,6 +391,25 @@ async def test_a_closed_port_is_refused_to_the_program(mesh: WholeMesh) -> None:
     address = await serve(mesh, route(backend=at(closed), protocol="udp", checks=(CheckConfig(kind="none"),)))
     with contextlib.closing(Program(address)) as program, pytest.raises(ConnectionRefusedError):
         await program.ask(b"anybody?")
+
+
+async def test_udp_flows_leave_a_backend_that_is_gone(mesh: WholeMesh) -> None:
+    one, two = await mesh.backend("one"), await mesh.backend("two")
+    backends = tuple(BackendConfig(address=at(each.port)) for each in (one, two))
+    shared = route(
+        backends=backends, protocol="udp", checks=(CheckConfig(kind="none"),), eject_after=1, eject_s=60.0
+    )
+    address = await serve(mesh, shared)
+    programs = [Program(address) for _ in range(2)]
+    try:
+        labels = {await program.ask(b"x") for program in programs}
+        assert labels == {b"one: x", b"two: x"}
+        one.close()
+        for program in programs:
+            assert await program.ask_in_spite_of_errors(b"y") == b"two: y"
+    finally:
+        for program in programs:
+            program.close()
 
 
 # Limits, idle times, draining, and what is told of flows
