@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.support.console import require_tools
 from tests.support.consul import free_ports
 from tests.support.whole_mesh import ECHO, PROMPT, WAIT_SECONDS, Running, WholeMesh, ask, until, whole_mesh
+from ztna.cli import status
 from ztna.config import BackendConfig, BackendTlsConfig, CheckConfig, ConsulConfig, Endpoint, RouteConfig
 from ztna.consul.embedded import EmbeddedConsul
+from ztna.jsontypes import to_json
 from ztna.reasons import Reason
 from ztna.telemetry import REFUSALS
 
@@ -293,17 +296,20 @@ async def test_no_flow_fails_when_a_backend_dies_under_load(mesh: WholeMesh) -> 
         found = standings(mesh.connectors["rack-1"])
         return next(each for each in found if each["backend"] == str(backend))
 
-    await until("both pass", lambda: standing(at(one.port))["verdict"] == standing(at(two.port))["verdict"])
+    both = [at(one.port), at(two.port)]
+    await until("both pass", lambda: all(standing(each)["verdict"] == "passing" for each in both))
     async with asyncio.TaskGroup() as tasks:
         for _ in range(4):
             tasks.create_task(load())
         await until("both serve", lambda: {b"one: hello\n", b"two: hello\n"} <= set(answers))
         one.stop()
         await until("it is ejected", lambda: standing(at(one.port))["ejected"])
+        table = shown(mesh.connectors["rack-1"])
         since = len(answers)
         await until("its checks say so, too", lambda: standing(at(one.port))["verdict"] == "critical")
         await until("a hundred more", lambda: len(answers) > since + 100)
         is_over = True
+    assert " ejected " in table and f"127.0.0.1:{two.port}" in table
     assert b"" not in answers, "what cannot be dialled is dialled elsewhere"
     # Those of the moment of ejection may still be answers that one gave before it died.
     assert set(answers[since + 8 :]) == {b"two: hello\n"}
@@ -333,6 +339,20 @@ async def test_backends_share_the_flows(mesh: WholeMesh, balance: str, labels: l
     assert len(set(said)) == len(labels)
     for _reader, writer in streams:
         writer.close()
+
+
+def shown(connector: Running) -> str:
+    """Return what `ztna status` prints of a connector."""
+    console = Console(width=400)
+    state: dict[str, Any] = {
+        "readiness": {"ready": True, "awaiting": {}, "warnings": {}},
+        "version": "1",
+        "uptime_s": 1,
+        "connector": json.loads(to_json(connector.status("connector"))),
+    }
+    with console.capture() as captured:
+        status.show(console, [status.Seen("connector", "127.0.0.1:9433", state)])
+    return captured.get()
 
 
 def standings(connector: Running) -> list[dict[str, Any]]:

@@ -255,9 +255,12 @@ def _connector(status: Json) -> list[Table]:
             "service": name,
             "address": (each.get("lease") or {}).get("ip"),
             "checks": [
-                f"{check.get('kind')} {check.get('target')}: {check.get('output')}"
-                for check in each["checks"]
+                f"{check['kind']} {check['target']}: {check['output']}"
+                for backend in each.get("backends", ())
+                for check in backend["checks"]
             ],
+            "ejected": [backend["backend"] for backend in each.get("backends", ()) if backend["ejected"]]
+            or None,
         }
         for name, each in own.get("services", {}).items()
     ]
@@ -271,6 +274,7 @@ def _connector(status: Json) -> list[Table]:
             address="address",
             refused="refused",
             checks="checks",
+            ejected="ejected",
         ),
         _table(
             "relays",
