@@ -380,7 +380,7 @@ class _Connector:
     # Operators
 
     def _check_credentials(self, credentials: Credentials) -> None:
-        self._fronting.table.require_granted(credentials.identity, self._config.id)
+        self._discovery.own_table.require_granted(credentials.identity, self._config.id)
 
     def _use_credentials(self, credentials: Credentials) -> None:
         self._credentials = credentials

@@ -94,6 +94,17 @@ class Discovery:
         """What is fronted."""
         return self._settled.table
 
+    @property
+    def own_table(self) -> RouteTable:
+        """What is fronted because the configuration itself says so: a certificate without it is a mistake."""
+        return RouteTable.of(
+            {
+                service: routes
+                for service, routes in self.table.services.items()
+                if self._settled.entries[service].definition.origin.kind == "config"
+            }
+        )
+
     async def begin(self) -> None:
         """Read what there is to read, for the first table; and keep it up to date from now on."""
         await self._files.look()
@@ -195,7 +206,8 @@ class Discovery:
     # Settling
 
     def _settle(self) -> None:
-        """Make of all definitions one table, say what cannot be used, and hand it on."""
+        """Make of all definitions one table, say what cannot be used, and hand it on when it is another one."""
+        before = self.table
         entries = chosen((*self._files.definitions, *self._api.values(), *self._local))
         self._srv.follow(names_of(each.definition for each in entries.values()))
         settled = settle(
@@ -212,7 +224,8 @@ class Discovery:
             settled.table,
         )
         self._tell()
-        self.apply(settled.table)
+        if settled.table.services != before.services:
+            self.apply(settled.table)
 
     def _resolved(self, entry: Entry) -> Entry:
         try:

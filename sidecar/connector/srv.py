@@ -34,6 +34,8 @@ class _Name:
     backends: tuple[BackendConfig, ...] = ()
     answered_at: float | None = None
     problem: str = "not asked yet"
+    is_answered: bool = True
+    """Whether the last question had an answer; that one had none is told once."""
     task: asyncio.Task[None] | None = None
 
 
@@ -108,7 +110,7 @@ class SrvNames:
         if answer.stale:
             self._not_answered(name, entry, f"{answer.server} says that its answer is stale")
         else:
-            entry.answered_at = self._loop.time()
+            entry.answered_at, entry.is_answered = self._loop.time(), True
             SRV_BACKENDS_AGE.labels(name).set(0)
             problem = "the name has no SRV records" if answer.negative else "no target has an address"
             self._use(name, entry, backends_of(answer.records), problem)
@@ -117,19 +119,23 @@ class SrvNames:
 
     def _not_answered(self, name: str, entry: _Name, problem: str) -> None:
         """Keep the last answer to its bound."""
-        if not entry.problem:
+        if entry.is_answered:
             _log.warning("srv_not_answered", name=name, error=problem)
-        entry.problem = problem
+        entry.is_answered = False
         age_s = None if entry.answered_at is None else self._loop.time() - entry.answered_at
         if age_s is not None:
             SRV_BACKENDS_AGE.labels(name).set(age_s)
-        if age_s is not None and age_s >= self._keep_s and entry.backends:
-            self._use(name, entry, (), f"{problem}; the last answer is over {self._keep_s:g} s old")
+        if not entry.backends:
+            self._use(name, entry, (), problem)
+        elif age_s is not None and age_s >= self._keep_s:
+            self._use(name, entry, (), f"the last answer is over {self._keep_s:g} s old: {problem}")
+        else:
+            entry.problem = problem
 
     def _use(self, name: str, entry: _Name, backends: tuple[BackendConfig, ...], problem: str) -> None:
-        entry.problem = "" if backends else problem
-        if backends != entry.backends or not backends:
-            before, entry.backends = entry.backends, backends
-            if before != backends:
-                _log.info("srv_changed", name=name, backends=len(backends), problem=entry.problem or None)
+        before = entry.backends, entry.problem
+        entry.backends, entry.problem = backends, "" if backends else problem
+        if backends != before[0]:
+            _log.info("srv_changed", name=name, backends=len(backends), problem=entry.problem or None)
+        if backends != before[0] or (not backends and entry.problem != before[1]):
             self._changed()

@@ -268,6 +268,11 @@ async def test_the_last_answer_holds_for_its_bound_while_dns_is_away(pki: Pki, t
         await until("given up", lambda: made.fronted == set())
         assert loop.time() - away_at >= 1.0, "no sooner than its bound after the last answer"
         assert "the last answer is over 3 s old" in str(made.shown()["problem"])
+        settled = len(made.tables)
+        made.dns.stale, made.dns.silent = True, False
+        await until("told", lambda: "is stale" in str(made.shown()["problem"]))
+        assert len(made.tables) == settled, "nothing is handed on when nothing is another"
+        made.dns.stale = False
         made.dns.silent = False
         await until("back", lambda: made.fronted == {"web"})
 
@@ -322,6 +327,17 @@ async def test_a_certificate_that_grants_more_lets_more_be_fronted(pki: Pki, tmp
         assert made.shown("pay")["problem"] == "pay needs connector.pay.ztna in connector.tls.certificate"
         made.discovery.use_identity(Credentials.load(pki.connector("c1", [WEB, PAY])).identity)
         assert made.fronted == {"web", "pay"} and not made.warning("services")
+        made.discovery.use_identity(Credentials.load(pki.connector("c1", [PAY])).identity)
+        assert made.fronted == {"pay"} and "connector.web.ztna" in str(made.shown()["problem"])
+
+
+async def test_a_certificate_has_to_grant_what_the_configuration_itself_names(
+    pki: Pki, tmp_path: Path
+) -> None:
+    async with place(pki, tmp_path, own(DB)) as made:
+        put(made.folder / "a.yaml", route())
+        await until("fronted", lambda: made.fronted == {"db", "web"})
+        assert set(made.discovery.own_table.services) == {DB}
 
 
 @pytest.mark.parametrize(
