@@ -192,7 +192,10 @@ class Registrar:
         service = ServiceName(registration.service)
         generation = self._client.token_generation
         try:
-            await self._client.register_service(registration)
+            # What a predecessor left is replaced; afterwards only when it changes, as maintenance mode is a check too.
+            probes = _probe_ids(registration.checks)
+            is_other = probes != self._probes.get(service)
+            await self._client.register_service(registration, replace_checks=is_other)
         except ConsulUnavailable:
             raise
         except ConsulError as error:
@@ -204,7 +207,7 @@ class Registrar:
         self._refused.pop(service, None)
         self._registered.add(service)
         self._generations[service] = generation
-        self._probes[service] = _probe_ids(registration.checks)
+        self._probes[service] = probes
         self._unchecked.discard(service)
         # Consul keeps the status of a check it knew; and the verdict may have changed meanwhile.
         self._urgent[service] = None

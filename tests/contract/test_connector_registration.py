@@ -220,6 +220,32 @@ async def test_what_consul_is_put_into_maintenance_for(consul: ConsulUnderTest, 
         assert not [each for each in await client.agent_checks() if unique in each]
 
 
+async def test_maintenance_by_an_operator_outlives_other_changes(
+    consul: ConsulUnderTest, unique: str
+) -> None:
+    web = f"web-{unique}"
+    own = f"{web}@c11"
+    async with ConsulClient(consul.config()) as client:
+        connector = Connector(client, "c11", web)
+        connector.verdicts[web] = "passing"
+
+        async def instances() -> tuple[Instance, ...]:
+            return await client.service_instances(web)
+
+        async with running(connector):
+            await until(instances, lambda found: status_of(found) == ["passing"])
+            assert await client.maintain_service(own, "kernel update")
+            await until(instances, lambda found: status_of(found) == ["critical"])
+            connector.leases[web] = LEASE
+            connector.registrar.lease_changed()
+            await until(instances, lambda found: "virtual" in found[0].tagged_addresses)
+            assert (await client.agent_checks())[f"_service_maintenance:{own}"] == "critical"
+            assert status_of(await instances()) == ["critical"]
+            await client.maintain_service(own, None)
+            await until(instances, lambda found: status_of(found) == ["passing"])
+        await connector.registrar.leave()
+
+
 async def test_survives_a_consul_that_stops(own_consul: ConsulUnderTest, unique: str) -> None:
     web = f"web-{unique}"
     async with ConsulClient(own_consul.config()) as client:

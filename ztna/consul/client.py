@@ -224,16 +224,17 @@ class ConsulClient:
 
     # The local Consul agent's services and checks
 
-    async def register_service(self, registration: Registration) -> None:
-        """Register or replace an instance; checks that are not in the registration are removed.
+    async def register_service(self, registration: Registration, *, replace_checks: bool = True) -> None:
+        """Register or replace an instance; checks that are not in the registration are removed unless told otherwise.
 
-        Consul keeps the status of a check whose definition did not change.
+        Consul keeps the status of a check whose definition did not change. An operator's maintenance mode is such a
+        check that nobody registered: with `replace_checks` it ends.
         """
         await self._put_json(
             "/v1/agent/service/register",
             _registration(registration),
             f'service "{registration.service}" {{ policy = "write" }}',
-            params=[("replace-existing-checks", "true")],
+            params=[("replace-existing-checks", "true")] if replace_checks else [],
         )
 
     async def deregister_service(self, service_id: str) -> bool:
@@ -250,10 +251,7 @@ class ConsulClient:
         return True
 
     async def maintain_service(self, service_id: str, reason: str | None) -> bool:
-        """Make an instance critical whatever its checks say, or with None end that; False when there is none.
-
-        The local Consul agent forgets it when the instance is registered again.
-        """
+        """Make an instance critical whatever its checks say, or with None end that; False when there is none."""
         params = [("enable", "true"), ("reason", reason)] if reason is not None else [("enable", "false")]
         path = f"/v1/agent/service/maintenance/{service_id}"
         try:
