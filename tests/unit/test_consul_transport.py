@@ -360,6 +360,34 @@ async def test_tls_with_a_ca_and_a_client_certificate(tmp_path: Path) -> None:
     assert names == [((("commonName", "client"),),)]
 
 
+async def test_a_client_certificate_is_taken_up_as_its_files_change(tmp_path: Path) -> None:
+    pki = ConsulPki(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(*pki.issue("server"))
+    certificate, key = pki.issue("first")
+    serials: list[object] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        serials.append(request.transport.get_extra_info("peercert")["serialNumber"])
+        return web.Response(text='"leader"')
+
+    async with (
+        server(answer, context) as address,
+        ConsulClient(ConsulConfig(address=address, ca=pki.ca, certificate=certificate, key=key)) as client,
+    ):
+        await client.leader()
+        second, second_key = pki.issue("second")
+        Path(second).replace(certificate)
+        await client.leader()
+        assert len(set(serials)) == 1, "half of a renewal changes nothing"
+        Path(second_key).replace(key)
+        await client.leader()
+        await client.leader()
+    assert len(set(serials)) == 2 and serials[2] == serials[3]
+
+
 def test_tls_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"consul\.ca"):
         ConsulClient(ConsulConfig(address="https://consul", ca=str(tmp_path / "none")))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from consul import base
 from yarl import URL
 
 from ztna.config import ConsulConfig
+from ztna.consul.tls import TlsFiles
 from ztna.consul.tokens import tokens_of
 from ztna.errors import ConfigError, ConsulError, ConsulRejected, ConsulUnavailable
 
@@ -55,20 +55,6 @@ class NotThere(ConsulRejected):
     """What was to be changed does not exist."""
 
 
-def tls_context(config: ConsulConfig) -> ssl.SSLContext:
-    """Return a verifying context with the CA and the client certificate of the configuration."""
-    try:
-        context = ssl.create_default_context(cafile=config.ca)
-    except OSError as error:
-        raise ConfigError(f"consul.ca: cannot use {config.ca}: {error}") from error
-    if config.certificate is not None:
-        try:
-            context.load_cert_chain(config.certificate, config.key)
-        except OSError as error:
-            raise ConfigError(f"consul.certificate, consul.key: cannot use them: {error}") from error
-    return context
-
-
 def base_url(address: str) -> str:
     """Return the address as `scheme://host:port`; ConfigError when it is none."""
     parts = urlsplit(address if "://" in address else f"http://{address}")
@@ -98,16 +84,12 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
         self._token_problem: str | None = None
         self._unknown_at = 0.0
         self._timeout_s = config.timeout_s
-        self._tls = tls_context(config) if self.base_uri.startswith("https:") else None
+        self._tls = TlsFiles(config) if self.base_uri.startswith("https:") else None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Transport:
         self.tokens.open()
-        connector = aiohttp.TCPConnector(
-            limit=POOL_CONNECTIONS,
-            keepalive_timeout=POOL_KEEPALIVE_SECONDS,
-            ssl=self._tls if self._tls is not None else True,
-        )
+        connector = aiohttp.TCPConnector(limit=POOL_CONNECTIONS, keepalive_timeout=POOL_KEEPALIVE_SECONDS)
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=aiohttp.ClientTimeout(total=None), auto_decompress=True
         )
@@ -261,7 +243,13 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
             sent["X-Consul-Token"] = token
         try:
             async with self._session.request(
-                method, url, data=data or None, headers=sent, allow_redirects=False
+                method,
+                url,
+                data=data or None,
+                headers=sent,
+                allow_redirects=False,
+                # Kept connections belong to the context that they were made by.
+                ssl=self._tls.current() if self._tls is not None else True,
             ) as response:
                 body = await _bounded_body(response)
                 return base.Response(
