@@ -185,6 +185,7 @@ class ProbeDefinition(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     probe: Probe
     status: Status = "critical"
+    notes: str = ""
     deregister_after_s: float | None = None
 
 

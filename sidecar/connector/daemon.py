@@ -291,10 +291,17 @@ class _Connector:
     async def _tick(self) -> None:
         while not await sleep_or_stop(self._daemon, TICK_SECONDS):
             self._serving.tick()
-            if self._flow_log.problem:
-                self._daemon.readiness.warn("flow_log", self._flow_log.problem)
-            else:
-                self._daemon.readiness.unwarn("flow_log")
+            self._daemon.readiness.show("flow_log", self._flow_log.problem or None)
+            self._show_registration()
+
+    def _show_registration(self) -> None:
+        registrar, readiness = self._registrar, self._daemon.readiness
+        if registrar is None:
+            return
+        if registrar.complete.is_set():
+            readiness.show("consul", registrar.problem)
+        else:
+            readiness.awaiting("consul", registrar.lacking)
 
     # Relays
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Container, Iterable
+from datetime import UTC, datetime
 from typing import TypeVar
+
+import msgspec
 
 from sidecar.connector.registrar import (
     OUTPUT_CHARACTERS,
@@ -66,6 +69,8 @@ class Registrar:
         """Services whose check Consul does not have, though it may have the service."""
         self._probes: dict[ServiceName, frozenset[str]] = {}
         """The checks that Consul's agent was last asked to run."""
+        self._noted_generation = -1
+        self._note = ""
         self._refused: dict[ServiceName, str] = {}
         self._urgent: dict[ServiceName, None] = {}
         self._routine: dict[ServiceName, None] = {}
@@ -79,6 +84,16 @@ class Registrar:
     def refusal(self, service: ServiceName) -> str | None:
         """Why Consul does not take the service, in its words, if it does not."""
         return self._refused.get(service)
+
+    @property
+    def lacking(self) -> str:
+        """Why not everything is registered, for people."""
+        if self.problem is not None:
+            return self.problem
+        for service, why in self._refused.items():
+            more = f" (and {len(self._refused) - 1} more)" if len(self._refused) > 1 else ""
+            return f"{service}: {why}{more}"
+        return "services are not yet registered"
 
     def verdict_changed(self, service: ServiceName) -> None:
         """Report the service's check at once, and see whether it should be registered now."""
@@ -186,11 +201,13 @@ class Registrar:
         self._generations = {
             service: each for service, each in self._generations.items() if service in desired
         }
+        self._probes = {service: each for service, each in self._probes.items() if service in desired}
         self._unchecked = {service for service in self._unchecked if service in desired}
 
     async def _register(self, registration: Registration) -> None:
         service = ServiceName(registration.service)
         generation = self._client.token_generation
+        registration = self._noted(registration, generation)
         try:
             # What a predecessor left is replaced; afterwards only when it changes, as maintenance mode is a check too.
             probes = _probe_ids(registration.checks)
@@ -213,6 +230,18 @@ class Registrar:
         self._urgent[service] = None
         self._report.set()
 
+    def _noted(self, registration: Registration, generation: int) -> Registration:
+        """Return it with checks that differ from those registered by an earlier token.
+
+        What Consul's agent could not bring to the catalog by the old one (a status) it takes for brought, and as long
+        as a check is registered as it was it stays so, until its own next full sync (seen on 1.19.2).
+        """
+        if generation != self._noted_generation:
+            self._noted_generation = generation
+            self._note = f"registered by the token of {datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+        checks = tuple(msgspec.structs.replace(each, notes=self._note) for each in registration.checks)
+        return msgspec.structs.replace(registration, checks=checks)
+
     def _next_batch(self) -> list[ServiceName]:
         """Take the next services whose checks are to be reported, changed verdicts first."""
         batch: list[ServiceName] = []
@@ -234,6 +263,8 @@ class Registrar:
             # Reaped, or Consul has forgotten everything, or the check alone: find out what is there.
             self._registered.discard(service)
             self._unchecked.add(service)
+            self._reconcile.set()
+        elif self._generations.get(service) != self._client.token_generation:
             self._reconcile.set()
 
     def _succeeded(self) -> None:

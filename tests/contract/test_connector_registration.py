@@ -16,7 +16,7 @@ from sidecar.connector.registration import Registrar
 from sidecar.connector.routes import RouteTable
 from tests.support.consul import ConsulUnderTest
 from ztna.catalog import Instance, Registration, TaggedAddress
-from ztna.config import Endpoint, RouteConfig
+from ztna.config import ConsulConfig, Endpoint, RouteConfig
 from ztna.consul.client import ConsulClient
 from ztna.jsontypes import to_json
 from ztna.leases import Lease, service_key
@@ -261,6 +261,7 @@ async def test_survives_a_consul_that_stops(own_consul: ConsulUnderTest, unique:
             async with asyncio.timeout(WAIT_SECONDS):
                 while connector.registrar.problem is None:
                     await asyncio.sleep(0.02)
+            assert connector.registrar.lacking == connector.registrar.problem
             await asyncio.to_thread(own_consul.start)
 
             async def back() -> list[str]:
@@ -292,6 +293,7 @@ async def test_one_service_that_consul_refuses_keeps_no_other_out(
             assert refusal is not None and db in refusal
             assert connector.registrar.is_registered(ServiceName(web))
             assert not connector.registrar.is_registered(ServiceName(db))
+            assert connector.registrar.lacking == f"{db}: {refusal}"
             assert not connector.registrar.complete.is_set()
         await connector.registrar.leave()
         assert await client.agent_services() == {}
@@ -361,3 +363,32 @@ async def test_a_verdict_is_in_the_catalog_within_a_second(consul: ConsulUnderTe
                 took_s.append(loop.time() - began)
         await connector.registrar.leave()
     assert sorted(took_s)[len(took_s) // 2] < 1.0, took_s
+
+
+async def test_what_a_dead_token_kept_from_the_catalog_is_brought_by_the_next(
+    acl_consul: ConsulUnderTest, unique: str, tmp_path: Path
+) -> None:
+    """Consul's agent takes our report, syncs it by the token that registered, is refused, and forgets about it."""
+    web = f"web-{unique}"
+    policy, file = tmp_path / "web.hcl", tmp_path / "token"
+    policy.write_text(f'service "{web}" {{ policy = "write" }}\n')
+    first = acl_consul.token_for(policy)
+    file.write_text(first)
+    config = ConsulConfig(address=acl_consul.address, token_file=str(file))
+    async with ConsulClient(config) as client, ConsulClient(acl_consul.config()) as operator:
+        connector = Connector(client, "c12", web)
+        connector.verdicts[web] = "passing"
+
+        async def status() -> list[str]:
+            return status_of(await operator.service_instances(web))
+
+        async with running(connector):
+            await until(status, lambda found: found == ["passing"])
+            second = acl_consul.token_for(policy)
+            acl_consul.revoke(first)
+            # By the new token, before anything was registered by it.
+            file.write_text(second)
+            connector.turn(web, "critical")
+            await until(status, lambda found: found == ["critical"])
+        await connector.registrar.leave()
+        await until(status, lambda found: found == [])

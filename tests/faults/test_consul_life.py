@@ -50,10 +50,10 @@ class Mesh:
     def is_served(self) -> bool:
         return http_get(self.lab.host("core"), f"http://{self.address}:8080/")[1] == "hello from one\n"
 
-    def warning(self, role: str) -> str | None:
-        """What /readyz says of the token."""
+    def warning(self, role: str, of: str = "consul_token") -> str | None:
+        """What /readyz says of the token, or of something else."""
         warnings: dict[str, str] = msgspec.json.decode(self.daemons[role].get("/readyz")[1])["warnings"]
-        return warnings.get("consul_token")
+        return warnings.get(of)
 
     def is_followed(self, state: str) -> bool:
         """Whether the catalog has the verdict on the backend: what a stale token would keep from it."""
@@ -170,6 +170,7 @@ def test_a_consul_that_comes_back_empty_is_filled_again(request: pytest.FixtureR
         consul = made.start_consul(kind, acl=False)
         mesh = Mesh(made)
         consul.kill()
+        until("the connector says it", lambda: mesh.warning("connector", "consul"), BACK_SECONDS)
         data = made.directory / "consul"
         if data.is_dir():
             shutil.rmtree(data)
@@ -179,4 +180,5 @@ def test_a_consul_that_comes_back_empty_is_filled_again(request: pytest.FixtureR
         until("registered again", lambda: mesh.is_followed("passing"), BACK_SECONDS + 10)
         until("leased again", lambda: made.kv("ztna/vip/service/"), BACK_SECONDS + 10)
         assert made.dig("core", f"{SERVICE}.ztna.local") == [mesh.address], "the same name, the same address"
+        until("nothing is wrong", lambda: mesh.warning("connector", "consul") is None, BACK_SECONDS)
         mesh.flips()

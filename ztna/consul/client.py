@@ -498,10 +498,15 @@ def _registration(registration: Registration) -> dict[str, Any]:
 
 
 def _check(check: CheckDefinition | ProbeDefinition) -> dict[str, Any]:
-    fields: dict[str, Any] = {"CheckID": check.check_id, "Name": check.name, "Status": check.status}
+    fields: dict[str, Any] = {
+        "CheckID": check.check_id,
+        "Name": check.name,
+        "Status": check.status,
+        "Notes": check.notes,
+    }
     match check:
         case CheckDefinition():
-            fields |= {"TTL": f"{check.ttl_s:g}s", "Notes": check.notes}
+            fields["TTL"] = f"{check.ttl_s:g}s"
         case ProbeDefinition():
             fields |= _probe(check.probe)
     if check.deregister_after_s is not None:
