@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 from pyroute2 import IPRoute, NetlinkError
 
+from sidecar.link.network import OWN_DEVICES
 from ztna.errors import ZtnaError
 from ztna.telemetry import dropped, logger
 
 DEVICE = "/dev/net/tun"
-NAME_PATTERN = b"ztna%d"
+NAME_PATTERN = f"{OWN_DEVICES}%d".encode()
 MTU = 1280
 """The least that IPv6 works with. With a service name of up to 24 characters such a packet still fits a DATAGRAM of
 1306 bytes, the usual limit; what does not goes on a stream."""

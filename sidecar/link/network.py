@@ -25,6 +25,8 @@ SETTLE_SECONDS = 0.1
 PAUSE_SECONDS = 1.0
 """How long after one look the next one is, at the least."""
 EVENTS_BYTES = 65_536
+OWN_DEVICES = "ztna"
+"""How the names of agents' TUN devices begin: nobody else reaches this host by what they have."""
 
 # linux/rtnetlink.h, linux/if_addr.h
 _GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # links, addresses and routes of IPv4 and IPv6
@@ -161,10 +163,15 @@ def standing() -> Standing:
     with IPRoute() as netlink:
         found: dict[int, list[str]] = {6: [], 4: []}
         held = set()
+        own_devices = {
+            link["index"]
+            for link in netlink.get_links()
+            if link.get_attr("IFLA_IFNAME").startswith(OWN_DEVICES)
+        }
         for each in netlink.get_addr():
             flags = each.get_attr("IFA_FLAGS") or each["flags"]
             own = ip_address(each.get_attr("IFA_LOCAL") or each.get_attr("IFA_ADDRESS"))
-            if flags & _UNUSABLE or own.is_loopback or own.is_link_local:
+            if flags & _UNUSABLE or own.is_loopback or own.is_link_local or each["index"] in own_devices:
                 continue
             held.add(str(own))
             if not flags & _DEPRECATED:
