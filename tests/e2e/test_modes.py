@@ -192,6 +192,14 @@ def test_tun_pings_the_backend_and_the_connector(mesh: Lab) -> None:
         assert "Destination Host Unreachable" in nobody.stdout
 
 
+def test_a_connector_that_may_not_ping_says_what_to_set(mesh: Lab) -> None:
+    # The laptop's network namespace is as the kernel makes it: no group may.
+    connector = mesh.connector("beta", [ping_route("unpinged")], "laptop").wait_ready()
+    assert "set net.ipv4.ping_group_range to include" in connector.get("/readyz")[1]
+    assert connector.stop() == 0
+    mesh.running.remove(connector)
+
+
 @pytest.mark.parametrize("mode", ["anyip", "tun"])
 def test_ipv6_programs_too(mesh: Lab, mode: str) -> None:
     laptop, six = mesh.host("laptop"), vip(mesh, kind="AAAA")

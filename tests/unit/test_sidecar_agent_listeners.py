@@ -12,7 +12,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from sidecar.agent.listeners import EXHAUSTED_PAUSE_SECONDS, Listeners, TcpPort, UdpPort, VirtualPort
-from ztna.leases import Lease, Port
+from ztna.leases import Lease, Port, Protocol
 from ztna.names import ServiceName
 from ztna.telemetry import DROPS
 from ztna.udp import SockAddr
@@ -77,6 +77,37 @@ async def test_connections_and_datagrams_are_handed_on(owner: Owner, ip: str) ->
             assert (len(data), source) == (60_000, asker.getsockname())
             port.send(b"answer", source)
             assert asker.recv(100) == b"answer"
+
+
+async def test_who_may_not_is_reset_and_not_heard(ip: str) -> None:
+    owner, asked = Owner(), []
+
+    def may_use(protocol: Protocol, program: SockAddr, called: SockAddr) -> bool:
+        asked.append((protocol, program, called))
+        return len(asked) > 2
+
+    owner.listeners = Listeners(
+        lambda *args: owner.accepted.put_nowait(args),
+        lambda *args: owner.received.put_nowait(args),
+        owner.warn,
+        may_use=may_use,
+    )
+    owner.listeners.apply(lease(ip, Port("tcp", 8080), Port("udp", 53000)))
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(WAIT_SECONDS):
+        with socket.create_connection((ip, 8080)) as program:
+            program.setblocking(False)
+            with pytest.raises(ConnectionResetError):
+                await loop.sock_recv(program, 1)
+            assert asked == [("tcp", program.getsockname(), (ip, 8080))]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+            asker.connect((ip, 53000))
+            asker.send(b"refused")
+            asker.send(b"allowed")
+            assert (await owner.received.get())[1] == b"allowed"
+            assert asked[1:] == [("udp", asker.getsockname(), (ip, 53000))] * 2
+    assert owner.accepted.empty()
+    owner.listeners.close()
 
 
 async def test_a_held_port_is_told_and_had_once_it_is_free(owner: Owner, ip: str) -> None:
