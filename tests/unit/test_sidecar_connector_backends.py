@@ -13,11 +13,11 @@ import uvloop
 from sidecar.connector.backends import UdpFlows, dial_tcp
 from sidecar.connector.flow_log import FlowLog
 from sidecar.connector.flows import FlowKey, SessionKey
-from sidecar.connector.routes import Route, RouteTable
 from sidecar.link.stream import FlowRefused
-from ztna.config import Endpoint, RouteConfig
+from tests.support.chosen import Chosen
+from ztna.config import Endpoint
 from ztna.errors import Refused
-from ztna.names import ServiceName, SessionId
+from ztna.names import SessionId
 from ztna.packet import PROTOCOL_ICMP, PROTOCOL_UDP, Packet, build_udp, parse
 from ztna.reasons import Reason
 from ztna.wire.stream import OpenStatus
@@ -85,28 +85,6 @@ async def test_a_failed_dial_says_why(closed_tcp: Endpoint, monkeypatch: pytest.
 
 def key(session: SessionKey, source_port: int = 40_000) -> FlowKey:
     return FlowKey(session, PROTOCOL_UDP, "127.0.0.1", source_port, VIP, VIP_PORT)
-
-
-SERVICE = ServiceName("dns")
-
-
-class Chosen:
-    """A backend that was chosen for a flow; counts what its flow says of it."""
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        self.backend = Endpoint(*address)
-        config = RouteConfig(service=SERVICE, backend=self.backend, port=VIP_PORT, protocol="udp")
-        self.route: Route = RouteTable([config]).services[SERVICE].routes[0]
-        self.successes = self.failures = self.releases = 0
-
-    def succeeded(self) -> None:
-        self.successes += 1
-
-    def failed(self) -> None:
-        self.failures += 1
-
-    def release(self) -> None:
-        self.releases += 1
 
 
 class Agent:
