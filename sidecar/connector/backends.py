@@ -382,14 +382,15 @@ class UdpFlows:
                 self._receive(flow)
 
     def _receive(self, flow: _UdpFlow) -> None:
-        for _ in range(DATAGRAMS_PER_TURN):
+        for number in range(DATAGRAMS_PER_TURN):
             try:
                 data = flow.socket.recv(DATAGRAM_BYTES_MAX)
             except BlockingIOError:
                 return
             except OSError:
                 continue  # the error queue has told it, or will
-            flow.claim.succeeded()
+            if number == 0:
+                flow.claim.succeeded()
             try:
                 packet = flow.answer(data)
             except PacketError:
