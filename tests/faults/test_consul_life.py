@@ -146,6 +146,8 @@ def test_workloads_log_in_by_tls_and_again_when_revoked_and_out_at_the_end(made:
         file.write_text(signer.jwt(role))
         login = ConsulLoginConfig(method=METHOD, jwt_file=str(file))
         consul[role] = msgspec.structs.replace(made.consul, login=login)
+    stranger = ("curl", "-sS", "--cacert", str(made.consul.ca), f"{made.consul.address}/v1/status/leader")
+    assert made.host("core").try_run(*stranger).returncode != 0, "nobody comes in without a certificate"
     mesh = Mesh(made, **consul)
     first = tokens(made).keys() - before.keys()
     assert len(first) == len(ROLES)

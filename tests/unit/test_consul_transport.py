@@ -333,11 +333,17 @@ def test_how_long_a_query_blocks() -> None:
 # TLS
 
 
-async def test_tls_with_a_ca_and_a_client_certificate(tmp_path: Path) -> None:
-    pki = ConsulPki(tmp_path)
+def mutual(pki: ConsulPki) -> ssl.SSLContext:
+    """Return the context of a server that wants a certificate of its clients."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki.ca)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(*pki.issue("server"))
+    return context
+
+
+async def test_tls_with_a_ca_and_a_client_certificate(tmp_path: Path) -> None:
+    pki = ConsulPki(tmp_path)
+    context = mutual(pki)
     certificate, key = pki.issue("client")
     names: list[object] = []
 
@@ -362,9 +368,7 @@ async def test_tls_with_a_ca_and_a_client_certificate(tmp_path: Path) -> None:
 
 async def test_a_client_certificate_is_taken_up_as_its_files_change(tmp_path: Path) -> None:
     pki = ConsulPki(tmp_path)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki.ca)
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(*pki.issue("server"))
+    context = mutual(pki)
     certificate, key = pki.issue("first")
     serials: list[object] = []
 
