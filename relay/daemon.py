@@ -1,4 +1,4 @@
-"""ztna-relay put together: QUIC connections in, relay.sessions' commands out, SRV records and the forwarder.
+"""ztna-relay put together: QUIC and TLS connections in, relay.sessions' commands out, SRV records and the forwarder.
 
 Decides nothing about who may do what: relay.admission, relay.policy and relay.sessions do.
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from relay import looking_in, v1_peers
 from relay.admission import Doorkeeper
@@ -44,13 +44,15 @@ from relay.startup import (
     advertised,
     check_name,
     check_resolvers,
+    control_sockets,
     forwarder_sockets,
     link_limits,
     load_credentials,
     reset_key,
     rules,
 )
-from ztna import quic, udp
+from relay.tls_door import TlsDoor
+from ztna import quic
 from ztna.config import RelayConfig
 from ztna.credentials import Credentials
 from ztna.dns_keys import load_key
@@ -62,6 +64,7 @@ from ztna.renewal import Renewal
 from ztna.resolver import Resolver
 from ztna.runtime import Daemon, sleep_or_stop
 from ztna.telemetry import logger, refused
+from ztna.tls_control import TlsConnection
 from ztna.tsig import Key
 from ztna.udp import SockAddr
 from ztna.wire import control
@@ -81,6 +84,7 @@ GONE_SECONDS = 5.0
 """A connector pings each 3 s: so much silence ends its sessions as `peer_gone`, long before the idle timeout."""
 
 Peer = ControlPeer | v1_peers.AgentPeer
+AnyPeer = TypeVar("AnyPeer", ControlPeer, v1_peers.AgentPeer)
 
 _log = logger(__name__)
 
@@ -164,16 +168,31 @@ class Relay:
         key = load_key(config.dns_key, "relay.dns_key") if config.dns_key else None
         resolver = Resolver(config.resolvers, RESOLVER_SECONDS, key)
         self.puller = SrvPuller(resolver, zone, config.srv_hold_s, self._table_changed)
-        self._socket = udp.UdpSocket.open((config.listen.host, config.listen.port), self._packets_received)
+        self._socket, control_listener = control_sockets(config.listen, self._packets_received)
         self.notified: Notified | None = None
         try:
             self.notified = self._hear_changes(zone, key)
             listener, raw = forwarder_sockets(config.forwarder, shared=config.forwarder_workers > 1)
         except ZtnaError:
             self._close_sockets()
+            control_listener.close()
             raise
+        self.door = TlsDoor(
+            lambda: self.server.credentials,
+            half_open_max=config.half_open_max,
+            admit=self._admit,
+            factory=self._established_tls,
+        )
         self.forwarder = Forwarder(raw, link_limits(config), config.forwarding, config.forwarder_workers)
-        self.splicer = Splicer(listener, self._agent_waiting, link_limits(config), self.forwarder.charge)
+        # TLS and dials may come to either port: whichever a firewall leaves open is enough.
+        self.splicer = Splicer(
+            listener,
+            self._agent_waiting,
+            link_limits(config),
+            self.forwarder.charge,
+            others=(control_listener,),
+            on_tls=self.door.take,
+        )
         self.server = quic.Server(
             self._socket, credentials, settings, admit=self._admit, factory=self._established
         )
@@ -220,6 +239,7 @@ class Relay:
         """Pull SRV records and mind the time until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.puller.run(), name="srv")
+            tasks.create_task(self.door.run(), name="tls")
             while True:
                 await asyncio.sleep(TICK_SECONDS)
                 self._mind_silence()
@@ -241,6 +261,7 @@ class Relay:
         self._is_closing = True
         self.carry_out(self._sessions.abandon(time.monotonic()))
         await self.server.close_all(quic.CLOSE_OK, quic.SHUTTING_DOWN)
+        await self.door.close_all(quic.CLOSE_OK, quic.SHUTTING_DOWN)
 
     def close(self) -> None:
         """Close every socket; harmless twice."""
@@ -248,6 +269,7 @@ class Relay:
             if handle is not None:
                 handle.cancel()
         self.server.close()
+        self.door.close(quic.CLOSE_OK, quic.SHUTTING_DOWN)
         self._close_sockets()
         self.forwarder.close()
         self.splicer.close()
@@ -271,9 +293,22 @@ class Relay:
     def _admit(self, identity: Identity, alpn: str) -> None:
         self._doorkeeper.admit(identity)
 
-    def _established(self, connection: quic.Connection) -> quic.Handler:
+    def _established(self, connection: quic.Connection) -> Peer:
+        if connection.alpn == v1_peers.ALPN:
+            return self._enter(v1_peers.AgentPeer(self, self._legs, self._new_key(), connection))
+        return self._enter(ControlPeer(self, self._new_key(), connection))
+
+    def _established_tls(self, connection: TlsConnection) -> ControlPeer:
+        return self._enter(ControlPeer(self, self._new_key(), connection))
+
+    def _new_key(self) -> ConnectionKey:
         self._next_key += 1
-        peer = self._peers[self._next_key] = self._peer(connection)
+        return self._next_key
+
+    def _enter(self, peer: AnyPeer) -> AnyPeer:
+        """Take a connection in, alike whatever it is spoken over."""
+        connection = peer.connection
+        self._peers[peer.key] = peer
         identity = connection.identity
         self._doorkeeper.entered(identity)
         try:
@@ -282,16 +317,12 @@ class Relay:
             # No descriptor left, or no way back: this peer goes, and the others of the batch are served.
             forwarder = Address(*self.forwarder.address)
             peer.disconnect(Reason.LIMIT_REACHED)
-        self.carry_out(self._sessions.connected(peer.key, identity, forwarder))
+        datagrams = isinstance(connection, quic.Connection)
+        self.carry_out(self._sessions.connected(peer.key, identity, forwarder, datagrams=datagrams))
         peer.begin()
         return peer
 
-    def _peer(self, connection: quic.Connection) -> Peer:
-        if connection.alpn == v1_peers.ALPN:
-            return v1_peers.AgentPeer(self, self._legs, self._next_key, connection)
-        return ControlPeer(self, self._next_key, connection)
-
-    def _forwarder_for(self, connection: quic.Connection) -> Address | None:
+    def _forwarder_for(self, connection: quic.Connection | TlsConnection) -> Address | None:
         """Return the forwarder's address as this peer reaches it, None for v1. Raises OSError."""
         if connection.alpn == v1_peers.ALPN:
             return None

@@ -14,6 +14,7 @@ from relay.commands import LinkKey
 from relay.state import Session
 from ztna.names import SessionId
 from ztna.telemetry import RELAY_SIZES, SRV_AGE
+from ztna.tls_control import TlsConnection
 
 if TYPE_CHECKING:
     from relay.daemon import Relay
@@ -31,6 +32,7 @@ def sources(relay: Relay) -> dict[str, Callable[[], object]]:
             "address": "{}:{}".format(*relay.address),
             "draining": relay.draining,
             "half_open": relay.server.half_open,
+            "half_open_tls": relay.door.half_open,
             "sessions": len(relay.sessions.sessions),
         },
         "connections": lambda: connections(relay),
@@ -57,6 +59,7 @@ def connections(relay: Relay) -> list[dict[str, object]]:
         {
             "peer": peer.identity.name,
             "address": "{}:{}".format(*relay.peers[key].connection.peer_address),
+            "transport": "tls" if isinstance(relay.peers[key].connection, TlsConnection) else "quic",
             "connector_id": peer.connector_id,
             "services": sorted(peer.services),
             "sessions": len(peer.sessions),
@@ -116,6 +119,7 @@ def measure(relay: Relay) -> None:
     """Set the gauges that follow what a relay holds."""
     sizes = {
         "connections": len(relay.peers),
+        "tls_connections": len(relay.door.connections),
         "sessions": len(relay.sessions.sessions),
         "services": len(relay.sessions.services),
         "srv_names": relay.puller.names,

@@ -1,6 +1,6 @@
-"""One peer's connection as the relay sees it: the control stream of `ztna-v2`, framed, bounded and counted.
+"""One peer's connection as the relay sees it: the control stream of `ztna-v2`, over QUIC or TLS, bounded and counted.
 
-The handler that ztna.quic calls; what the messages mean is its owner's. Source: protocol.md, Control stream.
+The handler that ztna.quic and ztna.tls_control call; what the messages mean is its owner's. Source: protocol.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ztna import quic
 from ztna.errors import ProtocolError
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, refused
+from ztna.tls_control import TlsConnection
 from ztna.udp import SockAddr
 from ztna.wire import control, datagram
 
@@ -40,15 +41,15 @@ class Owner(Protocol):
 
 
 class ControlPeer:
-    """One connection's control stream: the handler that ztna.quic calls."""
+    """One connection's control stream: the handler that ztna.quic and ztna.tls_control call."""
 
-    def __init__(self, owner: Owner, key: ConnectionKey, connection: quic.Connection) -> None:
+    def __init__(self, owner: Owner, key: ConnectionKey, connection: quic.Connection | TlsConnection) -> None:
         self.key = key
         self.connection = connection
         self._owner = owner
         self._frames = control.FrameReader()
         self._ending: Reason | None = None
-        if connection.identity.connector:
+        if isinstance(connection, quic.Connection) and connection.identity.connector:
             connection.use_udp_payload(CONNECTOR_UDP_PAYLOAD_BYTES)
 
     def send(self, message: control.AnyMessage) -> None:
@@ -79,7 +80,9 @@ class ControlPeer:
         self.tell_address()
 
     def tell_address(self) -> None:
-        """Tell the peer where it is seen (QAD)."""
+        """Tell the peer where it is seen (QAD), unless UDP does not reach it."""
+        if isinstance(self.connection, TlsConnection):
+            return
         host, port = self.connection.peer_address
         self.connection.send_datagram(datagram.encode(datagram.Qad(host, port)))
 
@@ -92,17 +95,21 @@ class ControlPeer:
         if stream_id != CONTROL_STREAM:
             raise ProtocolError(f"stream {stream_id}: only the control stream 0 is used")
         for message in self._frames.feed(data):
-            if isinstance(message, control.UnknownMessage):
-                dropped(WHERE, "unknown_message")
-            elif self.connection.is_open:
-                self._owner.message_received(self, message)
+            self.message_received(message)
         if end and self.connection.is_open:
             self.connection.close(quic.CLOSE_OK, "control stream ended")
+
+    def message_received(self, message: control.AnyMessage | control.UnknownMessage) -> None:
+        """Take one message."""
+        if isinstance(message, control.UnknownMessage):
+            dropped(WHERE, "unknown_message")
+        elif self.connection.is_open:
+            self._owner.message_received(self, message)
 
     def peer_address_changed(self, address: SockAddr) -> None:
         """Tell the peer its new address; authority is the connection's, so nothing else changes."""
         self.tell_address()
-        if not self.connection.identity.connector:
+        if isinstance(self.connection, quic.Connection) and not self.connection.identity.connector:
             self.connection.restart_path()
 
     def connection_closed(self, code: int, reason: str) -> None:
@@ -110,7 +117,7 @@ class ControlPeer:
         self._owner.connection_closed(self, self._ending or ending(self.connection, code, reason))
 
 
-def ending(connection: quic.Connection, code: int, reason: str) -> Reason:
+def ending(connection: quic.Connection | TlsConnection, code: int, reason: str) -> Reason:
     """Return how a connection ended: its certificate does not stand any more, or it went with a word or without."""
     if connection.refusal is not None:
         return connection.refusal.reason

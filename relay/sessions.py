@@ -100,9 +100,11 @@ class Sessions:
 
     # Events.
 
-    def connected(self, key: ConnectionKey, identity: Identity, forwarder: Address | None) -> list[Command]:
-        """Take a new connection; a v1 agent knows no `forwarder`."""
-        self._peers[key] = Peer(key, identity, forwarder)
+    def connected(
+        self, key: ConnectionKey, identity: Identity, forwarder: Address | None, *, datagrams: bool = True
+    ) -> list[Command]:
+        """Take a new connection; a v1 agent knows no `forwarder`, and one over TLS takes no `datagrams`."""
+        self._peers[key] = Peer(key, identity, forwarder, takes_datagrams=datagrams)
         return []
 
     def disconnected(self, key: ConnectionKey, reason: Reason, now: float) -> list[Command]:
@@ -364,7 +366,7 @@ class Sessions:
                 if request.connector_id is not None:
                     # Who wants none but this one wants to know whether it lives: a flow may have begun there.
                     attempt.refusal = attempt.refusal or Reason.PEER_GONE
-            elif key not in attempt.tried:
+            elif key not in attempt.tried and (self._peers[key].takes_datagrams or not agent.v1):
                 return key
         raise Refused(attempt.refusal or Reason.NO_HEALTHY_CONNECTOR, request.service)
 

@@ -1,5 +1,7 @@
 """The TCP half of the forwarder: admits connections by token, joins them in pairs, and has their bytes spliced.
 
+Its ports take TLS too (a control connection, docs/blocked.md): the first byte tells, and relay.tls_door goes on.
+
 How bytes move is relay.pipes' business, and who gets a token relay.sessions' decision. Source: protocol.md, Forwarder.
 """
 
@@ -12,7 +14,7 @@ import select
 import socket
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 from relay.dialled import Dialled, Owner, Strangers, Token, Tokens, discard
 from relay.links import Limits
@@ -49,16 +51,19 @@ KEEPALIVE_PROBES = 3
 _BULK_EDGES = select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _EDGES = select.EPOLLIN | _BULK_EDGES
 _GONE = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+_TLS_HANDSHAKE = b"\x16"
+"""The first byte of TLS: the content type of its first record (RFC 8446, 5.1)."""
 _ABORT = struct.pack("ii", 1, 0)
 
 WHERE = "forwarder_tcp"
 
 
 class Splicer:
-    """The forwarder's TCP listener on the running loop.
+    """The forwarder's TCP listeners on the running loop.
 
     `on_agent_waiting(session, waiter)` is called when an agent's connection came in with a good token; the
     caller answers with `admit_connector(session, waiter, token)` and tells the connector that token.
+    `on_tls(socket, source)` takes over a connection that begins as TLS, unread; without it such are malformed.
     """
 
     def __init__(
@@ -67,12 +72,17 @@ class Splicer:
         on_agent_waiting: Callable[[SessionId, int], None],
         limits: Limits | None = None,
         charge: Callable[[Hashable, int], bool] = lambda link, size: True,
+        *,
+        others: Sequence[socket.socket] = (),
+        on_tls: Callable[[socket.socket, str], None] | None = None,
     ) -> None:
-        """Begin to accept on a listening non-blocking socket.
+        """Begin to accept on listening non-blocking sockets, of which the first is the forwarder's own.
 
         `charge(link, size)` takes bytes off a link's quota and says whether there is some left.
         """
         self._listener = listener
+        self._listeners = (listener, *others)
+        self._on_tls = on_tls
         self._on_agent_waiting = on_agent_waiting
         self._charge = charge
         self._meters = Meters(limits or Limits())
@@ -101,9 +111,10 @@ class Splicer:
         # changes only when a direction becomes bulk or is so no longer.
         self._epoll = select.epoll()
         self._loop.add_reader(self._epoll.fileno(), self._events)
-        self._resume_accepting()
+        for each in self._listeners:
+            self._resume_accepting(each)
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
-        self._pause: asyncio.TimerHandle | None = None
+        self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
         self._closed = False
 
     @property
@@ -175,16 +186,18 @@ class Splicer:
             return
         self._closed = True
         self._sweeper.cancel()
-        for timer in (self._pause, self._ticker, self._holder):
+        for timer in (*self._pauses.values(), self._ticker, self._holder):
             if timer is not None:
                 timer.cancel()
-        self._loop.remove_reader(self._listener.fileno())
+        for listener in self._listeners:
+            self._loop.remove_reader(listener.fileno())
         self._loop.remove_reader(self._epoll.fileno())
         for dialled in list(self._dialled.values()):
             self._drop(dialled, "session_ended")
         for pair in set(self._pairs.values()):
             self._end(pair, abort=True)
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         self._epoll.close()
 
     def _admit(self, token: bytes, entry: Token) -> bool:
@@ -194,17 +207,18 @@ class Splicer:
             self.refusals["limit"] += refused
         return admitted
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_WAKEUP):
             try:
-                sock, address = self._listener.accept()
+                sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError:
                 # EMFILE and the like. Who waits is still there, so an immediate retry would only burn the CPU.
                 self.refusals["limit"] += 1
-                self._loop.remove_reader(self._listener.fileno())
-                self._pause = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume_accepting)
+                self._loop.remove_reader(listener.fileno())
+                pause = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume_accepting, listener)
+                self._pauses[listener] = pause
                 return
             source = source_of(address[0])
             if not self._make_room(source):
@@ -231,8 +245,8 @@ class Splicer:
             self._drop(oldest, "limit")
         return oldest is not None
 
-    def _resume_accepting(self) -> None:
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+    def _resume_accepting(self, listener: socket.socket) -> None:
+        self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     def _events(self) -> None:
         for fd, event in self._epoll.poll(0, EVENTS_PER_WAKEUP):
@@ -249,6 +263,11 @@ class Splicer:
             # It waits for its connector and was told to say nothing before `bound`: left in the kernel.
             if event & _GONE:
                 self._drop(dialled, "no_connector")
+            return
+        if not dialled.head and self._on_tls is not None and _begins_as_tls(dialled.sock):
+            self._forget(dialled)
+            self._epoll.unregister(dialled.sock.fileno())
+            self._on_tls(dialled.sock, dialled.source)
             return
         while (missing := wire.DIAL_IN_BYTES - len(dialled.head)) > 0:
             try:
@@ -460,6 +479,14 @@ def listen(address: SockAddr) -> socket.socket:
         raise ZtnaError(f"TCP {host}:{port}: {os.strerror(error.errno or 0)}") from error
     listener.setblocking(False)
     return listener
+
+
+def _begins_as_tls(sock: socket.socket) -> bool:
+    """Look at the first byte, leaving it where it is; what is wrong with a socket its first read tells."""
+    try:
+        return sock.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE
+    except OSError:
+        return False
 
 
 def tune(sock: socket.socket) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ztna.config import Endpoint, RelayConfig
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError, ZtnaError
 from ztna.runtime import Readiness
+from ztna.udp import SockAddr, UdpSocket
 from ztna.udp_bulk import BulkSocket
 from ztna.wire.control import Address
 
@@ -117,6 +119,21 @@ def forwarder_sockets(endpoint: Endpoint, *, shared: bool) -> tuple[socket.socke
         except ZtnaError:
             listener.close()
             # With port 0 the port that TCP got may be somebody's on UDP: another one then.
+            if endpoint.port or attempt == PORT_ATTEMPTS - 1:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+def control_sockets(
+    endpoint: Endpoint, received: Callable[[list[tuple[bytes, SockAddr]]], None]
+) -> tuple[UdpSocket, socket.socket]:
+    """Return the UDP socket that QUIC comes to and the TCP listener of the same port. Raises ZtnaError."""
+    for attempt in range(PORT_ATTEMPTS):
+        udp = UdpSocket.open((endpoint.host, endpoint.port), received)
+        try:
+            return udp, splicer.listen((endpoint.host, udp.address[1]))
+        except ZtnaError:
+            udp.close()
             if endpoint.port or attempt == PORT_ATTEMPTS - 1:
                 raise
     raise AssertionError("the loop returns or raises")

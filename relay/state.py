@@ -32,6 +32,8 @@ class Peer:
     link_address: Address | None = None
     services: set[ServiceName] = field(default_factory=set)
     sessions: set[SessionId] = field(default_factory=set)
+    takes_datagrams: bool = True
+    """Whether packets of `ztna-v1` can be put to it: not over TLS."""
     silent_since: float | None = None
     conflicts: dict[str, control.Conflict] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)

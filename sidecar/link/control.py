@@ -1,15 +1,13 @@
-"""One `ztna-v2` connection to a relay, kept alive: hello, messages both ways, and again after a loss.
+"""One `ztna-v2` connection to a relay, kept alive: messages both ways, again after a loss, another one when better.
 
-What a message means is the owner's. Connects from a UDP socket of its own each time, and asks the resolver each
-time, so that a relay that moved is found. Source: protocol.md, Control stream.
+What a message means is the owner's, how a connection comes to be sidecar.link.dialling's. Source: protocol.md, Control
+stream.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,54 +17,29 @@ from typing import Any
 
 import msgspec
 
-from sidecar.link.patience import patience
-from sidecar.link.pulse import BUSY_PING_SECONDS, GONE_SECONDS, PING_SECONDS, Life, Pulse
-from ztna.config import Endpoint, RelayTarget
+from sidecar.link.control_stream import WHERE, Control
+from sidecar.link.dialling import Dialled, Dialler
+from sidecar.link.pulse import BUSY_PING_SECONDS, GONE_SECONDS, Life, Pulse
+from sidecar.link.transports import Transport, Transports
+from ztna.config import RelayTarget
 from ztna.credentials import Credentials
-from ztna.errors import LinkError, ProtocolError, Refused
+from ztna.errors import LinkError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.names import ServiceName, SessionId
-from ztna.quic import (
-    CLOSE_OK,
-    CLOSE_PROTOCOL_ERROR,
-    HANDSHAKE_SECONDS,
-    RENEWED,
-    Client,
-    Connection,
-    Settings,
-)
+from ztna.quic import CLOSE_OK, RENEWED, Connection
 from ztna.quic_engine import close_code
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
-from ztna.udp import SockAddr, UdpSocket
+from ztna.tls_control import TlsConnection
+from ztna.udp import SockAddr
 from ztna.verdicts import wall_clock
-from ztna.wire import datagram
-from ztna.wire.control import (
-    FEATURES,
-    PROTOCOL_VERSION,
-    AnyMessage,
-    FrameReader,
-    Hello,
-    Offered,
-    Opened,
-    UnknownMessage,
-    encode,
-)
+from ztna.wire.control import Address, AnyMessage, Offered, Opened
 
-ALPN = "ztna-v2"
-UDP_PAYLOAD_BYTES = 1200
-UDP_PAYLOAD_PROBED_BYTES = 1350
-CONNECTOR_UDP_PAYLOAD_BYTES = 1360
-CONNECT_SECONDS = 5.0
-"""How long a relay may be silent amid a handshake: a busy one, to whom many come back at once, is waited for longer."""
 HELLO_SECONDS = 5.0
 LOOK_SECONDS = BUSY_PING_SECONDS
 """How often at least it is looked whether the relay is needed (`is_busy`) and still there."""
 BACKOFF_SECONDS_MIN = 0.2
 BACKOFF_SECONDS_MAX = 3.0
-
-_CONTROL_STREAM = 0
-_WHERE = "relay_client"
 
 _log = logger(__name__)
 
@@ -81,7 +54,15 @@ RENEW_RETRY_SECONDS_MAX = 60.0
 RENEW_TRIES = 20
 """Over what is left, so that thousands of agents do not come back each second for an hour."""
 
-_numbers = itertools.count(1)
+AnyConnection = Connection | TlsConnection
+
+
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """A connection that is being dialled while one stands: for a renewed certificate, or over `only` this transport."""
+
+    dialling: asyncio.Task[Dialled]
+    only: Transport | None = None
 
 
 class RelayClient:
@@ -127,7 +108,10 @@ class RelayClient:
         """Why the last connection ended: what the relay said of our certificate, else that it is gone."""
         self._number = 0
         self._hosts: frozenset[str] = frozenset()
-        self._control: _Control | None = None
+        self._control: Control | None = None
+        self._dialler = Dialler(target, self, self._check)
+        self._transports = Transports()
+        self._renew_at = 0.0
 
     @property
     def connected(self) -> bool:
@@ -143,6 +127,17 @@ class RelayClient:
     def peer(self) -> Identity | None:
         """The relay, while connected."""
         return None if self._control is None else self._control.peer
+
+    @property
+    def transport(self) -> Transport | None:
+        """What the connection goes over, None while there is none."""
+        return self._control.transport if self._control is not None else None
+
+    def dial_at(self, forwarder: Address) -> SockAddr:
+        """Return where to dial in for TCP flows: at the one port that is known to be open, while UDP is blocked."""
+        if self._control is not None and self.transport is Transport.TLS:
+            return self._control.peer_address
+        return forwarder.ip, forwarder.port
 
     def send(self, message: AnyMessage) -> bool:
         """Send a message; False when not connected or the relay's features lack its type.
@@ -172,7 +167,7 @@ class RelayClient:
         failures = 0
         while True:
             try:
-                standing: _Dialled | None = await self._dial(None)
+                standing: Dialled | None = await self._dial()
                 while standing is not None:
                     standing = await self._stay(standing)
                 failures = 0
@@ -181,55 +176,34 @@ class RelayClient:
                 self._failed(str(error))
             await asyncio.sleep(_backoff(failures))
 
-    async def _dial(self, before: Identity | None) -> _Dialled:
+    async def _dial(
+        self,
+        before: Identity | None = None,
+        only: Transport | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Dialled:
         """Connect and exchange hellos, upon which it takes the place of the connection before, of that relay's leaf.
 
-        Raises LinkError or Refused.
+        Raises LinkError or Refused, LinkError too when it came about and is not `is_wanted` any more.
         """
-        address, hosts = await _resolve(self.target.address)
-        credentials = self._credentials
-        controls: list[_Control] = []
-        client: Client | None = None
-
-        def received(packets: list[tuple[bytes, SockAddr]]) -> None:
-            if client is not None:
-                client.packets_received(packets)
-
-        def make(connection: Connection) -> _Control:
-            controls.append(_Control(self, connection, next(_numbers), credentials, hosts))
-            return controls[0]
-
-        path = UdpSocket.open(("::" if ":" in address[0] else "0.0.0.0", 0), received)
+        dialled = await self._dialler.dial(
+            self._credentials, only=only, head_start_s=self._transports.head_start_s
+        )
         try:
-            client = Client(
-                path,
-                address,
-                f"relay.{self.target.name}.ztna",
-                credentials,
-                _settings(credentials.identity),
-                check=self._check,
-                factory=make,
-            )
-            connection = await self._connect(client)
-            is_same = before is not None and before.fingerprint == connection.identity.fingerprint
+            relay, credentials = dialled.connection.identity, dialled.control.credentials
+            is_same = before is not None and before.fingerprint == relay.fingerprint
             if is_same and _same_leaf(credentials, self.proven):
                 raise LinkError(f"relay {self.target.name} was not renewed yet")
-            await self._greet(connection, controls[0])
+            if not is_wanted():
+                raise LinkError(f"relay {self.target.name} answers as before")
+            await self._greet(dialled.connection, dialled.control)
         except BaseException:
-            if client is not None:
-                client.close()
-            path.close()
+            dialled.close("")
             raise
-        return _Dialled(client, path, connection, controls[0])
+        self._transports.connected(dialled.control.transport, time.monotonic())
+        return dialled
 
-    async def _connect(self, client: Client) -> Connection:
-        try:
-            async with patience(CONNECT_SECONDS, lambda: client.connection and client.connection.heard_at):
-                return await client.connect(HANDSHAKE_SECONDS)
-        except TimeoutError:
-            raise LinkError(f"relay {self.target.name} does not answer ({CONNECT_SECONDS:g} s)") from None
-
-    async def _greet(self, connection: Connection, control: _Control) -> None:
+    async def _greet(self, connection: AnyConnection, control: Control) -> None:
         control.greet()
         with suppress(TimeoutError):
             async with asyncio.timeout(HELLO_SECONDS):
@@ -237,29 +211,28 @@ class RelayClient:
         if not control.greeted.done():
             raise LinkError(_ending(connection) or f"relay {self.target.name} said no hello")
 
-    async def _stay(self, standing: _Dialled) -> _Dialled | None:
+    async def _stay(self, standing: Dialled) -> Dialled | None:
         """Keep a connection until it ends (None) or another one has taken its place."""
         connection = standing.connection
-        renewing: asyncio.Task[_Dialled] | None = None
+        other: _Other | None = None
         pulse = Pulse(time.monotonic())
         # Not two at once: a flow that is being opened finds its session gone at each.
-        renew_at = time.monotonic() + random.uniform(1.0, 2.0) * RENEW_RETRY_SECONDS_MIN
+        self._renew_at = time.monotonic() + random.uniform(1.0, 2.0) * RENEW_RETRY_SECONDS_MIN
         try:
             while not connection.closed.done():
-                now = time.monotonic()
-                left = self._beat(connection, pulse, now)
-                if renewing is None and now >= renew_at and self._must_renew(standing):
-                    renewing = asyncio.ensure_future(self._dial(connection.identity))
+                left = self._beat(connection, pulse, time.monotonic())
+                if other is None:
+                    other = self._look_for_another(standing, pulse)
                 waited: set[asyncio.Future[Any]] = {connection.closed}
-                if renewing is not None:
-                    waited.add(renewing)
+                if other is not None:
+                    waited.add(other.dialling)
                 await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if renewing is not None and renewing.done():
-                    newer, renewing = self._renewed(renewing), None
+                if other is not None and other.dialling.done():
+                    newer = self._has_come(other, connection.identity)
                     if newer is not None:
                         return newer
-                    renew_at = time.monotonic() + _renew_pause(connection.identity)
-            return None if renewing is None else await renewing
+                    other = None
+            return None if other is None or other.only is not None else await other.dialling
         finally:
             if self._control is standing.control:
                 self.lost_by = _judgement(connection)
@@ -267,11 +240,38 @@ class RelayClient:
                 standing.close("")
             else:
                 standing.close(RENEWED)
-            if renewing is not None and not renewing.done():
-                renewing.cancel()
-                await asyncio.wait((renewing,))
+            if other is not None and not other.dialling.done():
+                other.dialling.cancel()
+                await asyncio.wait((other.dialling,))
 
-    def _beat(self, connection: Connection, pulse: Pulse, now: float) -> float:
+    def _look_for_another(self, standing: Dialled, pulse: Pulse) -> _Other | None:
+        """Begin to dial again if another connection would be better than the one that stands."""
+        now = time.monotonic()
+        if now >= self._renew_at and self._must_renew(standing):
+            return _Other(asyncio.ensure_future(self._dial(standing.connection.identity)))
+        only = self._transports.wanted(pulse.life, now)
+        if only is None:
+            return None
+
+        def is_wanted() -> bool:
+            return only is Transport.QUIC or pulse.life is not Life.UP
+
+        return _Other(asyncio.ensure_future(self._dial(only=only, is_wanted=is_wanted)), only)
+
+    def _has_come(self, other: _Other, relay: Identity) -> Dialled | None:
+        """Return the connection that took the place of the one that stands, None when nothing came of it."""
+        try:
+            return other.dialling.result()
+        except (LinkError, Refused) as error:
+            if other.only is None:
+                _log.warning("relay_not_renewed", relay=self.target.name, error=error)
+                self._renew_at = time.monotonic() + _renew_pause(relay)
+            else:
+                _log.debug("relay_not_reached", relay=self.target.name, over=other.only, error=error)
+                self._transports.failed(time.monotonic())
+        return None
+
+    def _beat(self, connection: AnyConnection, pulse: Pulse, now: float) -> float:
         """Look whether the relay lives, and return when to look again, in seconds. Raises LinkError when it is gone."""
         busy = self._is_busy(self)
         if pulse.step(connection.heard_at, now, busy=busy):
@@ -283,21 +283,14 @@ class RelayClient:
         self._on_pulse(self)
         return min(LOOK_SECONDS, max(0.0, pulse.next_timer(busy=busy) - time.monotonic()))
 
-    def _must_renew(self, standing: _Dialled) -> bool:
+    def _must_renew(self, standing: Dialled) -> bool:
         """Say whether the connection proves one end with a certificate that is not, or not much longer, the one."""
         if not _same_leaf(self._credentials, standing.control.credentials):
             return True
         relay = standing.connection.identity
         return relay.not_after - wall_clock() < min(relay.lifetime * RENEW_PART, RENEW_LEFT_MAX)
 
-    def _renewed(self, renewing: asyncio.Task[_Dialled]) -> _Dialled | None:
-        try:
-            return renewing.result()
-        except (LinkError, Refused) as error:
-            _log.warning("relay_not_renewed", relay=self.target.name, error=error)
-            return None
-
-    def greeted(self, control: _Control) -> None:
+    def greeted(self, control: Control) -> None:
         """Take the control stream into use, in place of the one before (called by the connection's handler)."""
         if self._control is not None:
             self.lost_by = Reason.PEER_GONE
@@ -310,7 +303,7 @@ class RelayClient:
         self.life, self.rtt_s = Life.UP, None
         self._on_connected(self)
 
-    def received(self, control: _Control, message: AnyMessage) -> None:
+    def received(self, control: Control, message: AnyMessage) -> None:
         """Pass a message on (called by the connection's handler)."""
         if control is not self._control:
             return  # of sessions that were given up with its connection
@@ -328,14 +321,14 @@ class RelayClient:
             or forwarder.address in self.target.forwarders
         ):
             return message
-        refused(_WHERE, Reason.UNTRUSTED)
+        refused(WHERE, Reason.UNTRUSTED)
         _log.warning("forwarder_refused", relay=self.target.name, forwarder=forwarder.address)
         return msgspec.structs.replace(message, forwarder=None)
 
-    def packet_received(self, control: _Control, session: SessionId, packet: bytes) -> None:
+    def packet_received(self, control: Control, session: SessionId, packet: bytes) -> None:
         """Pass an IP packet of a v1 session on (called by the connection's handler)."""
         if self._on_packet is None or control is not self._control:
-            dropped(_WHERE, "unexpected_datagram")
+            dropped(WHERE, "unexpected_datagram")
         else:
             self._on_packet(self, session, packet)
 
@@ -355,123 +348,6 @@ class RelayClient:
         self.problem = problem
 
 
-@dataclass(frozen=True, slots=True)
-class _Dialled:
-    """A connection with all that hangs on it."""
-
-    client: Client
-    path: UdpSocket
-    connection: Connection
-    control: _Control
-
-    def close(self, reason: str) -> None:
-        self.client.close(CLOSE_OK, reason)
-        self.path.close()
-
-
-class _Control:
-    """The handler of one connection: frames of stream 0, and the QAD datagrams."""
-
-    def __init__(
-        self,
-        client: RelayClient,
-        connection: Connection,
-        number: int,
-        credentials: Credentials,
-        hosts: frozenset[str],
-    ) -> None:
-        self.peer = connection.identity
-        self.number = number
-        self.credentials = credentials
-        self.hosts = hosts
-        self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._client = client
-        self._connection = connection
-        self._reader = FrameReader()
-        self._types: frozenset[str] = frozenset()
-
-    def greet(self) -> None:
-        """Say our hello, on the first stream a client opens."""
-        stream_id = self._connection.open_stream()
-        if stream_id != _CONTROL_STREAM:
-            raise LinkError(f"the control stream has id {stream_id}, expected {_CONTROL_STREAM}")
-        self._connection.send_stream(_CONTROL_STREAM, encode(Hello()))
-
-    def send(self, message: AnyMessage) -> bool:
-        kind = message.__struct_config__.tag
-        if kind not in self._types:
-            dropped(_WHERE, "not_in_features")
-            return False
-        if self._connection.send_stream(_CONTROL_STREAM, encode(message)):
-            return True
-        self._connection.close(CLOSE_PROTOCOL_ERROR, "control stream is stuck")
-        return False
-
-    def ping(self) -> None:
-        self._connection.ping()
-
-    def send_packet(self, session: SessionId, service: ServiceName, packet: bytes) -> bool:
-        data = datagram.encode(datagram.SessionPacket(session, packet))
-        return self._connection.send_datagram(data, service)
-
-    def datagram_received(self, data: bytes) -> None:
-        try:
-            message = datagram.decode(data)
-        except ProtocolError:
-            dropped(_WHERE, "malformed_datagram")
-            return
-        if isinstance(message, datagram.Qad):
-            self._client.observed = (message.ip, message.port)
-        elif isinstance(message, datagram.SessionPacket) and self.greeted.done():
-            self._client.packet_received(self, message.session, message.packet)
-        else:
-            dropped(_WHERE, "unexpected_datagram")
-
-    def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
-        if stream_id != _CONTROL_STREAM:
-            raise ProtocolError(f"data on stream {stream_id}; the control stream is {_CONTROL_STREAM}")
-        for message in self._reader.feed(data):
-            self._take(message)
-        if end:
-            raise ProtocolError("the control stream ended")
-
-    def peer_address_changed(self, address: SockAddr) -> None:
-        """Nothing hangs on the relay's address."""
-
-    def connection_closed(self, code: int, reason: str) -> None:
-        """RelayClient waits for it on the connection."""
-
-    def _take(self, message: AnyMessage | UnknownMessage) -> None:
-        if isinstance(message, UnknownMessage):
-            dropped(_WHERE, "unknown_message")
-        elif self.greeted.done():
-            if isinstance(message, Hello):
-                raise ProtocolError("a second hello")
-            self._client.received(self, message)
-        else:
-            self._hello(message)
-
-    def _hello(self, message: AnyMessage) -> None:
-        if not isinstance(message, Hello):
-            raise ProtocolError("expected hello first")
-        if message.version != PROTOCOL_VERSION:
-            raise ProtocolError(f"control version {message.version}, expected {PROTOCOL_VERSION}")
-        self._types = message.features & FEATURES
-        self.greeted.set_result(None)
-        self._client.greeted(self)
-
-
-def _settings(identity: Identity) -> Settings:
-    """Return how to speak to a relay. Source: protocol.md: 1360 bytes between relay and connector, less elsewhere."""
-    return Settings(
-        alpn=(ALPN,),
-        udp_payload=CONNECTOR_UDP_PAYLOAD_BYTES if identity.connector else UDP_PAYLOAD_BYTES,
-        udp_payload_probe=UDP_PAYLOAD_PROBED_BYTES,
-        ping_interval_s=PING_SECONDS,
-        where=_WHERE,
-    )
-
-
 def _renew_pause(relay: Identity) -> float:
     left_s = (relay.not_after - wall_clock()).total_seconds()
     return random.uniform(0.5, 1.0) * min(
@@ -483,7 +359,7 @@ def _same_leaf(one: Credentials, other: Credentials) -> bool:
     return one.identity.fingerprint == other.identity.fingerprint
 
 
-def _judgement(connection: Connection) -> Reason:
+def _judgement(connection: AnyConnection) -> Reason:
     """Return what the relay found wrong with our certificate, when that is why it closed the connection."""
     if connection.closed.done() and connection.refusal is None:
         code, phrase = connection.closed.result()
@@ -493,7 +369,7 @@ def _judgement(connection: Connection) -> Reason:
     return Reason.PEER_GONE
 
 
-def _ending(connection: Connection) -> str | None:
+def _ending(connection: AnyConnection) -> str | None:
     if not connection.closed.done():
         return None
     code, reason = connection.closed.result()
@@ -503,17 +379,3 @@ def _ending(connection: Connection) -> str | None:
 def _backoff(failures: int) -> float:
     longest = min(BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN * 2.0 ** min(failures, 8))
     return random.uniform(BACKOFF_SECONDS_MIN / 2, longest)
-
-
-async def _resolve(endpoint: Endpoint) -> tuple[SockAddr, frozenset[str]]:
-    """Return the first address, IPv4 preferred, and every host's. Raises LinkError when there is none."""
-    loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)
-    except OSError as error:
-        raise LinkError(f"{endpoint.host}: {error.strerror or error}") from None
-    if not found:
-        raise LinkError(f"{endpoint.host} has no address")
-    family_first = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
-    host, port = family_first[0][4][:2]
-    return (str(host), int(port)), frozenset(str(entry[4][0]) for entry in found)

@@ -345,9 +345,9 @@ async def test_a_flood_of_strangers_keeps_nobody_out_who_has_a_token(
 
 async def test_out_of_descriptors_it_pauses_and_then_accepts_who_waited(rig: Rig) -> None:
     rig.splicer.admit_agent(SESSION, AGENT_TOKEN)
-    real = rig.splicer._listener
-    exhausted = OutOfDescriptors(real)
-    rig.splicer._listener = exhausted  # type: ignore[assignment]
+    exhausted = OutOfDescriptors(rig.splicer._listener)
+    rig.splicer._loop.remove_reader(exhausted.fileno())
+    rig.splicer._resume_accepting(exhausted)  # type: ignore[arg-type]
     agent = await rig.dial(wire.dial_in(AGENT_TOKEN))
     assert await asyncio.wait_for(rig.waiting.get(), DEADLINE_S)
     assert rig.splicer.refusals == {"limit": 3}

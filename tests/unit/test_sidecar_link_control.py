@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from sidecar.link import control
-from sidecar.link.control import RelayClient, _settings
+from sidecar.link.control import RelayClient
+from sidecar.link.dialling import settings
 from tests.support.certificates import Pki
 from tests.support.fake_relay import FakeRelay, fake_relay
 from ztna.config import Endpoint, RelayTarget
@@ -22,6 +23,7 @@ from ztna.errors import IdentityError, Refused
 from ztna.identity import Identity
 from ztna.jsontypes import Binary, Secret
 from ztna.names import ServiceName, SessionId
+from ztna.quic import Connection
 from ztna.reasons import Reason
 from ztna.telemetry import REFUSALS
 from ztna.wire.control import Accepted, Address, Closed, ForwarderBind, Health, Hello, Offered, PeerIdentity
@@ -89,12 +91,14 @@ async def test_messages_go_both_ways(pki: Pki) -> None:
 async def test_packets_are_as_large_as_the_way_is_known_to_carry(pki: Pki, role: str, size: int) -> None:
     """protocol.md: 1360 between relay and connector, elsewhere 1200 until a probe of 1350 was acknowledged."""
     owner_pki = pki.credentials(pki.connector() if role == "connector" else pki.agent())
-    assert _settings(owner_pki.identity).udp_payload == (1360 if role == "connector" else 1200)
+    assert settings(owner_pki.identity).udp_payload == (1360 if role == "connector" else 1200)
     async with fake_relay(pki) as relay, running(pki, relay.target, owner_pki) as owner:
         await relay.peer()
         assert (await owner.next())[0] == "connected"
         assert owner.client._control is not None
-        engine = owner.client._control._connection._engine
+        connection = owner.client._control._connection
+        assert isinstance(connection, Connection)
+        engine = connection._engine
         async with asyncio.timeout(WAIT_SECONDS):
             while engine.udp_payload != size:
                 await asyncio.sleep(0.01)

@@ -5,7 +5,8 @@
     | n    | JSON, n bytes, <= 64 KiB   |     source: protocol.md, Control stream
     +------+----------------------------+
 
-Knows no rule about who may send what; relay.policy and relay.sessions do.
+The same over TLS, where `ping`, `pong` and `goodbye` do what QUIC has frames for. Knows no rule about who may send
+what; relay.policy and relay.sessions do.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ FEATURES = frozenset(
 )  # fmt: skip
 
 UNKNOWN_TYPE_CHARACTERS = 64
+PHRASE_CHARACTERS_MAX = 256
 
 _LENGTH = struct.Struct(">I")
 
@@ -291,6 +293,23 @@ class Drain(Message, frozen=True, tag=_snake):
     relays: tuple[str, ...] = ()
 
 
+class Ping(Message, frozen=True, tag=_snake):
+    """Either way over TLS: answer with a `pong` at once."""
+
+
+class Pong(Message, frozen=True, tag=_snake):
+    """The answer to a `ping`."""
+
+
+class Goodbye(Message, frozen=True, tag=_snake):
+    """Either way over TLS, the last message: code and phrase of what would be a CONNECTION_CLOSE on QUIC."""
+
+    code: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+    reason: Annotated[str, msgspec.Meta(max_length=PHRASE_CHARACTERS_MAX)] = ""
+
+
+LifeMessage = Ping | Pong | Goodbye
+
 AnyMessage = (
     Hello | Register | Registered | Refused | Open | Offered | Accepted | Opened | Denied | Dial | DialToken
     | Carry | Closed | CandidateOffer | CandidateAnswer | StartPunching | PunchingResult | Health | Conflict
@@ -315,7 +334,7 @@ class UnknownMessage(msgspec.Struct, frozen=True):
     type: str
 
 
-def encode(message: AnyMessage) -> bytes:
+def encode(message: AnyMessage | LifeMessage) -> bytes:
     """Return the message as one whole frame. Raises ProtocolError when it is over MESSAGE_BYTES_MAX."""
     body = to_json(message)
     if len(body) > MESSAGE_BYTES_MAX:
@@ -329,7 +348,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[AnyMessage | UnknownMessage]:
+    def feed(self, data: bytes | memoryview) -> list[AnyMessage | UnknownMessage]:
         """Return the messages that these bytes complete, in order.
 
         Raises ProtocolError for a frame over MESSAGE_BYTES_MAX as soon as its length is there, and
@@ -337,6 +356,11 @@ class FrameReader:
         """
         self._buffer += data
         return [_decode(body) for body in self._bodies()]
+
+    def feed_tls(self, data: bytes | memoryview) -> list[AnyMessage | LifeMessage | UnknownMessage]:
+        """Return the messages that these bytes of a TLS connection complete, as `feed`."""
+        self._buffer += data
+        return [_decode_tls(body) for body in self._bodies()]
 
     def _bodies(self) -> Iterator[bytes]:
         start = 0
@@ -357,6 +381,8 @@ class _Typed(msgspec.Struct, frozen=True):
 
 
 _MESSAGES: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage, dec_hook=decode_hook)
+_LIFE_MESSAGES: msgspec.json.Decoder[LifeMessage] = msgspec.json.Decoder(LifeMessage)
+_LIFE_TYPES = frozenset({"ping", "pong", "goodbye"})
 _TYPES = msgspec.json.Decoder(_Typed)
 _KNOWN_TYPES = FEATURES | {"hello"}
 
@@ -369,3 +395,10 @@ def _decode(body: bytes) -> AnyMessage | UnknownMessage:
         if type_ in _KNOWN_TYPES:
             raise ProtocolError(f"control message {type_}: {error}") from None
         return UnknownMessage(type_[:UNKNOWN_TYPE_CHARACTERS])
+
+
+def _decode_tls(body: bytes) -> AnyMessage | LifeMessage | UnknownMessage:
+    message = _decode(body)
+    if isinstance(message, UnknownMessage) and message.type in _LIFE_TYPES:
+        return decoding(_LIFE_MESSAGES, body)
+    return message
