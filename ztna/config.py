@@ -255,8 +255,8 @@ class RelayConfig(Section, frozen=True, kw_only=True):
 
     name: Annotated[str, about("Its name, which its certificate carries as relay.<name>.ztna.", "edge-1")]
     tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
-    listen: Annotated[Endpoint, about("Where agents and connectors connect (QUIC).")] = Endpoint(
-        "0.0.0.0", 4433
+    listen: Annotated[Endpoint, about("Where agents and connectors connect: UDP (QUIC) and TCP (TLS).")] = (
+        Endpoint("0.0.0.0", 4433)
     )
     forwarder: Annotated[
         Endpoint, about("Where links that have no direct path are forwarded, UDP and TCP.")
@@ -341,7 +341,9 @@ class RelayConfig(Section, frozen=True, kw_only=True):
     leave_grace_s: Annotated[
         Seconds, about("How long such sessions go on in any case, as checks may flap; in seconds.")
     ] = 10.0
-    half_open_max: Annotated[Count, about("The most handshakes under way at once.")] = 1000
+    half_open_max: Annotated[
+        Count, about("The most handshakes under way at once, of QUIC and of TLS each.")
+    ] = 1000
     half_open_per_source: Annotated[
         Count, about("The most of them from one IPv4 address or IPv6 /64; many hosts may share a NAT.")
     ] = 250

@@ -158,6 +158,8 @@ class _Endpoint(ABC):
         )
         # What the peer gives as its reason is its own invention: each would be a line.
         own = str(connection.refusal.reason) if connection.refusal is not None else ""
+        if not (was_open or reason or own) and code == CLOSE_OK:
+            return  # nobody refused: a client gave up
         if self._quiet.allows((event, name or host, own), self.clock()):
             _log.info(
                 event,

@@ -128,7 +128,7 @@ SESSION_ENDS = Counter(
 )
 RELAY_SIZES = Gauge(
     "ztna_relay_live",
-    "What a relay holds: connections, sessions, services registered, srv names, links, tcp pairs.",
+    "What a relay holds: connections (of them over TLS), sessions, services registered, srv names, links, tcp pairs.",
     ("what",),
     registry=REGISTRY,
 )

@@ -21,7 +21,8 @@ from ztna.identity import Identity, require_connector
 from ztna.names import ConnectorId
 from ztna.reasons import Reason
 from ztna.telemetry import dropped
-from ztna.wire.control import Dial, DialToken
+from ztna.udp import SockAddr
+from ztna.wire.control import Address, Dial, DialToken
 
 IDLE_SECONDS = 60.0
 IDLE_PER_CONNECTOR_MAX = 4
@@ -57,14 +58,18 @@ class Carriers:
         credentials: Callable[[str], Credentials],
         *,
         send: Callable[[str, Dial], object],
+        dial_at: Callable[[str, Address], SockAddr],
         direct: bool,
     ) -> None:
         """`send` puts a message on the control connection to a relay; `direct` allows direct carriers.
+
+        `dial_at` says where to dial in for a relay's forwarder.
 
         `credentials` are those that a relay's sessions were opened with: the connector expects that very leaf.
         """
         self._credentials = credentials
         self._send = send
+        self._dial_at = dial_at
         self._direct = direct
         self._budget = Budget()
         self._loop = asyncio.get_running_loop()
@@ -182,7 +187,7 @@ class Carriers:
         token, own = await self._token(session), self._credentials(session.relay)
         round_trips_s = FORWARDER_ROUND_TRIPS * (self._loop.time() - asked_at)
         carrier = await Carrier.dial_forwarder(
-            (forwarder.address.ip, forwarder.address.port),
+            self._dial_at(session.relay, forwarder.address),
             token,
             own,
             partial(_check, session),

@@ -136,7 +136,9 @@ class Agent:
             ),
         )
         self._network = Network(self._network_changed)
-        self._carriers = Carriers(self._proven, send=self._send, direct=config.direct)
+        self._carriers = Carriers(
+            self._proven, send=self._send, dial_at=self._relays.dial_at, direct=config.direct
+        )
         self._streams = Streams(self._broker, self._carriers, tasks=tasks)
         self._links = Links(
             self._proven,
@@ -215,6 +217,7 @@ class Agent:
                     "relay": label,
                     "state": self._broker.sessions.relays.state(label),
                     "preferred": self._broker.sessions.relays.preferred == label,
+                    "transport": client.transport,
                     "rtt_ms": _milliseconds(client.rtt_s),
                     "problem": client.problem,
                 }
@@ -284,7 +287,7 @@ class Agent:
             self._relay_event(RelayUp(self._relays.label(client)))
 
     def _connected(self, client: RelayClient) -> None:
-        _log.info("relay_connected", relay=self._relays.label(client))
+        _log.info("relay_connected", relay=self._relays.label(client), transport=client.transport)
         self._daemon.readiness.done("relay")
         self._relay_event(RelayUp(self._relays.label(client)))
         for conflict in self._ranges.conflicts():

@@ -314,13 +314,14 @@ class _Connector:
             on_lost=self._relay_lost,
             on_packet=self._packet,
             on_pulse=lambda client: self._network.observed(client.connection, client.observed),
+            is_busy=lambda client: self._serving.sessions.has_any(client.connection),
         )
 
     def _relay_gone(self, label: str) -> None:
         self._refusals.pop(label, None)
 
     def _relay_connected(self, client: RelayClient) -> None:
-        _log.info("relay_connected", relay=client.target.name)
+        _log.info("relay_connected", relay=client.target.name, transport=client.transport)
         self._refusals[self._relays.label(client)] = {}
         self._serving.relay_connected(client)
         self._show_newest()
@@ -412,6 +413,7 @@ class _Connector:
                     "name": relay.target.name,
                     "address": str(relay.target.address),
                     "connected": relay.connected,
+                    "transport": relay.transport,
                     "problem": relay.problem,
                     "refused": self._refusals.get(self._relays.label(relay), {}),
                 }

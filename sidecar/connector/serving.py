@@ -184,9 +184,9 @@ class Serving:
         if self._carrying >= CARRYING_MAX:
             raise Refused(Reason.LIMIT_REACHED, f"{CARRYING_MAX} dials at forwarders")
         self._carrying += 1
-        address = session.forwarder.address
+        address = client.dial_at(session.forwarder.address)
         task = self._tasks.create_task(
-            self._carry(session, (address.ip, address.port), message.token), name="dial in at the forwarder"
+            self._carry(session, address, message.token), name="dial in at the forwarder"
         )
         task.add_done_callback(self._carried)
 

@@ -134,6 +134,10 @@ class Sessions:
                 return found
         raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} for {service} from {agent}")
 
+    def has_any(self, connection: RelayConnection) -> bool:
+        """Say whether any live session came by this relay connection."""
+        return any(key[0] == connection for key in self._live)
+
     def has_service(self, agent: str, service: ServiceName) -> bool:
         """Say whether the agent of that name has a live session for the service."""
         return (agent, service) in self._services

@@ -16,7 +16,8 @@ from ztna.errors import ConfigError
 from ztna.names import Zone
 from ztna.resolver import Resolver
 from ztna.telemetry import logger
-from ztna.wire.control import AnyMessage
+from ztna.udp import SockAddr
+from ztna.wire.control import Address, AnyMessage
 
 RESOLVER_SECONDS = 3.0
 LEAVE_SECONDS = 30.0
@@ -83,6 +84,11 @@ class RelayClients:
         if resolvers:
             resolver = Resolver(resolvers, RESOLVER_SECONDS)
             self._tasks.create_task(follow_relays(resolver, domain, self.found), name="relay discovery")
+
+    def dial_at(self, label: str, forwarder: Address) -> SockAddr:
+        """Return where to dial in for TCP flows of a relay's sessions."""
+        client = self._clients.get(label)
+        return (forwarder.ip, forwarder.port) if client is None else client.dial_at(forwarder)
 
     def use_credentials(self, credentials: Credentials) -> None:
         """Have all prove themselves with these from now on."""

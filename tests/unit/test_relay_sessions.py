@@ -68,9 +68,12 @@ class World:
                 self.inbox.setdefault(command.to, []).extend(command.news)
         return commands
 
-    def join(self, key: int, hello: bool = True, v1: bool = False, **grants: object) -> None:
+    def join(
+        self, key: int, hello: bool = True, v1: bool = False, tls: bool = False, **grants: object
+    ) -> None:
         name, forwarder = grants.pop("name", f"peer-{key}"), None if v1 else HERE
-        self.do(self.sessions.connected(key, identity(str(name), **grants), forwarder))  # type: ignore[arg-type]
+        who = identity(str(name), **grants)  # type: ignore[arg-type]
+        self.do(self.sessions.connected(key, who, forwarder, datagrams=not tls))
         if hello:
             self.say(key, control.Hello())
 
@@ -262,6 +265,17 @@ def test_a_v1_agent_s_session_says_so_and_has_no_link(world: World) -> None:
     assert world.take(9, control.Closed).reason is Reason.DRAINING
     assert not [each for each in world.commands if isinstance(each, AddLink | RemoveLink)]
     assert world.opened(ALICE) and not world.sessions.sessions.keys() & {offered.session}
+
+
+def test_a_v1_agent_s_session_is_offered_to_nobody_over_tls(world: World) -> None:
+    """Its packets could only be handed on as DATAGRAMs."""
+    world.join(9, v1=True, agent=("web",))
+    world.connector(7, "con-t", tls=True)
+    world.srv(WEB, "con-t", "con-x")
+    world.open(9)
+    assert world.take(X, control.Offered).v1
+    world.open(ALICE, wanted="con-t")
+    assert not world.take(7, control.Offered).v1
 
 
 def test_a_v1_agent_s_session_ends_when_no_packet_comes_for_long(

@@ -32,6 +32,7 @@ from ztna.wire.control import (
     Drain,
     ForwarderBind,
     FrameReader,
+    Goodbye,
     Health,
     Hello,
     LeaseRef,
@@ -40,6 +41,8 @@ from ztna.wire.control import (
     Open,
     Opened,
     PeerIdentity,
+    Ping,
+    Pong,
     PunchingResult,
     Refused,
     Register,
@@ -199,3 +202,35 @@ def test_secrets_do_not_show() -> None:
 def test_addresses_print_as_usual() -> None:
     assert str(ADDRESS) == "192.0.2.7:4435"
     assert str(Address("::1", 1)) == "[::1]:1"
+
+
+LIFE = (Ping(), Pong(), Goodbye(0, "server shutting down"))
+
+
+def test_over_tls_there_are_signs_of_life_and_an_end() -> None:
+    said = b"".join(encode(each) for each in (*LIFE, Hello()))
+    assert FrameReader().feed_tls(said) == [*LIFE, Hello()]
+    assert FrameReader().feed_tls(_frame(b'{"type":"novel"}')) == [UnknownMessage("novel")]
+
+
+@pytest.mark.parametrize("message", LIFE)
+def test_over_quic_they_mean_nothing(message: Ping | Pong | Goodbye) -> None:
+    (heard,) = FrameReader().feed(encode(message))
+    assert isinstance(heard, UnknownMessage)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"type":"goodbye"}',
+        b'{"type":"goodbye","code":-1}',
+        b'{"type":"goodbye","code":0,"reason":"%s"}' % (b"x" * 257),
+    ],
+)
+def test_a_goodbye_that_is_none(body: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        FrameReader().feed_tls(_frame(body))
+
+
+def _frame(body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + body
