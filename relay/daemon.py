@@ -180,6 +180,7 @@ class Relay:
         self.door = TlsDoor(
             lambda: self.server.credentials,
             half_open_max=config.half_open_max,
+            half_open_per_source=config.half_open_per_source,
             admit=self._admit,
             factory=self._established_tls,
         )

@@ -88,10 +88,10 @@ class Strangers:
         """Return the one that waited longest."""
         return next(iter(self._all), None)
 
-    def oldest_of_full(self, source: str) -> Dialled | None:
+    def oldest_of_full(self, source: str, most: int = STRANGERS_PER_SOURCE_MAX) -> Dialled | None:
         """Return the one that must go before another comes from the source; None when there is room."""
         own = self._of.get(source, {})
-        return next(iter(own)) if len(own) >= STRANGERS_PER_SOURCE_MAX else None
+        return next(iter(own)) if len(own) >= most else None
 
 
 class Tokens:

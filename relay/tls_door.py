@@ -40,12 +40,14 @@ class TlsDoor:
         credentials: Callable[[], Credentials],
         *,
         half_open_max: int,
+        half_open_per_source: int,
         admit: Callable[[Identity, str], None],
         factory: Callable[[TlsConnection], MessageHandler],
     ) -> None:
         """`admit` raises Refused for a peer that may not come in; `factory` makes a connection's handler."""
         self._credentials = credentials
         self._half_open_max = half_open_max
+        self._half_open_per_source = half_open_per_source
         self._admit = admit
         self._factory = factory
         self._tasks: asyncio.TaskGroup | None = None
@@ -74,7 +76,7 @@ class TlsDoor:
         if self._tasks is None:
             sock.close()
             return
-        crowding = self._strangers.oldest_of_full(source)
+        crowding = self._strangers.oldest_of_full(source, self._half_open_per_source)
         if crowding is None and len(self._handshakes) >= self._half_open_max:
             crowding = self._strangers.oldest()
         if crowding is not None:

@@ -33,6 +33,7 @@ KEEPALIVE_PROBES = 3
 RECORD_BYTES = 16 * 1024
 CONTEXTS_MAX = 16
 
+_TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has it from Python 3.12 on
 _INT = struct.Struct("i")
 _DER = 2  # _ssl.ENCODING_DER
 _VERIFY_EXPIRED = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
@@ -227,6 +228,11 @@ class TlsStream:
             return 0
         (size,) = _INT.unpack(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(_INT.size)))
         return int(size)
+
+    def limit_unsent(self, size: int) -> None:
+        """Have the kernel take nothing more while so many bytes wait to be sent (TCP_NOTSENT_LOWAT, tcp(7))."""
+        with contextlib.suppress(OSError):  # closed by now: the next write tells
+            self._set_option(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, size)
 
     def close(self) -> None:
         """Close at once, without a word; again is harmless."""

@@ -29,12 +29,14 @@ from sidecar.agent.commands import (
 )
 from sidecar.agent.datagrams import Datagrams
 from sidecar.agent.front import Front
+from sidecar.agent.lanes import Lanes
 from sidecar.agent.leases import LeaseFollower
 from sidecar.agent.links import Links
 from sidecar.agent.listeners import VirtualPort
 from sidecar.agent.ranges import Ranges, Take
 from sidecar.agent.relays import RelayState
 from sidecar.agent.sessions import Sessions
+from sidecar.agent.stream_links import StreamLinks
 from sidecar.agent.streams import Streams
 from sidecar.agent.told import UNKNOWN, HealthBook
 from sidecar.agent.tracing import Tracer
@@ -156,11 +158,12 @@ class Agent:
             leases=lambda: self._follower.leases,
             credentials=lambda: self._credentials,
         )
-        self._datagrams = Datagrams(self._broker, self._links, idle_s=config.udp_idle_s)
-        self._links.ready = self._datagrams.link_ready
-        self._links.failed = self._datagrams.link_failed
+        streams = StreamLinks(self._carriers, tasks=tasks)
+        self._lanes = Lanes(self._links, streams, is_udp_blocked=self._relays.is_udp_blocked)
+        self._datagrams = Datagrams(self._broker, self._lanes, idle_s=config.udp_idle_s)
+        self._lanes.flows = self._datagrams
         self._links.unfit = self._datagrams.session_unfit
-        self._links.received = self._datagrams.packet_received
+        self._links.received = streams.received = self._datagrams.packet_received
         self._front = Front(
             config, self._streams.accepted, self._datagrams.received, daemon.readiness.show, tun=tun
         )
@@ -196,6 +199,7 @@ class Agent:
             self._front,
             self._datagrams,
             self._links,
+            self._lanes,
             self._network,
             self._ranges,
         ):
@@ -240,7 +244,7 @@ class Agent:
             ],
             "held_ports": {str(at): why for at, why in sorted(self._front.held.items())},
             "sessions": [_session(session) for session in self._broker.sessions.sessions],
-            "links": self._links.status(),
+            "links": self._lanes.status(),
             "streams": self._streams.status(),
             "udp_flows": self._datagrams.flows,
         }
@@ -262,7 +266,7 @@ class Agent:
             _log.warning("flows_cut", flows=self._streams.flows)
         self._front.close()
         self._carriers.close()
-        self._links.close()
+        self._lanes.close()
         self._broker.close()
 
     # --- relays
@@ -366,7 +370,7 @@ class Agent:
             self._datagrams.leave(ended.session)
         else:
             self._datagrams.session_ended(ended.session)
-        self._links.session_ended(ended.session, ended.reason, relay_lost=ended.relay_lost)
+        self._lanes.session_ended(ended.session, ended.reason, relay_lost=ended.relay_lost)
 
     def _relay_event(self, event: RelayEvent | Received) -> None:
         self._broker.handle(event)

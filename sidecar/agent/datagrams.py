@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address, ip_address
 
 from sidecar.agent.broker import Broker
 from sidecar.agent.commands import Cause, Session
-from sidecar.agent.links import Link, Links
+from sidecar.agent.lanes import AnyLink, Lanes
 from sidecar.agent.listeners import Datagrammed, VirtualPort
 from ztna.errors import PacketError
 from ztna.names import ServiceName
@@ -58,7 +59,7 @@ class _Flow:
     inner: SockAddr
     used_at: float
     session: Session | None = None
-    link: Link | None = None
+    link: AnyLink | None = None
     is_ready: bool = False
     waiting: list[bytes] = field(default_factory=list)
 
@@ -66,9 +67,9 @@ class _Flow:
 class Datagrams:
     """All UDP and ping flows of an agent. How many there may be is the sessions' limit."""
 
-    def __init__(self, broker: Broker, links: Links, *, idle_s: float) -> None:
+    def __init__(self, broker: Broker, lanes: Lanes, *, idle_s: float) -> None:
         self._broker = broker
-        self._links = links
+        self._lanes = lanes
         self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
         self._flows: dict[tuple[Datagrammed, SockAddr], _Flow] = {}
@@ -94,7 +95,7 @@ class Datagrams:
         else:
             self._wait(flow, packet)
 
-    def packet_received(self, link: Link, service: ServiceName, data: bytes) -> None:
+    def packet_received(self, link: AnyLink, service: ServiceName, data: bytes) -> None:
         """Take a packet that came on a link: a reply or an ICMP error for exactly one of its flows."""
         try:
             packet = parse(data)
@@ -114,12 +115,23 @@ class Datagrams:
         flow.used_at = self._loop.time()
         flow.port.send(data, flow.source)
 
-    def link_ready(self, link: Link) -> None:
+    def link_ready(self, link: AnyLink) -> None:
         """Send what waited for the link."""
         for flow in self._of(link):
             self._flush(flow, link)
 
-    def link_failed(self, link: Link) -> None:
+    def riders(self, link: AnyLink) -> Iterator[Session]:
+        """Yield the session of each flow on a link."""
+        return (flow.session for flow in self._of(link) if flow.session is not None)
+
+    def switch(self, session: Session, link: AnyLink) -> None:
+        """Have the flows of a session ride another link from now on."""
+        for flow in self._on(session):
+            flow.link, flow.is_ready = link, False
+            if link.is_ready:
+                self._flush(flow, link)
+
+    def link_failed(self, link: AnyLink) -> None:
         """The link cannot be made or has gone: its flows ask for another connector."""
         for flow in self._of(link):
             self._retry(flow)
@@ -167,7 +179,7 @@ class Datagrams:
     def _ready(self, flow: _Flow, session: Session) -> None:
         if self._flows.get((flow.port, flow.source)) is not flow:
             return  # it ended in the same turn
-        link = self._links.of(session)
+        link = self._lanes.of(session, flow.session if flow.session is not session else None, flow.link)
         if link is None:
             self._retry(flow)
             return
@@ -175,7 +187,7 @@ class Datagrams:
         if link.is_ready:
             self._flush(flow, link)
 
-    def _flush(self, flow: _Flow, link: Link) -> None:
+    def _flush(self, flow: _Flow, link: AnyLink) -> None:
         flow.is_ready = True
         if flow.session is not None and link.carries(flow.session):
             self._loop.call_later(SETTLE_SECONDS, self._settle, flow, flow.session)
@@ -226,15 +238,18 @@ class Datagrams:
     def _on(self, session: Session) -> list[_Flow]:
         return [flow for flow in self._flows.values() if flow.session is session]
 
-    def _of(self, link: Link) -> list[_Flow]:
+    def _of(self, link: AnyLink) -> list[_Flow]:
         return [flow for flow in self._flows.values() if flow.link is link]
 
-    def _flow_of(self, link: Link, service: ServiceName, at: SockAddr, asker: SockAddr) -> _Flow | None:
-        """Return the flow between a virtual port and a local program, if it is on this very link."""
+    def _flow_of(self, link: AnyLink, service: ServiceName, at: SockAddr, asker: SockAddr) -> _Flow | None:
+        """Return the flow between a virtual port and a local program, if it or its session is on this very link."""
         flow = self._inner.get((service, at, asker))
-        return flow if flow is not None and flow.link is link else None
+        if flow is None or flow.link is link:
+            return flow
+        # It rides another link by now: this is what was under way.
+        return flow if flow.session is not None and flow.session.key in link.sessions else None
 
-    def _icmp_received(self, link: Link, service: ServiceName, packet: Packet) -> None:
+    def _icmp_received(self, link: AnyLink, service: ServiceName, packet: Packet) -> None:
         """Pass an ICMP error on to the program whose packet it quotes. Raises PacketError."""
         quoted = packet.payload
         # The quotation may be cut short, so its lengths need not agree: only addresses and ports are read.

@@ -19,6 +19,7 @@ from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused, ZtnaError
 from ztna.identity import Identity, require_connector
 from ztna.names import ConnectorId, ServiceName
+from ztna.quiet import Quiet
 from ztna.reasons import Reason
 from ztna.telemetry import dropped, logger, refused
 from ztna.wire.control import CandidateOffer, ForwarderBind, PunchingResult, StartPunching
@@ -30,6 +31,9 @@ WATCH_SECONDS = 0.5
 TURNS_TO_READ = 3
 """Turns of the loop until what came while it was held up is read: only then is silence silence."""
 SILENCE_FORWARDED_SECONDS = 2.5
+DOUBT_DIALLING_SECONDS = 0.75
+DOUBT_SECONDS = 1.0
+"""How long nothing may come back before another way to carry packets is made ready."""
 SILENCE_ROUND_TRIPS = 3
 """To be added on a long way: a lost packet is missed after one, and its answer takes another."""
 SILENCE_DIRECT_SECONDS = 5.0
@@ -60,6 +64,8 @@ class Link:
         self.packet_link: PacketLink | None = None
         self.is_ready = False
         """Whether packets can be sent, as far as is known."""
+        self.is_doubted = False
+        """Whether nothing came back for so long that it may carry no more."""
         self.relays: dict[bytes, str] = {}
         """Which relay each way, by its bind id, goes by."""
         self.added_at: dict[bytes, float] = {}
@@ -80,6 +86,11 @@ class Link:
         """The relay of the way that carries."""
         return self.relays[self.packet_link.carrying.bind_id] if self.packet_link is not None else ""
 
+    @property
+    def is_trusted(self) -> bool:
+        """Whether packets can be sent, and nothing speaks against that they arrive."""
+        return self.is_ready and not self.is_doubted
+
     def carries(self, session: Session) -> bool:
         """Whether the connector knows that this session is of this link, so that it needs no other for the service."""
         return self.packet_link is not None and self.packet_link.is_heard(_bind_id(session))
@@ -91,10 +102,14 @@ class Link:
 
 
 class Links:
-    """All packet links. The owner sets `ready`, `failed`, `unfit` and `received` before the first session comes."""
+    """All packet links. The owner sets the callbacks before the first session comes.
+
+    `doubted` is called when nothing came of a link for a moment, long before it fails.
+    """
 
     ready: Callable[[Link], None]
     failed: Callable[[Link], None]
+    doubted: Callable[[Link], None]
     unfit: Callable[[Session], None]
     received: Callable[[Link, ServiceName, bytes], None]
 
@@ -124,6 +139,7 @@ class Links:
         self._private = private_candidates
         self._loop = asyncio.get_running_loop()
         self._links: dict[LinkKey, Link] = {}
+        self._quiet = Quiet()
 
     def of(self, session: Session) -> Link | None:
         """Return the session's link, dialling it if it does not stand.
@@ -133,7 +149,7 @@ class Links:
         opened = session.opened
         if opened.forwarder is None:
             return None
-        key = (opened.connector_id, opened.fingerprint, self._credentials(session.relay).identity.fingerprint)
+        key = self._key(session)
         link = self._links.get(key)
         if link is None:
             link = self._links[key] = Link(key)
@@ -144,6 +160,15 @@ class Links:
             return None
         self._join(link, session)
         return link
+
+    def find(self, session: Session) -> Link | None:
+        """Return the session's link if there is one; dials none."""
+        return self._links.get(self._key(session))
+
+    def _key(self, session: Session) -> LinkKey:
+        opened = session.opened
+        own = self._credentials(session.relay).identity
+        return opened.connector_id, opened.fingerprint, own.fingerprint
 
     def session_ended(self, session: Session, reason: Reason, *, relay_lost: bool) -> None:
         """Close the links that no session needs any more; one that only lost its relays waits for another."""
@@ -193,6 +218,7 @@ class Links:
             {
                 "relay": link.relay,
                 "connector": link.key[0],
+                "carrier": "quic",
                 "path": link.packet_link.path if link.packet_link else "dialling",
                 "ways": sorted(link.relays.values()),
                 "sessions": len(link.sessions),
@@ -211,6 +237,7 @@ class Links:
 
     async def _live(self, link: Link, session: Session, forwarder: ForwarderBind) -> None:
         """Dial, and stay until the link is over; whatever ended it, its flows hear of it."""
+        doubt = self._loop.call_later(DOUBT_DIALLING_SECONDS, self._doubt, link)
         try:
             made = await PacketLink.dial(
                 forwarder,
@@ -223,10 +250,13 @@ class Links:
                 allow_private=self._private,
             )
         except (LinkError, Refused) as error:
-            _log.warning("link_failed", connector=link.key[0], relay=session.relay, detail=error)
+            if self._quiet.allows(("link_failed", link.key[0], session.relay), self._loop.time()):
+                _log.warning("link_failed", connector=link.key[0], relay=session.relay, detail=error)
             self._drop(link)
             return
-        link.packet_link = made
+        finally:
+            doubt.cancel()
+        link.packet_link, link.is_doubted = made, False
         if link.is_over:
             made.close()
             return
@@ -338,6 +368,7 @@ class Links:
             _log.warning("link_silent", connector=link.key[0], relay=link.relay, path=made.path)
             made.close(Reason.PEER_GONE)
             return
+        self._look_for_doubt(link, made, limit - SILENCE_FORWARDED_SECONDS + DOUBT_SECONDS)
         if made.path != link.path:
             _log.info("link_path", connector=link.key[0], relay=link.relay, path=made.path)
             link.path = made.path
@@ -346,6 +377,19 @@ class Links:
             link.offers, link.offer_at = 0, self._loop.time() + REST_SECONDS
         elif self._loop.time() >= link.offer_at:
             self._offer(link, made.carrying.bind_id)
+
+    def _look_for_doubt(self, link: Link, made: PacketLink, limit: float) -> None:
+        if made.unanswered_s > limit:
+            self._doubt(link)
+        elif link.is_doubted:
+            link.is_doubted = False
+            if link.is_ready:
+                self.ready(link)
+
+    def _doubt(self, link: Link) -> None:
+        link.is_doubted = True
+        if not link.is_over:
+            self.doubted(link)
 
     def _is_disowned(self, link: Link, made: PacketLink) -> bool:
         """Say whether the connector, reached over another relay, does not know this link: it was restarted."""

@@ -1,4 +1,4 @@
-"""Says which TCP flows an agent may have at this connector, and dials their backends (protocol.md, Authority).
+"""Says which flows an agent may have on stream carriers, and dials the backends of TCP (protocol.md, Authority).
 
 Each OPEN and RESUME is checked against its session and the peer's certificate, an OPEN against the lease too.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.backends import Introduction, dial_tcp
+from sidecar.connector.datagrams import Datagrams
 from sidecar.connector.fronting import Claim, Fronting
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.ledger import Key
@@ -19,6 +20,7 @@ from sidecar.connector.routes import Route
 from sidecar.connector.sessions import Session, Sessions, standing
 from sidecar.connector.tcp_flows import TcpFlows
 from sidecar.link.flow import TcpFlow, abort
+from sidecar.link.packet_stream import PacketStream
 from sidecar.link.stream import FlowRefused
 from ztna.errors import ConfigError, Refused
 from ztna.identity import Identity, require_agent
@@ -27,7 +29,7 @@ from ztna.reasons import Reason
 from ztna.sections import Endpoint
 from ztna.telemetry import logger, refused
 from ztna.verdicts import Verdicts
-from ztna.wire.stream import OpenFrame, OpenStatus, ResumeFrame
+from ztna.wire.stream import OpenFrame, OpenStatus, PacketsFrame, ResumeFrame
 
 BACKENDS_TRIED_MAX = 3
 """How many backends of a route are dialled for one flow, as nothing was said to any of them yet."""
@@ -51,14 +53,17 @@ class FlowAuthority:
         flows: TcpFlows,
         backend_tls: BackendTls,
         verdicts: Verdicts,
+        datagrams: Datagrams,
         is_draining: Callable[[], bool],
     ) -> None:
+        """`datagrams` take what comes in packets."""
         self._fronting = fronting
         self._sessions = sessions
         self._leases = leases
         self._flows = flows
         self._backend_tls = backend_tls
         self._verdicts = verdicts
+        self._datagrams = datagrams
         self._is_draining = is_draining
         self._claims: dict[Key, Claim] = {}
 
@@ -98,6 +103,11 @@ class FlowAuthority:
         The lease may have changed meanwhile: established flows go on under any. A connector that drains lets them.
         """
         self._session(peer, frame.session, service)
+
+    def packets(self, peer: Identity, frame: PacketsFrame) -> PacketStream:
+        """Return what takes the packets of the peer's live session. Raises FlowRefused."""
+        session = self._session(peer, frame.session, frame.service)
+        return self._datagrams.carried_by_stream(session, peer, frame.former)
 
     def _session(self, peer: Identity, session: SessionId, service: ServiceName | None) -> Session:
         try:

@@ -6,18 +6,19 @@ called picks a published port here and is where the replies come from. Source: p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from sidecar.connector.backends import UdpFlows
 from sidecar.connector.flow_log import FlowLog
-from sidecar.connector.flows import FlowKey
+from sidecar.connector.flows import FlowKey, SessionKey
 from sidecar.connector.fronting import Fronting
 from sidecar.connector.links import Links
 from sidecar.connector.routes import ICMP_PORT, Route
 from sidecar.connector.sessions import Session, Sessions
 from sidecar.link.control import RelayClient
 from sidecar.link.packet import PacketLink
+from sidecar.link.packet_stream import PacketStream
 from ztna.errors import PacketError, Refused
 from ztna.identity import Identity, require_agent
 from ztna.names import ServiceName, SessionId
@@ -50,6 +51,40 @@ class Datagrams:
         self._sessions = sessions
         self.links: Links
         self._verdicts = verdicts
+        self._streams: dict[SessionKey, PacketStream] = {}
+
+    @property
+    def streams(self) -> int:
+        """How many sessions' packets come on stream carriers."""
+        return len(self._streams)
+
+    def carried_by_stream(
+        self, session: Session, peer: Identity, former: Iterable[SessionId]
+    ) -> PacketStream:
+        """Take a session's packets from a stream carrier, and answer there until it ends.
+
+        The flows of `former` sessions of this very agent, which came another way, go on in this one.
+        """
+        packets = PacketStream(
+            partial(self._from_stream, session, peer), lambda: self._stream_ended(session, packets)
+        )
+        older = self._streams.pop(session.key, None)
+        if older is not None:
+            older.reset(Reason.PEER_GONE)
+        self._streams[session.key] = packets
+        for other in self._sessions.former(session, former):
+            self._inherit(session, other)
+        return packets
+
+    def _from_stream(self, session: Session, peer: Identity, data: bytes) -> None:
+        if not self._sessions.has_flows(session):
+            refused(_WHERE, Reason.NOT_YOUR_SESSION)
+            return
+        self._pass_on(session, data, partial(self._open_sealed, session, peer))
+
+    def _stream_ended(self, session: Session, packets: PacketStream) -> None:
+        if self._streams.get(session.key) is packets:
+            del self._streams[session.key]
 
     def from_link(self, link: PacketLink, service: ServiceName, data: bytes) -> None:
         """Pass on a packet for a service that came sealed."""
@@ -65,6 +100,9 @@ class Datagrams:
             if self._sessions.is_live(heir) and heir.lease == session.lease:
                 self._inherit(heir, session)
         self.flows.end_session(session.key)
+        packets = self._streams.pop(session.key, None)
+        if packets is not None:
+            packets.reset(Reason.CLOSED_BY_PEER)
 
     def _inherit(self, heir: Session, session: Session) -> bool:
         return self.flows.move_session(session.key, heir.key, partial(self._reply_sealed, heir))
@@ -172,6 +210,9 @@ class Datagrams:
             client.send_packet(session.key[1], session.service, packet)
 
     def _reply_sealed(self, session: Session, packet: bytes) -> None:
+        packets = self._streams.get(session.key)
         link = self.links.of(session)
-        if link is not None:
+        if packets is not None and packets.is_open:
+            packets.send(packet)
+        elif link is not None:
             link.send(session.service, packet)

@@ -103,6 +103,7 @@ class Serving:
             flows=self.tcp_flows,
             backend_tls=backend_tls,
             verdicts=credentials.verdicts,
+            datagrams=self.datagrams,
             is_draining=lambda: self.is_draining,
         )
         self.streams = StreamListener(credentials, authority, tasks=tasks, budget=Budget())
@@ -281,6 +282,7 @@ class Serving:
                 for session, state in sessions[:STATUS_ENTRIES_MAX]
             ],
             "udp_flows": len(self.datagrams.flows),
+            "packet_streams": self.datagrams.streams,
             "tcp_flows": sum(1 for _ in self.streams.served.flows()),
             "links": self.links.status()[:STATUS_ENTRIES_MAX],
         }

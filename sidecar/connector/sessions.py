@@ -11,6 +11,7 @@ Source: protocol.md, Ownership, Ending, Epoch.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,6 +134,20 @@ class Sessions:
             if found.agent == given and service in (None, found.service) and not found.v1:
                 return found
         raise Refused(Reason.NOT_YOUR_SESSION, f"session {session} for {service} from {agent}")
+
+    def former(self, session: Session, ids: Iterable[SessionId]) -> list[Session]:
+        """Return the other sessions with these ids whose flows the agent may take along into this one.
+
+        They are of the same agent, certificate, service and lease, live or detached.
+        """
+        wanted = frozenset(ids)
+        return [
+            each
+            for each in (*self._live.values(), *self.detached())
+            if each.key[1] in wanted
+            and each.key != session.key
+            and (each.agent, each.service, each.lease) == (session.agent, session.service, session.lease)
+        ]
 
     def has_any(self, connection: RelayConnection) -> bool:
         """Say whether any live session came by this relay connection."""

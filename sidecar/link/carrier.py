@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from ipaddress import ip_address
+from typing import Protocol
 
 from sidecar.link.flow import TcpFlow
+from sidecar.link.packet_stream import PacketStream
 from ztna.errors import IdentityError, ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
 from ztna.telemetry import logger, refused
 from ztna.tls_tcp import RECORD_BYTES, SockAddr, TlsStream
-from ztna.wire.stream import Data, Frame, FrameReader
+from ztna.wire.stream import Data, Frame, FrameReader, encode
 
 READ_BYTES_PER_TURN = 16 * RECORD_BYTES
 FINISH_SECONDS = 2.0
+PACKETS_UNSENT_BYTES = 64 * 1024
+"""What the kernel keeps of packets that were not sent yet."""
 
 BREAKING = frozenset({Reason.PEER_GONE, Reason.CLOSED_BY_PEER})
 """Ends of a connection that say nothing about its flow."""
@@ -32,6 +36,28 @@ _log = logger(__name__)
 _SCRATCH = memoryview(bytearray(READ_BYTES_PER_TURN))
 
 
+class Carried(Protocol):
+    """What a carrier carries: a TCP flow, or the packets of a session."""
+
+    def data_received(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Take DATA. Raises ProtocolError."""
+
+    def frame_received(self, frame: Frame) -> None:
+        """Take any other frame. Raises ProtocolError."""
+
+    def piece_written(self) -> None:
+        """The piece that waited is written."""
+
+    def carrier_writable(self) -> None:
+        """Nothing waits in the carrier any more."""
+
+    def carrier_lost(self) -> None:
+        """The carrier broke."""
+
+    def reset(self, reason: Reason | None = None) -> None:
+        """End at once, and say so."""
+
+
 class FrameStream:
     """Frames over a TlsStream. `on_frame` gets what comes while no flow runs; `on_closed` the reason of the end."""
 
@@ -41,7 +67,7 @@ class FrameStream:
         self.peer: Identity = tls.identity
         self.peer_address: SockAddr = tls.peer_address
         self.own_address: SockAddr = tls.own_address
-        self.flow: TcpFlow | None = None
+        self.flow: Carried | None = None
         self.is_closed = False
         self._tls = tls
         self._reader = FrameReader()
@@ -90,6 +116,15 @@ class FrameStream:
         except ProtocolError:
             self.flow = None
             raise
+
+    def carry_packets(self, packets: PacketStream, greeting: Frame | None = None) -> None:
+        """Carry a session's packets from now on, and nothing else."""
+        self.flow = packets
+        # The queue is ours, where the oldest can be given up, and not the kernel's.
+        self._tls.limit_unsent(PACKETS_UNSENT_BYTES)
+        if greeting is not None:
+            self.send(encode(greeting))
+        packets.attach(self)
 
     def flow_ended(self, *, reusable: bool) -> None:
         """Be free for the next flow, or close once what waits is written."""

@@ -22,7 +22,7 @@ from ztna.names import SessionId
 from ztna.reasons import Reason
 from ztna.telemetry import refused
 from ztna.tls_tcp import SockAddr, TlsStream, notice_dead_peer, secure
-from ztna.wire.stream import Frame, OpenFrame, ResetFrame, ResumeFrame, encode
+from ztna.wire.stream import Frame, OpenFrame, PacketsFrame, ResetFrame, ResumeFrame, encode
 
 FIRST_OPEN_SECONDS = 5.0
 CONNECTOR_IDLE_SECONDS = 90.0
@@ -236,6 +236,9 @@ class _Accepted:
         elif isinstance(frame, ResumeFrame):
             self._idle_timer.cancel()
             self._listener.served.resume(self, frame)
+        elif isinstance(frame, PacketsFrame):
+            self._idle_timer.cancel()
+            self._listener.served.carry_packets(self, frame)
         else:
             raise ProtocolError(f"{type(frame).__name__} without a flow")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sidecar.link.control import RelayClient
 from sidecar.link.discovery import follow_relays
+from sidecar.link.transports import Transport
 from ztna.config import Endpoint, RelayTarget
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError
@@ -89,6 +90,11 @@ class RelayClients:
         """Return where to dial in for TCP flows of a relay's sessions."""
         client = self._clients.get(label)
         return (forwarder.ip, forwarder.port) if client is None else client.dial_at(forwarder)
+
+    def is_udp_blocked(self, label: str) -> bool:
+        """Say whether UDP does not reach a relay, as far as is known."""
+        client = self._clients.get(label)
+        return client is not None and client.transport is Transport.TLS
 
     def use_credentials(self, credentials: Credentials) -> None:
         """Have all prove themselves with these from now on."""

@@ -19,6 +19,7 @@ from sidecar.link.budget import Budget, Share
 from sidecar.link.carrier import BREAKING, FrameStream
 from sidecar.link.flow import TcpFlow, reset_code
 from sidecar.link.known import Ending, FlowKey, KnownFlows, Refused, WasReset, answer
+from sidecar.link.packet_stream import PacketStream
 from sidecar.link.stream import FlowRefused
 from ztna.errors import ProtocolError
 from ztna.identity import Identity
@@ -26,10 +27,12 @@ from ztna.names import ServiceName, SessionId
 from ztna.reasons import Reason
 from ztna.telemetry import TCP_FLOWS, logger, refused
 from ztna.wire.stream import (
+    WINDOW_BYTES_MIN,
     Frame,
     OpenedFrame,
     OpenFrame,
     OpenStatus,
+    PacketsFrame,
     ResetFrame,
     ResumedFrame,
     ResumeFrame,
@@ -42,13 +45,16 @@ _log = logger(__name__)
 
 
 class Authority(Protocol):
-    """Says what an agent may do; both raise FlowRefused."""
+    """Says what an agent may do; each raises FlowRefused."""
 
     async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
         """Return a socket connected to the backend of a new flow. Cancelled when the agent gives up."""
 
     def resume(self, peer: Identity, frame: ResumeFrame, service: ServiceName | None) -> None:
         """Check the session of a RESUME; `service` is the flow's, None when no such flow lives."""
+
+    def packets(self, peer: Identity, frame: PacketsFrame) -> PacketStream:
+        """Return what takes the packets of a session."""
 
 
 class AcceptedCarrier(Protocol):
@@ -117,6 +123,18 @@ class ServedFlows:
             _deny(carrier, Reason.MALFORMED)
         else:
             served.resume(carrier, frame)
+
+    def carry_packets(self, carrier: AcceptedCarrier, frame: PacketsFrame) -> None:
+        """Answer PACKETS: the carrier carries that session's packets from now on, if they may pass."""
+        if carrier.session not in (None, frame.session):
+            _deny(carrier, Reason.NOT_YOUR_SESSION)
+            return
+        try:
+            packets = self.authority.packets(carrier.frames.peer, frame)
+        except FlowRefused as error:
+            carrier.refuse(OpenedFrame(error.status, 0))
+        else:
+            carrier.frames.carry_packets(packets, OpenedFrame(OpenStatus.OK, WINDOW_BYTES_MIN))
 
     def flows(self) -> Iterator[TcpFlow]:
         """Yield the flows that run, detached ones too; each has `.session`, `.opened`, `.peer`, `.reset(reason)`."""

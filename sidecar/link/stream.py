@@ -15,6 +15,7 @@ import msgspec
 from sidecar.link.budget import Budget
 from sidecar.link.carrier import FrameStream
 from sidecar.link.flow import TcpFlow, reset_code
+from sidecar.link.packet_stream import PacketStream
 from sidecar.link.patience import patience
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused, ZtnaError
@@ -29,6 +30,7 @@ from ztna.wire.stream import (
     OpenedFrame,
     OpenFrame,
     OpenStatus,
+    PacketsFrame,
     ResetFrame,
     ResumedFrame,
     ResumeFrame,
@@ -60,6 +62,9 @@ class OpenLost(LinkError):
         self.flow = flow
 
 
+_Request = tuple[OpenFrame | ResumeFrame, TcpFlow] | tuple[PacketsFrame, PacketStream]
+
+
 class Carrier:
     """An agent's end of one stream carrier."""
 
@@ -68,7 +73,7 @@ class Carrier:
         self.closed: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._budget = budget
         self._frames = FrameStream(tls, self._answered, self._ended)
-        self._asked: tuple[OpenFrame | ResumeFrame, TcpFlow] | None = None
+        self._asked: _Request | None = None
         self._answer: asyncio.Future[OpenStatus] | None = None
         self._frames.start()
 
@@ -155,7 +160,7 @@ class Carrier:
         frame = msgspec.structs.replace(frame, window=share.window)
         flow = TcpFlow(frame, self.peer, share, local)
         try:
-            await self._ask(frame, flow)
+            await self._ask((frame, flow))
         except LinkError as error:
             raise OpenLost(str(error), flow) from None
         except BaseException:
@@ -172,8 +177,14 @@ class Carrier:
         if not self.is_idle:
             raise LinkError("the carrier is not idle")
         received, window = flow.state.received_position, flow.state.receive_window
-        await self._ask(ResumeFrame(session, flow.opened.flow, attempt, received, window), flow)
+        await self._ask((ResumeFrame(session, flow.opened.flow, attempt, received, window), flow))
         flow.session = session
+
+    async def open_packets(self, frame: PacketsFrame, packets: PacketStream) -> None:
+        """Carry a session's packets from now on, and nothing else. Raises FlowRefused and LinkError as `resume`."""
+        if not self.is_idle:
+            raise LinkError("the carrier is not idle")
+        await self._ask((frame, packets))
 
     def close(self, reason: Reason = Reason.CLOSED_BY_PEER) -> None:
         """Close at once; a running flow is lost. Again is harmless."""
@@ -198,11 +209,11 @@ class Carrier:
             raise
         return cls(tls, budget, forwarded=forwarded)
 
-    async def _ask(self, request: OpenFrame | ResumeFrame, flow: TcpFlow) -> None:
+    async def _ask(self, asked: _Request) -> None:
         """Send the request and wait for its answer, upon which the flow is carried here."""
         self._answer = answer = asyncio.get_running_loop().create_future()
-        self._asked = (request, flow)
-        self._frames.send(encode(request))
+        self._asked = asked
+        self._frames.send(encode(asked[0]))
         try:
             async with asyncio.timeout(OPENED_SECONDS):
                 status = await answer
@@ -226,21 +237,18 @@ class Carrier:
         request, flow = self._asked
         status = OpenStatus.OK
         # Carried from here and not after the await: the flow's first DATA may be in this very read.
-        match frame, request:
-            case OpenedFrame(OpenStatus.OK, window), OpenFrame():
+        match frame, request, flow:
+            case OpenedFrame(OpenStatus.OK, window), OpenFrame(), TcpFlow():
                 self._asked = None
                 self._frames.carry(flow, 0, window)
-            case ResumedFrame(), ResumeFrame() if flow.owes_reset:
-                flow.owes_reset = False
-                self._settle(OpenStatus.OK)  # before the end of the carrier does
-                self._frames.send(encode(ResetFrame(reset_code(None))))
-                self._frames.finish(Reason.CLOSED_BY_PEER)
-            case ResumedFrame(received, window), ResumeFrame():
+            case OpenedFrame(OpenStatus.OK), PacketsFrame(), PacketStream():
                 self._asked = None
+                self._frames.carry_packets(flow)
+            case ResumedFrame(received, window), ResumeFrame(), TcpFlow():
                 self._resumed(flow, received, window)
-            case ResetFrame(), ResumeFrame():
+            case ResetFrame(), ResumeFrame(), TcpFlow():
                 flow.frame_received(frame)
-            case OpenedFrame(), _ if frame.status is not OpenStatus.OK:
+            case OpenedFrame(), _, _ if frame.status is not OpenStatus.OK:
                 status = frame.status
             case _:
                 raise ProtocolError(f"{type(frame).__name__} in answer to {type(request).__name__}")
@@ -251,6 +259,13 @@ class Carrier:
             self._answer.set_result(status)
 
     def _resumed(self, flow: TcpFlow, received: int, window: int) -> None:
+        if flow.owes_reset:
+            flow.owes_reset = False
+            self._settle(OpenStatus.OK)  # before the end of the carrier does
+            self._frames.send(encode(ResetFrame(reset_code(None))))
+            self._frames.finish(Reason.CLOSED_BY_PEER)
+            return
+        self._asked = None
         try:
             self._frames.carry(flow, received, window)
         except ProtocolError:

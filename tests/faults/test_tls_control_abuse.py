@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from relay import splicer, tls_door
-from relay.dialled import STRANGERS_PER_SOURCE_MAX
 from tests.support.certificates import Pki
 from tests.support.relay import SERVICE, RunningRelay, running_relay
 from tests.support.tls_peer import TlsPeer
@@ -24,6 +23,7 @@ from ztna.wire import control
 
 WAIT_SECONDS = 30.0
 HALF_OPEN_MAX = 20
+SOURCE_MAX = 30
 CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32)
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -197,11 +197,11 @@ async def test_a_flood_of_half_open_ones_keeps_nobody_out(mesh: RunningRelay) ->
 
 
 async def test_one_source_costs_only_itself(tmp_path: Path) -> None:
-    async with running_relay(tmp_path, half_open_max=1000) as mesh:
+    async with running_relay(tmp_path, half_open_per_source=SOURCE_MAX) as mesh:
         other = await stranger(mesh, source="127.0.2.1")
         await until(lambda: mesh.relay.door.half_open == 1)
-        crowd = [await stranger(mesh) for _ in range(STRANGERS_PER_SOURCE_MAX + 30)]
-        await until(lambda: mesh.relay.door.half_open == STRANGERS_PER_SOURCE_MAX + 1)
+        crowd = [await stranger(mesh) for _ in range(SOURCE_MAX + 30)]
+        await until(lambda: mesh.relay.door.half_open == SOURCE_MAX + 1)
         assert not other[0].at_eof()
         await honest(mesh)
         for each in (other, *crowd):

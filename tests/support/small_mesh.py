@@ -25,6 +25,7 @@ from sidecar.link.carrier import FrameStream
 from sidecar.link.known import KnownFlows
 from sidecar.link.listener import StreamListener
 from sidecar.link.packet import PacketLink
+from sidecar.link.packet_stream import PacketStream
 from sidecar.link.stream import FlowRefused
 from tests.support.certificates import Pki
 from tests.support.fake_relay import FakeRelay, RelayPeer
@@ -53,7 +54,7 @@ from ztna.wire.control import (
     Opened,
     UnknownMessage,
 )
-from ztna.wire.stream import OpenFrame, OpenStatus, ResumeFrame
+from ztna.wire.stream import OpenFrame, OpenStatus, PacketsFrame, ResumeFrame
 
 WAIT_SECONDS = 15.0
 PROBE_KEY = Secret(b"p" * 32)
@@ -71,6 +72,8 @@ class SmallConnector:
         self.opens: list[OpenFrame] = []
         self.resumes: list[ResumeFrame] = []
         self.packets: list[bytes] = []
+        self.packets_by_stream: list[bytes] = []
+        self.asked_for_packets: list[PacketsFrame] = []
         self.backend: SockAddr | None = None
         self.links: list[PacketLink] = []
         self._listener = StreamListener(self.credentials, self, tasks=mesh.tasks, budget=Budget())
@@ -113,6 +116,19 @@ class SmallConnector:
 
     def resume(self, peer: Identity, frame: ResumeFrame, service: ServiceName | None) -> None:
         self.resumes.append(frame)
+
+    def packets(self, peer: Identity, frame: PacketsFrame) -> PacketStream:
+        """Answer packets in capitals, as `_packet`."""
+
+        def receive(data: bytes) -> None:
+            self.packets_by_stream.append(data)
+            packet = parse(data)
+            there, here = (packet.destination, packet.destination_port), (packet.source, packet.source_port)
+            stream.send(build_udp(*there, *here, packet.payload.upper()))
+
+        self.asked_for_packets.append(frame)
+        stream = PacketStream(receive, lambda: None)
+        return stream
 
     async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
         self.opens.append(frame)

@@ -25,6 +25,8 @@ from ztna.wire.stream import (
     OpenedFrame,
     OpenFrame,
     OpenStatus,
+    PacketFrame,
+    PacketsFrame,
     ResetFrame,
     ResumedFrame,
     ResumeFrame,
@@ -46,9 +48,11 @@ VECTORS: list[tuple[Frame, bytes]] = [
     (Fin(), b"\x04\0\0\0"),
     (ResetFrame(255), b"\x05\0\0\x01\xff"),
     (Ack(2**64 - 1), b"\x06\0\0\x08" + b"\xff" * 8),
+    (PacketFrame(b"E" * 20), b"\x0a\0\0\x14" + b"E" * 20),
     (ResumedFrame(1, WINDOW_BYTES_MAX), bytes.fromhex("08 00000c 0000000000000001 00400000")),
 ]
-FRAMES = [OPEN, RESUME, *(frame for frame, _ in VECTORS)]
+PACKETS = PacketsFrame(OPEN.session, OPEN.service, (SessionId("f" * 16),))
+FRAMES = [OPEN, RESUME, PACKETS, *(frame for frame, _ in VECTORS)]
 
 
 def raw(kind: int, body: bytes) -> bytes:
@@ -61,7 +65,7 @@ def test_vectors(frame: Frame, octets: bytes) -> None:
     assert FrameReader().feed(octets) == [frame]
 
 
-@pytest.mark.parametrize("frame", [OPEN, RESUME], ids=["open", "resume"])
+@pytest.mark.parametrize("frame", [OPEN, RESUME, PACKETS], ids=["open", "resume", "packets"])
 def test_json_frames_round_trip(frame: Frame) -> None:
     octets = encode(frame)
     assert octets[4:5] == b"{"
@@ -116,9 +120,11 @@ def resume_with(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     "octets",
     [
-        b"\0\0\0\0", b"\x09\0\0\0", b"\xff\xff\xff\xff", b"\x16\x03\x01\x02",  # no such type, TLS in TLS
+        b"\0\0\0\0", b"\x0b\0\0\0", b"\xff\xff\xff\xff", b"\x16\x03\x01\x02",  # no such type, TLS in TLS
         b"\x03\x01\0\x01", b"\x03\xff\xff\xff",  # DATA too long
         b"\x04\0\0\x01", b"\x05\0\0\0", b"\x05\0\0\x02", b"\x06\0\0\x07", b"\x02\0\0\x04", b"\x08\0\0\x0b",
+        b"\x09\0\0\0", b"\x0a\0\0\x13", b"\x0a\x01\0\0",  # no packet is so small, or so large
+        raw(stream.PACKETS, b"{}"), raw(stream.PACKETS, to_json({"session": "1" * 16, "service": "web", "former": ["2" * 16] * 9})),
         b"\x01\0\0\x01", b"\x01\0\x10\x01", b"\x07\xff\xff\xff",  # JSON of impossible length
         raw(stream.OPENED, struct.pack(">BI", 7, WINDOW_BYTES_MIN)),
         raw(stream.OPENED, struct.pack(">BI", 0, WINDOW_BYTES_MIN - 1)),
@@ -149,3 +155,9 @@ def test_what_is_too_long_is_not_sent() -> None:
                 OPEN.session, "f" * 5000, OPEN.service, OPEN.lease, OPEN.source, OPEN.destination, 65536
             )
         )
+
+
+@pytest.mark.parametrize("size", [19, 65_536])
+def test_a_packet_of_no_good_size_is_not_sent(size: int) -> None:
+    with pytest.raises(ProtocolError):
+        encode(PacketFrame(bytes(size)))

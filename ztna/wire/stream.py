@@ -13,7 +13,10 @@
     06 ACK      position(8)
     07 RESUME   JSON
     08 RESUMED  received(8) | window(4)
+    09 PACKETS  JSON
+    0A PACKET   an IP packet
 
+The last two are for where UDP is blocked (docs/blocked.md): a carrier that carries the packets of one session.
 Frames only: positions, windows and who may open what are sidecar.link's.
 """
 
@@ -39,6 +42,8 @@ RESET = 0x05
 ACK = 0x06
 RESUME = 0x07
 RESUMED = 0x08
+PACKETS = 0x09
+PACKET = 0x0A
 
 HEADER_BYTES = 4
 DATA_BYTES_MAX = 65_536
@@ -46,6 +51,8 @@ JSON_BYTES_MAX = 4_096
 WINDOW_BYTES_MIN = 64 * 1024
 WINDOW_BYTES_MAX = 4 * 1024 * 1024
 POSITION_MAX = 2**64 - 1
+IP_PACKET_BYTES_MIN, IP_PACKET_BYTES_MAX = 20, 65_535
+FORMER_SESSIONS_MAX = 8
 
 _HEADER = struct.Struct(">I")
 _OPENED = struct.Struct(">BI")
@@ -133,7 +140,35 @@ class ResumedFrame(msgspec.Struct, frozen=True):
     window: int
 
 
-Frame = OpenFrame | OpenedFrame | Data | Fin | ResetFrame | Ack | ResumeFrame | ResumedFrame
+class PacketsFrame(msgspec.Struct, frozen=True):
+    """Agent -> connector on a free carrier: from OPENED on it carries the IP packets of this session, both ways.
+
+    `former` are sessions of the same agent and service whose flows go on in this one.
+    """
+
+    session: SessionId
+    service: ServiceName
+    former: Annotated[tuple[SessionId, ...], msgspec.Meta(max_length=FORMER_SESSIONS_MAX)] = ()
+
+
+class PacketFrame(msgspec.Struct, frozen=True, gc=False):
+    """One IP packet of the session."""
+
+    packet: bytes
+
+
+Frame = (
+    OpenFrame
+    | OpenedFrame
+    | Data
+    | Fin
+    | ResetFrame
+    | Ack
+    | ResumeFrame
+    | ResumedFrame
+    | PacketsFrame
+    | PacketFrame
+)
 
 
 def data_header(length: int) -> bytes:
@@ -142,7 +177,7 @@ def data_header(length: int) -> bytes:
 
 
 def encode(frame: Frame) -> bytes:
-    """Return the whole frame. Raises ProtocolError for DATA or JSON over their limits."""
+    """Return the whole frame. Raises ProtocolError for DATA, JSON or a packet over their limits."""
     match frame:
         case Data(data):
             if len(data) > DATA_BYTES_MAX:
@@ -160,6 +195,12 @@ def encode(frame: Frame) -> bytes:
             return _framed(RESET, bytes((reason,)))
         case ResumeFrame():
             return _framed(RESUME, _json(frame))
+        case PacketsFrame():
+            return _framed(PACKETS, _json(frame))
+        case PacketFrame(packet):
+            if not IP_PACKET_BYTES_MIN <= len(packet) <= IP_PACKET_BYTES_MAX:
+                raise ProtocolError(f"a packet of {len(packet)} bytes")
+            return _framed(PACKET, packet)
         case _:
             return _framed(RESUMED, _RESUMED.pack(frame.received, frame.window))
 
@@ -226,7 +267,7 @@ def _framed(kind: int, body: bytes) -> bytes:
     return _HEADER.pack(kind << 24 | len(body)) + body
 
 
-def _json(frame: OpenFrame | ResumeFrame) -> bytes:
+def _json(frame: OpenFrame | ResumeFrame | PacketsFrame) -> bytes:
     body = to_json(frame)
     if len(body) > JSON_BYTES_MAX:
         raise ProtocolError(f"frame of {len(body)} bytes of JSON: at most {JSON_BYTES_MAX}")
@@ -273,6 +314,7 @@ def _expect_window(window: int) -> None:
 _STATUSES = frozenset(OpenStatus)
 _OPEN_JSON = msgspec.json.Decoder(OpenFrame, dec_hook=decode_hook)
 _RESUME_JSON = msgspec.json.Decoder(ResumeFrame, dec_hook=decode_hook)
+_PACKETS_JSON = msgspec.json.Decoder(PacketsFrame, dec_hook=decode_hook)
 _LENGTHS = {
     OPEN: (2, JSON_BYTES_MAX),
     OPENED: (_OPENED.size, _OPENED.size),
@@ -281,6 +323,8 @@ _LENGTHS = {
     ACK: (_POSITION.size, _POSITION.size),
     RESUME: (2, JSON_BYTES_MAX),
     RESUMED: (_RESUMED.size, _RESUMED.size),
+    PACKETS: (2, JSON_BYTES_MAX),
+    PACKET: (IP_PACKET_BYTES_MIN, IP_PACKET_BYTES_MAX),
 }
 _READERS: dict[int, Callable[[bytes], Frame]] = {
     OPEN: lambda body: decoding(_OPEN_JSON, body),
@@ -290,4 +334,6 @@ _READERS: dict[int, Callable[[bytes], Frame]] = {
     ACK: lambda body: Ack(*_POSITION.unpack(body)),
     RESUME: lambda body: decoding(_RESUME_JSON, body),
     RESUMED: _read_resumed,
+    PACKETS: lambda body: decoding(_PACKETS_JSON, body),
+    PACKET: PacketFrame,
 }
