@@ -124,7 +124,8 @@ def resume_with(**changes: Any) -> bytes:
         b"\x03\x01\0\x01", b"\x03\xff\xff\xff",  # DATA too long
         b"\x04\0\0\x01", b"\x05\0\0\0", b"\x05\0\0\x02", b"\x06\0\0\x07", b"\x02\0\0\x04", b"\x08\0\0\x0b",
         b"\x09\0\0\0", b"\x0a\0\0\x13", b"\x0a\x01\0\0",  # no packet is so small, or so large
-        raw(stream.PACKETS, b"{}"), raw(stream.PACKETS, to_json({"session": "1" * 16, "service": "web", "former": ["2" * 16] * 9})),
+        raw(stream.PACKETS, b"{}"),
+        raw(stream.PACKETS, to_json({"session": "1" * 16, "service": "web", "former": ["2" * 16] * 9})),
         b"\x01\0\0\x01", b"\x01\0\x10\x01", b"\x07\xff\xff\xff",  # JSON of impossible length
         raw(stream.OPENED, struct.pack(">BI", 7, WINDOW_BYTES_MIN)),
         raw(stream.OPENED, struct.pack(">BI", 0, WINDOW_BYTES_MIN - 1)),
