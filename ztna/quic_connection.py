@@ -136,6 +136,7 @@ class Connection:
         self._paused: set[int] = set()
         self._held: dict[int, bytearray] = {}
         self._held_ends: set[int] = set()
+        self._awaiting_room: dict[int, tuple[int, Callable[[], None]]] = {}
         self._timer: asyncio.Handle | None = None
         self._timer_at = float("inf")
         self._timer_due = False
@@ -233,6 +234,15 @@ class Connection:
     def unsent_bytes(self, stream_id: int) -> int:
         """Return how many queued bytes of a stream the peer has not acknowledged."""
         return self._engine.unsent_bytes(stream_id)
+
+    def await_room(self, stream_id: int, size: int, tell: Callable[[], None]) -> None:
+        """Have `tell` called once when no more than so many bytes of a stream are unacknowledged."""
+        self._awaiting_room[stream_id] = (size, tell)
+
+    @property
+    def has_stream_left(self) -> bool:
+        """Whether the peer allows another bidirectional stream now."""
+        return self._engine.bidirectional_streams_left > 0
 
     def pause_stream(self, stream_id: int) -> None:
         """Hold what arrives on a stream and give the peer no more credit for it: at most a window is held."""
@@ -342,10 +352,18 @@ class Connection:
         self._act_on_events()
         for stream_id in [each for each in self._held if each not in self._paused]:
             self._guard(partial(self._release, stream_id))
+        if self._awaiting_room:
+            self._tell_room()
         if self._engine.is_confirmed and not self.confirmed.done() and self.is_open:
             self.confirmed.set_result(None)
             self._probe_payload()
         self._follow_address()
+
+    def _tell_room(self) -> None:
+        for stream_id, (size, tell) in tuple(self._awaiting_room.items()):
+            if self._engine.unsent_bytes(stream_id) <= size:
+                del self._awaiting_room[stream_id]
+                tell()
 
     def _act_on_events(self) -> None:
         # What came before the peer's own close still counts; after a close of ours nothing does.

@@ -183,6 +183,11 @@ class Engine(QuicConnection):
         return len(self._streams_blocked_uni)
 
     @property
+    def bidirectional_streams_left(self) -> int:
+        """How many bidirectional streams may be opened now."""
+        return self._remote_max_streams_bidi - self._local_next_stream_id_bidi // 4
+
+    @property
     def udp_payload(self) -> int:
         """The largest UDP payload in bytes that is sent now."""
         return self._max_datagram_size

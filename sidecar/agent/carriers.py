@@ -1,5 +1,7 @@
 """Stream carriers of an agent: dialled directly or through a forwarder, kept while idle, used again.
 
+Where TCP is blocked they are streams of a packet link.
+
 Which flow rides one is sidecar.agent.streams', moving bytes sidecar.link's.
 """
 
@@ -7,27 +9,33 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 
 from sidecar.agent.commands import Session, SessionKey
 from sidecar.link.budget import Budget
 from sidecar.link.patience import patience
+from sidecar.link.quic_stream import QuicStream
 from sidecar.link.stream import FORWARDER_BOUND_SECONDS, Carrier
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
 from ztna.identity import Identity, require_connector
 from ztna.names import ConnectorId
 from ztna.reasons import Reason
-from ztna.telemetry import dropped
+from ztna.telemetry import dropped, logger
 from ztna.udp import SockAddr
 from ztna.wire.control import Address, Dial, DialToken
 
 IDLE_SECONDS = 60.0
 IDLE_PER_CONNECTOR_MAX = 4
 ROUTE_MEMORY_SECONDS = 60.0
-"""How long it is remembered that a connector can (not) be reached directly."""
+"""How long it is remembered which way leads to a connector."""
+LINK_AFTER_SECONDS = 1.0
+"""When a forwarder has not bound by then, a stream of the packet link is made ready beside it."""
+LINK_SECONDS = 2.0
+"""How long that may take."""
 DIAL_TOKEN_SECONDS = 2.0
 FORWARDER_SECONDS = 2.0
 """How long a connector may take to dial in. Less than the 5 s a forwarder waits: by then new flows must have
@@ -35,10 +43,21 @@ gone to another connector. On a long way it gets some round trips to the relay m
 FORWARDER_ROUND_TRIPS = 3
 DIALS_PER_SESSION_MAX = 128
 
+_log = logger(__name__)
+
+
+class Way(StrEnum):
+    """Which way carriers go to a connector."""
+
+    DIRECT = "direct"
+    FORWARDED = "forwarded"
+    LINK = "quic"
+    """Over the packet link: TCP does not get through."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    direct: bool
+    way: Way
     until: float
 
 
@@ -59,17 +78,23 @@ class Carriers:
         *,
         send: Callable[[str, Dial], object],
         dial_at: Callable[[str, Address], SockAddr],
+        over_link: Callable[[Session], Awaitable[QuicStream]],
+        tasks: asyncio.TaskGroup,
         direct: bool,
     ) -> None:
         """`send` puts a message on the control connection to a relay; `direct` allows direct carriers.
 
-        `dial_at` says where to dial in for a relay's forwarder.
+        `dial_at` says where to dial in for a relay's forwarder; `over_link` opens a stream of a session's packet link,
+        or raises LinkError. `tasks` owns what finds out whether TCP gets through again.
 
         `credentials` are those that a relay's sessions were opened with: the connector expects that very leaf.
         """
         self._credentials = credentials
         self._send = send
         self._dial_at = dial_at
+        self._over_link = over_link
+        self._tasks = tasks
+        self._probing: set[ConnectorId] = set()
         self._direct = direct
         self._budget = Budget()
         self._loop = asyncio.get_running_loop()
@@ -103,9 +128,9 @@ class Carriers:
             "carriers": len(self._carriers),
             "idle": {connector: len(found) for connector, found in sorted(self._idle.items())},
             "routes": {
-                connector: "direct" if route.direct else "forwarded"
+                connector: route.way
                 for connector, route in sorted(self._routes.items())
-                if route.until > now
+                if route.until > now or route.way is Way.LINK
             },
         }
 
@@ -157,10 +182,27 @@ class Carriers:
         return self._carriers.get(carrier) == self._credentials(session.relay).identity.fingerprint
 
     async def dial(self, session: Session) -> Carrier:
-        """Dial directly, else through the forwarder. Raises LinkError or IdentityError."""
+        """Dial directly, else through the forwarder, else over the packet link. Raises LinkError or IdentityError.
+
+        Where TCP was blocked the packet link comes first, and TCP is tried beside it now and then.
+        """
+        connector = session.opened.connector_id
+        route = self._routes.get(connector)
+        if route is not None and route.way is Way.LINK:
+            if route.until <= self._loop.time() and connector not in self._probing:
+                self._probing.add(connector)
+                self._tasks.create_task(self._probe(session), name=f"tcp to {connector}")
+            try:
+                return await self._dial_link(session)
+            except LinkError:
+                self._routes.pop(connector, None)
+        return await self._dial_tcp(session, or_link=True)
+
+    async def _dial_tcp(self, session: Session, *, or_link: bool) -> Carrier:
         connector = session.opened.connector_id
         route = self._route(connector)
-        if self._direct and session.opened.link_address is not None and (route is None or route.direct):
+        is_tried = route is None or route.way is not Way.FORWARDED
+        if self._direct and session.opened.link_address is not None and is_tried:
             address, own = session.opened.link_address, self._credentials(session.relay)
             try:
                 carrier = await Carrier.dial_direct(
@@ -170,14 +212,68 @@ class Carriers:
                     budget=self._budget,
                 )
             except (LinkError, IdentityError):
-                self._remember(connector, direct=False)
-                if route is not None:
+                self._remember(connector, Way.FORWARDED)
+                if route is not None and route.way is Way.DIRECT:
                     # It worked a moment ago, so it is rather the connector that has gone than the way to it.
                     raise
             else:
-                self._remember(connector, direct=True)
+                self._remember(connector, Way.DIRECT)
                 return self._track(carrier, connector, own)
-        return await self._dial_forwarder(session)
+        return await (self._dial_forwarder_or_link(session) if or_link else self._dial_forwarder(session))
+
+    async def _dial_forwarder_or_link(self, session: Session) -> Carrier:
+        """Dial through the forwarder; when nothing comes of that, take the packet link, made ready meanwhile."""
+        forwarded = asyncio.ensure_future(self._dial_forwarder(session))
+        linked: asyncio.Task[Carrier] | None = None
+        try:
+            await asyncio.wait((forwarded,), timeout=LINK_AFTER_SECONDS)
+            if not _has_failed(forwarded):
+                if not forwarded.done():
+                    linked = asyncio.ensure_future(self._dial_link(session))
+                    await asyncio.wait((forwarded,))
+                if not _has_failed(forwarded):
+                    return forwarded.result()
+            linked = linked or asyncio.ensure_future(self._dial_link(session))
+            await asyncio.wait((linked,))
+            if _has_failed(linked):
+                return forwarded.result()  # which raises
+            carrier, linked = linked.result(), None
+            _log.warning("tcp_blocked", connector=session.opened.connector_id, detail=forwarded.exception())
+            self._remember(session.opened.connector_id, Way.LINK)
+            return carrier
+        finally:
+            for each in (forwarded, linked):
+                if each is not None and not each.done():
+                    each.cancel()
+                    await asyncio.wait((each,))
+            if linked is not None and not _has_failed(linked):
+                linked.result().close()
+
+    async def _dial_link(self, session: Session) -> Carrier:
+        """Open a stream of the session's packet link. Raises LinkError."""
+        own = self._credentials(session.relay)
+        try:
+            async with patience(LINK_SECONDS):
+                stream = await self._over_link(session)
+        except TimeoutError:
+            raise LinkError(f"no stream of a packet link within {LINK_SECONDS:g} s") from None
+        carrier = Carrier.over_link(stream, budget=self._budget)
+        return self._track(carrier, session.opened.connector_id, own)
+
+    async def _probe(self, session: Session) -> None:
+        """Find out whether TCP gets through again, for the flows to come."""
+        connector = session.opened.connector_id
+        try:
+            carrier = await self._dial_tcp(session, or_link=False)
+        except (LinkError, IdentityError):
+            self._remember(connector, Way.LINK)
+        else:
+            if carrier.forwarded:
+                self._remember(connector, Way.FORWARDED)
+            _log.info("tcp_carries", connector=connector)
+            self.keep(carrier, session)
+        finally:
+            self._probing.discard(connector)
 
     async def _dial_forwarder(self, session: Session) -> Carrier:
         forwarder = session.opened.forwarder
@@ -233,12 +329,16 @@ class Carriers:
         route = self._routes.get(connector)
         return route if route is not None and route.until > self._loop.time() else None
 
-    def _remember(self, connector: ConnectorId, *, direct: bool) -> None:
+    def _remember(self, connector: ConnectorId, way: Way) -> None:
         now = self._loop.time()
         if connector not in self._routes:  # one entry a connector that was dialled within the minute
             for old in [each for each, route in self._routes.items() if route.until <= now]:
                 del self._routes[old]
-        self._routes[connector] = _Route(direct, now + ROUTE_MEMORY_SECONDS)
+        self._routes[connector] = _Route(way, now + ROUTE_MEMORY_SECONDS)
+
+
+def _has_failed(dialling: asyncio.Task[Carrier]) -> bool:
+    return dialling.done() and (dialling.cancelled() or dialling.exception() is not None)
 
 
 def _check(session: Session, identity: Identity) -> None:

@@ -44,11 +44,12 @@ from sidecar.agent.tun import Tun
 from sidecar.link.control import RelayClient
 from sidecar.link.network import Network
 from sidecar.link.pulse import Life
+from sidecar.link.quic_stream import QuicStream
 from sidecar.link.relays import LEAVE_SECONDS, RelayClients
 from ztna.config import AgentConfig, RelayTarget
 from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
-from ztna.errors import ConfigError
+from ztna.errors import ConfigError, LinkError
 from ztna.leases import Lease
 from ztna.names import ServiceName
 from ztna.renewal import Renewal
@@ -139,7 +140,12 @@ class Agent:
         )
         self._network = Network(self._network_changed)
         self._carriers = Carriers(
-            self._proven, send=self._send, dial_at=self._relays.dial_at, direct=config.direct
+            self._proven,
+            send=self._send,
+            dial_at=self._relays.dial_at,
+            over_link=self._stream_of_link,
+            tasks=tasks,
+            direct=config.direct,
         )
         self._streams = Streams(self._broker, self._carriers, tasks=tasks)
         self._links = Links(
@@ -357,6 +363,11 @@ class Agent:
             client.network_changed()
         self._links.network_changed()
         self._carriers.network_changed(self._network.held)
+
+    async def _stream_of_link(self, session: Session) -> QuicStream:
+        if self._relays.is_udp_blocked(session.relay):
+            raise LinkError("UDP is blocked")
+        return await self._links.stream(session)
 
     def _tell_relays(self, conflict: Conflict) -> None:
         for client in self._relays:

@@ -14,6 +14,7 @@ from sidecar.agent.commands import Session, SessionKey
 from sidecar.agent.relays import Relays, RelayState
 from sidecar.link.packet import PacketLink
 from sidecar.link.paths import REST_SECONDS
+from sidecar.link.quic_stream import QuicStream
 from sidecar.link.ways import Way, choose
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused, ZtnaError
@@ -34,6 +35,8 @@ SILENCE_FORWARDED_SECONDS = 2.5
 DOUBT_DIALLING_SECONDS = 0.75
 DOUBT_SECONDS = 1.0
 """How long nothing may come back before another way to carry packets is made ready."""
+PROOF_SECONDS = 1.0
+"""How soon a connector must answer before a TCP flow is put on its link."""
 SILENCE_ROUND_TRIPS = 3
 """To be added on a long way: a lost packet is missed after one, and its answer takes another."""
 SILENCE_DIRECT_SECONDS = 5.0
@@ -80,6 +83,8 @@ class Link:
         self.path = ""
         self.task: asyncio.Task[None] | None = None
         self.is_over = False
+        self.settled = asyncio.Event()
+        """Set once it was dialled, with or without success."""
 
     @property
     def relay(self) -> str:
@@ -160,6 +165,16 @@ class Links:
             return None
         self._join(link, session)
         return link
+
+    async def stream(self, session: Session) -> QuicStream:
+        """Open a stream of the session's link, dialling it if need be. Raises LinkError when nothing comes back."""
+        link = self.of(session)
+        if link is not None:
+            await link.settled.wait()
+        if link is None or link.packet_link is None:
+            raise LinkError(f"no packet link to {session.opened.connector_id}")
+        await link.packet_link.prove(PROOF_SECONDS)
+        return link.packet_link.open_stream()
 
     def find(self, session: Session) -> Link | None:
         """Return the session's link if there is one; dials none."""
@@ -257,6 +272,7 @@ class Links:
         finally:
             doubt.cancel()
         link.packet_link, link.is_doubted = made, False
+        link.settled.set()
         if link.is_over:
             made.close()
             return
@@ -279,6 +295,7 @@ class Links:
         self._drop(link)
 
     def _drop(self, link: Link) -> None:
+        link.settled.set()
         link.packet_link, link.is_ready = None, False
         if self._links.get(link.key) is link:
             del self._links[link.key]
@@ -287,6 +304,7 @@ class Links:
             self.failed(link)
 
     def _close(self, link: Link, reason: Reason) -> None:
+        link.settled.set()
         link.is_over = True
         if self._links.get(link.key) is link:
             del self._links[link.key]

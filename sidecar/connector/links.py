@@ -13,6 +13,7 @@ from functools import partial
 
 from sidecar.connector.sessions import BindKey, Session, Sessions
 from sidecar.link.packet import PacketLink
+from sidecar.link.quic_stream import QuicStream
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused, ZtnaError
 from ztna.identity import Identity, require_agent
@@ -39,18 +40,20 @@ class Links:
         receive: Receive,
         addresses: Callable[[], Sequence[str]],
         answer: Callable[[Session, tuple[Address, ...]], None],
+        on_stream: Callable[[QuicStream], None],
         private_candidates: bool,
     ) -> None:
         """`credentials` are those that the agent of a session was told to expect.
 
         `addresses` gives those of this host's interfaces; `answer` tells an agent that offered its candidates ours,
-        when they are others than before.
+        when they are others than before. `on_stream` takes the streams that agents open.
         """
         self._credentials = credentials
         self._sessions = sessions
         self._receive = receive
         self._addresses = addresses
         self._answer = answer
+        self._on_stream = on_stream
         self._private = private_candidates
         self._offered: dict[BindKey, Session] = {}
         self._links: dict[BindKey, PacketLink] = {}
@@ -74,6 +77,7 @@ class Links:
                 addresses=self._addresses,
                 allow_private=self._private,
                 stray=partial(self._adopted, session),
+                on_stream=self._on_stream,
             )
         except (ZtnaError, OSError) as error:
             _log.error("link_failed", agent=session.agent.name, error=error)

@@ -94,6 +94,7 @@ class Serving:
             receive=self.datagrams.from_link,
             addresses=addresses,
             answer=self._answer_candidates,
+            on_stream=lambda stream: self.streams.serve_stream(stream),
             private_candidates=private_candidates,
         )
         authority = FlowAuthority(

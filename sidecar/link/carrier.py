@@ -1,4 +1,4 @@
-"""One stream carrier: a TLS connection that speaks frames and carries one flow at a time.
+"""One stream carrier: a TLS connection, or a packet link's stream, that speaks frames and carries one flow at a time.
 
 Frames in and out, blocking and closing; what is inside a flow is sidecar.link.flow's, how carriers come to be
 sidecar.link.stream's.
@@ -18,7 +18,7 @@ from ztna.errors import IdentityError, ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
 from ztna.telemetry import logger, refused
-from ztna.tls_tcp import RECORD_BYTES, SockAddr, TlsStream
+from ztna.tls_tcp import RECORD_BYTES, SockAddr
 from ztna.wire.stream import Data, Frame, FrameReader, encode
 
 READ_BYTES_PER_TURN = 16 * RECORD_BYTES
@@ -34,6 +34,42 @@ _log = logger(__name__)
 
 # One for the whole process: what is read is handed on or copied before the next read.
 _SCRATCH = memoryview(bytearray(READ_BYTES_PER_TURN))
+
+
+class ByteStream(Protocol):
+    """What frames ride: a TlsStream, or a stream of a packet link."""
+
+    identity: Identity
+    peer_address: SockAddr
+    own_address: SockAddr
+    is_ended: bool
+
+    def start(
+        self,
+        on_readable: Callable[[], None],
+        on_writable: Callable[[], None],
+        on_refused: Callable[[IdentityError], None],
+    ) -> None:
+        """Begin to call."""
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill the buffer with what is there. Raises OSError."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write what fits. Raises OSError."""
+
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """How many written bytes the other end's host has not acknowledged."""
+
+    def limit_unsent(self, size: int) -> None:
+        """Bound what is taken and not sent."""
+
+    def close(self) -> None:
+        """Close at once."""
+
+    def finish(self, patience_s: float) -> None:
+        """Close once what was written has arrived."""
 
 
 class Carried(Protocol):
@@ -59,10 +95,10 @@ class Carried(Protocol):
 
 
 class FrameStream:
-    """Frames over a TlsStream. `on_frame` gets what comes while no flow runs; `on_closed` the reason of the end."""
+    """Frames over a byte stream. `on_frame` gets what comes while no flow runs; `on_closed` the reason of the end."""
 
     def __init__(
-        self, tls: TlsStream, on_frame: Callable[[Frame], None], on_closed: Callable[[Reason], None]
+        self, tls: ByteStream, on_frame: Callable[[Frame], None], on_closed: Callable[[Reason], None]
     ) -> None:
         self.peer: Identity = tls.identity
         self.peer_address: SockAddr = tls.peer_address

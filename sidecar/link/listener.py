@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Collection
 
 from sidecar.link.budget import Budget
-from sidecar.link.carrier import FrameStream
+from sidecar.link.carrier import ByteStream, FrameStream
+from sidecar.link.quic_stream import QuicStream
 from sidecar.link.served import Authority, ServedFlow, ServedFlows
 from sidecar.link.stream import ALPN, FORWARDER_BOUND_SECONDS, dial_in_at
 from ztna.credentials import Credentials
@@ -21,7 +22,7 @@ from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.names import SessionId
 from ztna.reasons import Reason
 from ztna.telemetry import refused
-from ztna.tls_tcp import SockAddr, TlsStream, notice_dead_peer, secure
+from ztna.tls_tcp import SockAddr, notice_dead_peer, secure
 from ztna.wire.stream import Frame, OpenFrame, PacketsFrame, ResetFrame, ResumeFrame, encode
 
 FIRST_OPEN_SECONDS = 5.0
@@ -88,6 +89,14 @@ class StreamListener:
         """
         sock = await dial_in_at(address, token, FORWARDER_BOUND_SECONDS)
         await self._serve(sock, session)
+
+    def serve_stream(self, stream: QuicStream) -> None:
+        """Serve the flows on a stream that an agent opened on its packet link."""
+        if self._is_closed or len(self._carriers) >= CARRIERS_MAX:
+            refused(_WHERE, Reason.DRAINING if self._is_closed else Reason.LIMIT_REACHED)
+            stream.close()
+        else:
+            self._carriers.add(_Accepted(self, stream, None, self._first_open_s))
 
     def end_session(self, session: SessionId, agent: str, reason: Reason) -> None:
         """Reset the flows of an agent's session and close the carriers that only it may use."""
@@ -186,7 +195,7 @@ class _Accepted:
     """A connector's end of one carrier."""
 
     def __init__(
-        self, listener: StreamListener, tls: TlsStream, session: SessionId | None, first_open_s: float
+        self, listener: StreamListener, tls: ByteStream, session: SessionId | None, first_open_s: float
     ) -> None:
         self.session = session
         """The one session that it serves, when it came through a forwarder."""

@@ -1,6 +1,7 @@
 """The packet carrier of a link: one QUIC connection between an agent and a connector (protocol.md, Link).
 
-Carries IP packets with the name of their service, both ways. Whether a packet's flow may be is decided by the owner.
+Carries IP packets with the name of their service, both ways, and streams that an agent opens where TCP is blocked.
+Whether a packet's flow may be is decided by the owner.
 Under it is a path switch (sidecar.link.switch) for each relay over which the two ends have a session; QUIC sees none
 of that, so that a link outlives its relays. Which of them carries, the agent's end is told and the connector's end
 follows.
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from sidecar.link.patience import patience
+from sidecar.link.quic_stream import QuicStream, QuicStreams
 from sidecar.link.switch import PathSwitch
 from ztna.credentials import Credentials
 from ztna.errors import BadName, LinkError, ProtocolError, ZtnaError
@@ -35,6 +37,7 @@ DIAL_SECONDS = 5.0
 WAIT_SECONDS = 30.0
 HALF_OPEN_MAX = 4
 INTRODUCE_SECONDS = 0.2
+PROVE_POLL_SECONDS = 0.05
 IP_PACKET_BYTES_MAX = 65_535
 MESSAGE_BYTES_MAX = 2 + SERVICE_BYTES_MAX + IP_PACKET_BYTES_MAX
 LARGE_PACKETS_WAITING_MAX = 64
@@ -69,7 +72,10 @@ class PacketLink:
         self.established: asyncio.Future[None] = loop.create_future()
         self.sent_bytes = self.received_bytes = 0
         """IP packets with the names of their services, in bytes."""
+        self.on_stream: Callable[[QuicStream], None] | None = None
+        """Takes the streams that the other end opens; without it there may be none."""
         self._receive = receive
+        self._streams: QuicStreams | None = None
         self._connection: Connection | None = None
         self._services: dict[bytes, ServiceName] = {}
         self._unanswered_since: float | None = None
@@ -143,6 +149,7 @@ class PacketLink:
         addresses: Addresses = tuple,
         allow_private: bool = False,
         stray: Stray | None = None,
+        on_stream: Callable[[QuicStream], None] | None = None,
     ) -> PacketLink:
         """Bind at the forwarder and wait for the agent (the connector's end); await `established`.
 
@@ -151,7 +158,7 @@ class PacketLink:
         connection that is not ours: the link whose it is, having adopted this one, or None.
         """
         link = cls(bind, probe_key, receive, addresses=addresses, allow_private=allow_private)
-        link._stray = stray
+        link._stray, link.on_stream = stray, on_stream
         link._endpoint = Server(
             _Carrying(link),
             credentials,
@@ -251,9 +258,7 @@ class PacketLink:
         if connection is None:
             dropped(_WHERE, "not_connected")
             return False
-        # Only what decrypted counts as an answer: anybody can send to this socket.
-        if self._unanswered_since is None or connection.heard_at >= self._unanswered_since:
-            self._unanswered_since = time.monotonic()
+        self._note_sent()
         message = service_packet(service.encode(), packet)
         self.sent_bytes += len(message)
         if len(message) <= connection.datagram_limit:
@@ -262,6 +267,36 @@ class PacketLink:
             dropped(_WHERE, "stream_queue_full")
             return False
         return connection.send_stream(connection.open_stream(unidirectional=True), message, end=True)
+
+    def open_stream(self) -> QuicStream:
+        """Open a stream to the other end, for what TCP does elsewhere. Raises LinkError."""
+        connection, streams = self._connection, self._streams
+        if connection is None or streams is None or not connection.is_open:
+            raise LinkError("the packet link is not connected")
+        if not connection.has_stream_left:
+            raise LinkError("the packet link carries as many streams as it may")
+        return streams.open()
+
+    async def prove(self, timeout_s: float) -> None:
+        """Wait for a sign of life of the other end. Raises LinkError when none comes in time."""
+        asked_at = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._connection is None or self._connection.heard_at < asked_at:
+                    if self._connection is not None:
+                        self._connection.ping()
+                    await asyncio.sleep(PROVE_POLL_SECONDS)
+        except TimeoutError:
+            raise LinkError(f"nothing came back on the packet link within {timeout_s:g} s") from None
+
+    def _note_sent(self) -> None:
+        """Remember since when an answer is due."""
+        connection = self._connection
+        # Only what decrypted counts as an answer: anybody can send to this socket.
+        if connection is not None and (
+            self._unanswered_since is None or connection.heard_at >= self._unanswered_since
+        ):
+            self._unanswered_since = time.monotonic()
 
     def probe(self, bind_id: bytes, candidates: Iterable[Address]) -> int:
         """Start probing the peer's candidates, which belong to one way; return how many may not be probed."""
@@ -300,7 +335,8 @@ class PacketLink:
         self._stop_waiting()
         if not self.established.done():
             self.established.set_result(None)
-        return _LinkHandler(self, connection)
+        self._streams = QuicStreams(connection, self._note_sent, self.on_stream)
+        return _LinkHandler(self, connection, self._streams)
 
     def _add_way(self, bind: ForwarderBind, probe_key: Secret) -> PathSwitch:
         bind_id = bytes(bind.bind_id)
@@ -416,18 +452,25 @@ class _Carrying:
 class _LinkHandler:
     """Takes what one QUIC connection of a link brings."""
 
-    def __init__(self, link: PacketLink, connection: Connection) -> None:
+    def __init__(self, link: PacketLink, connection: Connection, streams: QuicStreams) -> None:
         self._link = link
         self._connection = connection
+        self._streams = streams
         self._partial: dict[int, bytearray] = {}
 
     def datagram_received(self, data: bytes) -> None:
         self._link._message_received(data)
 
     def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
-        """Collect a packet that was too large for a DATAGRAM. Raises ProtocolError for any other stream."""
+        """Hand on what comes on a stream, or collect a packet that was too large for a DATAGRAM.
+
+        Raises ProtocolError for a stream that may not be.
+        """
         if not stream_id & 2:  # RFC 9000 2.1: bidirectional
-            raise ProtocolError("a bidirectional stream on a packet link")
+            if not self._streams.knows(stream_id) and not self._streams.may_be_accepted:
+                raise ProtocolError("a bidirectional stream on a packet link")
+            self._streams.data_received(stream_id, data, end)
+            return
         message = self._partial.setdefault(stream_id, bytearray())
         message += data
         if len(message) > MESSAGE_BYTES_MAX:
@@ -440,6 +483,7 @@ class _LinkHandler:
         """Never: the path switch shows QUIC one address only."""
 
     def connection_closed(self, code: int, reason: str) -> None:
+        self._streams.lost()
         self._link._connection_lost(self._connection, _reason(code, reason))
 
 

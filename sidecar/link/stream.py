@@ -13,17 +13,18 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from sidecar.link.budget import Budget
-from sidecar.link.carrier import FrameStream
+from sidecar.link.carrier import ByteStream, FrameStream
 from sidecar.link.flow import TcpFlow, reset_code
 from sidecar.link.packet_stream import PacketStream
 from sidecar.link.patience import patience
+from sidecar.link.quic_stream import QuicStream
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused, ZtnaError
 from ztna.identity import Identity
 from ztna.names import SessionId
 from ztna.reasons import Reason
 from ztna.telemetry import refused
-from ztna.tls_tcp import SockAddr, TlsStream, connect, secure
+from ztna.tls_tcp import SockAddr, connect, secure
 from ztna.wire.forwarder import BOUND_V4_BYTES, bound_bytes, decode, dial_in
 from ztna.wire.stream import (
     Frame,
@@ -68,8 +69,10 @@ _Request = tuple[OpenFrame | ResumeFrame, TcpFlow] | tuple[PacketsFrame, PacketS
 class Carrier:
     """An agent's end of one stream carrier."""
 
-    def __init__(self, tls: TlsStream, budget: Budget, *, forwarded: bool) -> None:
+    def __init__(self, tls: ByteStream, budget: Budget, *, forwarded: bool, is_tcp: bool = True) -> None:
         self.forwarded = forwarded
+        self.is_tcp = is_tcp
+        """Whether it goes over TCP, and not over a packet link."""
         self.closed: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._budget = budget
         self._frames = FrameStream(tls, self._answered, self._ended)
@@ -111,6 +114,11 @@ class Carrier:
         """
         sock = await dial_in_at(address, token, timeout_s)
         return await cls._secured(sock, credentials, check, budget, forwarded=True)
+
+    @classmethod
+    def over_link(cls, stream: QuicStream, *, budget: Budget) -> Carrier:
+        """Return a carrier on a stream of a packet link, whose ends have checked each other."""
+        return cls(stream, budget, forwarded=False, is_tcp=False)
 
     @property
     def farewell(self) -> asyncio.Future[bool]:
