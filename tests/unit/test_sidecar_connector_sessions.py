@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from ipaddress import IPv4Address
 
+import msgspec
 import pytest
 
 from sidecar.connector import sessions as module
@@ -192,3 +193,26 @@ def test_a_changed_lease_ends_the_sessions_under_the_old_one() -> None:
     assert sessions.lease_changed(WEB, Lease(OTHER_IP, 8)) == [old, detached]
     assert sessions.live() == [current, db]
     assert sessions.end_all() == [current, db]
+
+
+def test_an_agent_takes_along_only_its_own_of_the_same_service_and_lease() -> None:
+    sessions = Sessions()
+    third, fourth, fifth = (SessionId(digit * 16) for digit in "234")
+    before = sessions.admit(RELAY, offer(FIRST))
+    sessions.connection_lost(RELAY, 0.0)
+    now = sessions.admit(OTHER_RELAY, offer(SECOND))
+    sessions.admit(OTHER_RELAY, offer(third, DB))
+    sessions.admit(OTHER_RELAY, offer(fourth, lease=LeaseRef(IP, 8)))
+    stranger = msgspec.structs.replace(offer(fifth), agent=PeerIdentity("bob", "b" * 64))
+    sessions.admit(OTHER_RELAY, stranger)
+    named = (FIRST, SECOND, third, fourth, fifth, SessionId("9" * 16))
+    assert sessions.former(now, named) == [before]
+    assert sessions.former(now, ()) == []
+
+
+def test_whether_a_relay_connection_brought_any_that_lives() -> None:
+    sessions = Sessions()
+    sessions.admit(RELAY, offer())
+    assert sessions.has_any(RELAY) and not sessions.has_any(OTHER_RELAY)
+    sessions.connection_lost(RELAY, 0.0)
+    assert not sessions.has_any(RELAY)
