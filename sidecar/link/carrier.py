@@ -68,8 +68,8 @@ class ByteStream(Protocol):
     def close(self) -> None:
         """Close at once."""
 
-    def finish(self, patience_s: float) -> None:
-        """Close once what was written has arrived."""
+    def finish(self, patience_s: float, parted: Callable[[bool], None]) -> None:
+        """Close once what was written has arrived; `parted` hears whether the other end said the same in time."""
 
 
 class Carried(Protocol):

@@ -39,6 +39,8 @@ class QuicStream:
         self._is_closed = False
         self._on_readable: Callable[[], None] | None = None
         self._on_writable: Callable[[], None] | None = None
+        self._parted: Callable[[bool], None] | None = None
+        self._patience: asyncio.TimerHandle | None = None
 
     def start(
         self,
@@ -95,22 +97,41 @@ class QuicStream:
             self._received.clear()
             self._connection.send_stream(self._stream_id, b"", end=True)
 
-    def finish(self, patience_s: float) -> None:
-        """Close once what was written has arrived: QUIC sees to that."""
+    def finish(self, patience_s: float, parted: Callable[[bool], None] = lambda clean: None) -> None:
+        """Close once what was written has arrived, which QUIC sees to.
+
+        `parted` is called with whether the other end's end came within `patience_s`, so that it has had all there was.
+        """
+        is_clean = self._has_end
         self.close()
+        if is_clean or self._is_broken:
+            parted(is_clean)
+            return
+        self._parted = parted
+        self._patience = self._loop.call_later(patience_s, self._part, False)
+
+    def _part(self, clean: bool) -> None:
+        parted, self._parted = self._parted, None
+        if self._patience is not None:
+            self._patience.cancel()
+        if parted is not None:
+            parted(clean)
 
     # From the link
 
     def data_received(self, data: bytes, end: bool) -> None:
         """Take the next bytes."""
+        self._has_end = self._has_end or end
         if not self._is_closed:
             self._received += data
-            self._has_end = self._has_end or end
             self._tell_readable()
+        elif end:
+            self._part(True)
 
     def lost(self) -> None:
         """The link is over."""
         self._is_broken = True
+        self._part(False)
         self._loop.call_soon(self._tell_readable)
 
     def _tell_readable(self) -> None:
