@@ -21,6 +21,11 @@ from ztna.errors import ConfigError
 from ztna.jsontypes import decode_hook, shortened
 from ztna.wire.control import Address
 
+try:
+    from yaml import CSafeLoader as _SafeLoader
+except ImportError:  # PyYAML that was built without libyaml: a thousand routes take seconds and 30 MB more
+    from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
+
 ENVIRONMENT_PREFIX = "ZTNA_"
 DNS_NAME_CHARACTERS_MAX = 253
 CONFIG_BYTES_MAX = 4 * 1024 * 1024
@@ -206,7 +211,7 @@ def described(field: msgspec.structs.FieldInfo, indent: str = "") -> Iterator[st
         yield f"{indent}# {field.name}: {_flow(_example_value(field))}"
 
 
-class _Loader(yaml.CSafeLoader):
+class _Loader(_SafeLoader):
     """Refuses a key that is given twice; YAML's own loaders silently take the last (YAML 1.2, 3.2.1.3)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -127,3 +127,24 @@ def test_the_page_is_for_the_host_itself(mesh: Mesh) -> None:
     )
     assert http_get(mesh.relay.host, f"http://127.0.0.1:{mesh.relay.admin_port}/metrics")[0] == 200
     until("counted", lambda: mesh.relay.metric("ztna_relay_live", what="connections") == 2)
+
+
+def test_status_tells_what_a_relay_holds(mesh: Mesh) -> None:
+    """Who is connected and for how long their certificates last, what DNS said and when, which tasks run."""
+    with mesh.connect():
+        until("a session", mesh.sessions)
+        status = mesh.relay.status()
+    connections = {each["peer"].rpartition("/")[2]: each for each in status["connections"]}
+    assert {name: each["services"] for name, each in connections.items()} == {
+        "alpha": ["counting"],
+        "laptop": [],
+    }
+    assert all(each["sessions"] == 1 and not each["silent"] for each in connections.values())
+    # Leaves of a lab last two days.
+    assert all(1.5 < each["certificate_days"] <= 2 for each in connections.values())
+    assert 1.5 < status["certificate"]["days_left"] <= 2 and not status["certificate"]["expiring"]
+    srv = status["srv"]
+    assert [each["id"] for each in srv["services"]["counting"]["connectors"]] == ["alpha"]
+    assert 0 <= srv["services"]["counting"]["age_s"] < 60 and 0 <= srv["fresh_age_s"] < 60
+    assert {"srv", "relay", "certificates"} <= set(status["tasks"])
+    assert status["sessions"][0]["agent"].endswith("/laptop")

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 from cryptography import x509
 
 from tests.support.consul import (
@@ -57,6 +58,7 @@ from ztna.config import (
     TlsConfig,
 )
 from ztna.names import ConnectorId, ServiceName
+from ztna.sections import Section, plain
 from ztna.wire.control import Address
 
 CONSUL_PORT, CONSUL_TLS_PORT = 8500, 8510
@@ -218,6 +220,17 @@ class Daemon(Running):
                 raise AssertionError(f"{error}\n/readyz: {self.get('/readyz')[1]}\n{self.tail()}") from None
             raise AssertionError(f"{error}\n{self.tail()}") from None
         return self
+
+
+def _as_written(value: Any) -> Any:
+    """Return a configuration as people write it: what has its default is left out."""
+    if isinstance(value, Section):
+        said = {field.name: getattr(value, field.name) for field in msgspec.structs.fields(type(value))}
+        defaults = {field.name: field.default for field in msgspec.structs.fields(type(value))}
+        return {name: _as_written(each) for name, each in said.items() if each != defaults[name]}
+    if isinstance(value, tuple):
+        return [_as_written(each) for each in value]
+    return plain(value, secrets=True)
 
 
 def http_get(host: Host, url: str, seconds: float = 10.0) -> tuple[int, str]:
@@ -465,7 +478,7 @@ class Lab:
     def daemon(self, name: str, host: Host, script: Sequence[str], config: Config, admin: Endpoint) -> Daemon:
         """Write a configuration and start a daemon with it; waits for nothing."""
         file = self.directory / f"{name}.yaml"
-        file.write_text(configuration.dump(config, secrets=True))
+        file.write_text(yaml.safe_dump(_as_written(config), sort_keys=False))
         file.chmod(0o600)
         argv = [console_script(script[0]), *script[1:], "--config", str(file)]
         log = self.directory / f"{name}.log"
