@@ -190,6 +190,8 @@ class Links:
         for link in tuple(self._links.values()):
             if link.sessions.pop(session.key, None) is None:
                 continue
+            if link.punching is not None and link.punching[0] == session.key:
+                link.punching = None  # whom it would be told to knows nothing of that session
             if link.sessions:
                 self._choose(link)
             elif relay_lost and link.packet_link is not None:

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
 AGENTS = 20
-"""`make soak` has 200: handshakes of so many, after each restart, are more than a part of two cores can do in time."""
+"""`make soak` has 200, which take most of a core for themselves: with a third of one, as beside other tests, offers of
+the relay go unanswered for their second, all is asked for again, and nobody is ever served."""
 DEADLINE_SECONDS = 600
 """What its start and its end may take beside, on a machine that other tests use too."""
 

@@ -454,6 +454,30 @@ class TestUdp:
                 await until("offers", lambda: len(heard(mesh, CandidateOffer)) >= 3)
                 assert {each.session for each in heard(mesh, CandidateOffer)} == {SessionId(f"{1:016x}")}
 
+    async def test_a_restarted_relay_is_told_nothing_of_sessions_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(links, "PUNCHING_SECONDS", 0.5)
+        monkeypatch.setattr(links, "OFFER_AGAIN_SECONDS", 2.0)
+        async with small_mesh(tmp_path) as mesh:
+            ip = await mesh.lease("echo-service", 2, UDP)
+            mesh.connector()
+            async with agent(mesh) as daemon:
+                program = Program((str(ip), 5300))
+                assert await program.ask_until_answered(b"one") == b"ONE"
+                await until("an offer", lambda: heard(mesh, CandidateOffer))
+                mesh.say(StartPunching(SessionId(f"{1:016x}"), (Address("127.0.0.1", 9),), 1))
+                own = daemon.status_sources["agent"].__self__._links._links  # type: ignore[attr-defined]
+                await until("punching", lambda: any(each.punching for each in own.values()))
+                mesh.restart_relay()
+                assert await program.ask_until_answered(b"two") == b"TWO"
+                # By the second offer on later sessions the time for the outcome of the old one is over.
+                before = SessionId(f"{1:016x}")
+                await until(
+                    "offers", lambda: sum(each.session != before for each in heard(mesh, CandidateOffer)) >= 2
+                )
+            assert not [each for each in heard(mesh, PunchingResult) if each.session == before]
+
     async def test_nothing_is_offered_where_direct_paths_are_off(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh:
             ip = await mesh.lease("echo-service", 2, UDP)
