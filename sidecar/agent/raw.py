@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from ipaddress import ip_address
 
 from sidecar.agent.ruleset import MARK
 from ztna.telemetry import dropped
@@ -30,11 +29,16 @@ class RawSockets:
 
     def write(self, packet: bytes) -> None:
         """Send a packet to the local address in it; what the kernel refuses is dropped and counted."""
-        sock = self._sockets.get(packet[0] >> 4)
-        destination = packet[16:20] if packet[0] >> 4 == 4 else packet[24:40]
+        version = packet[0] >> 4
+        sock = self._sockets.get(version)
+        destination = (
+            socket.inet_ntop(socket.AF_INET, packet[16:20])
+            if version == 4
+            else socket.inet_ntop(socket.AF_INET6, packet[24:40])
+        )
         try:
             if sock is not None:
-                sock.sendto(packet, (str(ip_address(destination)), 0))
+                sock.sendto(packet, (destination, 0))
         except OSError:
             dropped(_WHERE, "kernel_refused")
 
