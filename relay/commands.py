@@ -12,7 +12,7 @@ import msgspec
 from ztna.jsontypes import Secret
 from ztna.names import SessionId
 from ztna.reasons import Reason
-from ztna.wire.control import AnyMessage, Carry, DialToken, Health
+from ztna.wire.control import AnyMessage, Carry, DialToken, DnsQuery, Health
 
 ConnectionKey = int
 """Stands for one connection object while it lives; never used again."""
@@ -40,6 +40,14 @@ class SendHealth(msgspec.Struct, frozen=True):
 
     to: ConnectionKey
     news: tuple[Health, ...]
+
+
+class AskDns(msgspec.Struct, frozen=True):
+    """Answer an agent's question about names; not `in_pace`, it is one too many."""
+
+    by: ConnectionKey
+    query: DnsQuery
+    in_pace: bool
 
 
 class AddLink(msgspec.Struct, frozen=True):
@@ -116,6 +124,7 @@ class Event(msgspec.Struct, frozen=True):
 Command = (
     Send
     | SendHealth
+    | AskDns
     | AddLink
     | RemoveLink
     | AdmitAgent

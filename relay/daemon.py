@@ -15,11 +15,13 @@ from typing import TypeVar, assert_never
 
 from relay import looking_in, v1_peers
 from relay.admission import Doorkeeper
+from relay.asking import Names
 from relay.audit import AuditLog
 from relay.commands import (
     AddLink,
     AdmitAgent,
     AdmitConnector,
+    AskDns,
     Command,
     ConnectionKey,
     EndSession,
@@ -58,6 +60,7 @@ from ztna.credentials import Credentials
 from ztna.dns_keys import load_key
 from ztna.errors import BadName, ZtnaError
 from ztna.identity import Identity
+from ztna.jsontypes import Binary
 from ztna.names import ServiceName, SessionId, Zone
 from ztna.reasons import Reason
 from ztna.renewal import Renewal
@@ -167,6 +170,7 @@ class Relay:
         )
         key = load_key(config.dns_key, "relay.dns_key") if config.dns_key else None
         resolver = Resolver(config.resolvers, RESOLVER_SECONDS, key)
+        self.names = Names(resolver, zone)
         self.puller = SrvPuller(resolver, zone, config.srv_hold_s, self._table_changed)
         self._socket, control_listener = control_sockets(config.listen, self._packets_received)
         self.notified: Notified | None = None
@@ -241,6 +245,7 @@ class Relay:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.puller.run(), name="srv")
             tasks.create_task(self.door.run(), name="tls")
+            tasks.create_task(self.names.run(), name="names")
             while True:
                 await asyncio.sleep(TICK_SECONDS)
                 self._mind_silence()
@@ -421,6 +426,8 @@ class Relay:
                 peer = self._peers.get(to)
                 if isinstance(peer, ControlPeer):
                     peer.send_all(news)
+            case AskDns(by, query, in_pace):
+                self._ask_dns(by, query, in_pace)
             case AddLink(link, agent, connector, peers):
                 self.forwarder.add_link(
                     link, (agent.bind_id, agent.secret), (connector.bind_id, connector.secret), peers
@@ -440,6 +447,14 @@ class Relay:
                 self.splicer.end_session(session)
             case _:
                 self._tell(command)
+
+    def _ask_dns(self, by: ConnectionKey, query: control.DnsQuery, in_pace: bool) -> None:
+        """Answer an agent's question about names, if the connection still stands by then. Raises ProtocolError."""
+
+        def tell(response: bytes) -> None:
+            self._send(by, control.DnsResponse(query.request, Binary(response)))
+
+        self.names.ask(by, self._peers[by].connection.identity, query.message, tell, in_pace=in_pace)
 
     def _send(self, to: ConnectionKey, message: control.AnyMessage) -> None:
         peer = self._peers.get(to)

@@ -19,6 +19,8 @@ class Kind(Enum):
     SIGNALING = (4_096.0, 512.0)
     """What is passed on to the other end of a session."""
     CONFLICT = (64.0, 1.0)
+    DNS = (2_048.0, 128.0)
+    """Questions to DNS: each costs one of the relay's own. An agent that comes back asks for all that it may use."""
 
     @property
     def burst(self) -> float:

@@ -16,6 +16,7 @@ from relay.book import SessionBook
 from relay.commands import (
     AdmitAgent,
     AdmitConnector,
+    AskDns,
     BindTicket,
     Command,
     ConnectionKey,
@@ -241,6 +242,8 @@ class Sessions:
                 self._begin(key, Attempt(message, park_until=now + PARK_SECONDS), now, out)
             case control.Conflict():
                 self._conflict(peer, message, now, out)
+            case control.DnsQuery():
+                out.append(AskDns(key, message, peer.pace.allows(Kind.DNS, now)))
             case _ if isinstance(message, AboutSession):
                 self._about_session(peer, message, now, out)
             case _:

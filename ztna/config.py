@@ -500,6 +500,17 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         tuple[Override, ...],
         about("Services that are called at an address of this host instead of their lease."),
     ] = ()
+    names: Annotated[
+        Literal["consul", "relay"],
+        about("Where it learns names and addresses: consul, or relay where Consul is out of reach."),
+    ] = "consul"
+    dns_listen: Annotated[
+        Endpoint | None,
+        about(
+            "Answer this host's questions about the zone here, UDP and TCP, through the relay.",
+            "127.0.0.1:5533",
+        ),
+    ] = None
     hosts_file: Annotated[
         str, about("Where this host's own names stand: what it says of services is compared with the leases.")
     ] = "/etc/hosts"

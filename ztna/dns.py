@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-from dnslib import AAAA, NS, RD, SOA, SRV, TXT, A, DNSHeader, DNSQuestion, DNSRecord
+from dnslib import AAAA, NS, RD, RR, SOA, SRV, TXT, A, DNSHeader, DNSQuestion, DNSRecord
 from dnslib.buffer import BufferError as DnslibBufferError
 from dnslib.dns import DNSError
 from dnslib.label import DNSBuffer, DNSLabel, DNSLabelError
@@ -35,6 +35,7 @@ EDE_STALE_NXDOMAIN_ANSWER = 19
 _STALE = frozenset({EDE_STALE_ANSWER, EDE_STALE_NXDOMAIN_ANSWER})
 _OPTION_EDE = 15
 _CLASS_IN = 1
+_RESPONSE_PAYLOAD_BYTES = 1232
 
 
 class Type(IntEnum):
@@ -334,6 +335,61 @@ def encode_query(message_id: int, name: str, kind: Type, udp_payload: int) -> by
         raise ProtocolError(f"no DNS name: {name!r}: {error}") from None
     opt = struct.pack("!BHHIH", 0, Type.OPT, udp_payload, 0, 0)
     return packed[:10] + b"\x00\x01" + packed[12:] + opt
+
+
+def encode_response(
+    query: Message,
+    code: int,
+    answers: Sequence[Record] = (),
+    authority: Sequence[Record] = (),
+    *,
+    stale: bool = False,
+) -> bytes:
+    """Return the response to a query of one question, with its id and, if it had one, an OPT record.
+
+    Records of types that we do not know, and of names that cannot stand in a message as text, are left out.
+    """
+    (question,) = query.questions
+    header = DNSHeader(id=query.id, bitmap=0, qr=1, rd=int(query.recursion_desired), ra=1, rcode=code & 0xF)
+    record = DNSRecord(header, q=DNSQuestion(question.name, question.type, question.class_))
+    for each in answers:
+        for packed in _packed(each):
+            record.add_answer(packed)
+    for each in authority:
+        for packed in _packed(each):
+            record.add_auth(packed)
+    data = bytes(record.pack())
+    if query.edns is None:
+        return data
+    option = struct.pack("!HHH", _OPTION_EDE, 2, EDE_STALE_ANSWER) if stale else b""
+    opt = struct.pack("!BHHIH", 0, Type.OPT, _RESPONSE_PAYLOAD_BYTES, code >> 4 << 24, len(option)) + option
+    return data[:10] + b"\x00\x01" + data[12:] + opt
+
+
+def _packed(record: Record) -> list[RR]:
+    """Return the record for dnslib, in a list that is empty for what is left out."""
+    data = _rdata(record.data)
+    if data is None or "\\" in record.name:
+        return []
+    return [RR(record.name, record.type, record.class_, ttl=record.ttl_s, rdata=data)]
+
+
+def _rdata(data: Data) -> RD | None:
+    match data:
+        case IPv4Address():
+            return A(str(data))
+        case IPv6Address():
+            return AAAA(str(data))
+        case SrvData():
+            return SRV(data.priority, data.weight, data.port, data.target)
+        case SoaData():
+            times = (data.serial, data.refresh, data.retry, data.expire, data.minimum)
+            return SOA(data.mname, data.rname, times)
+        case HostData():
+            return NS(data.host)
+        case tuple():
+            return TXT(list(data))
+    return None
 
 
 class Weighted(Protocol):

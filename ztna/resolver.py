@@ -145,6 +145,11 @@ class Resolver:
         message, _ = await self._ask(name, Type.A)
         return _addresses(message.answers).get(name, ((), 0))[0]
 
+    async def ask(self, name: str, kind: Type) -> Message:
+        """Return the first answer that will do to any question. Raises ResolverUnavailable."""
+        message, _ = await self._ask(name, kind)
+        return message
+
     async def _ask_address(self, target: str) -> tuple[tuple[str, ...], int]:
         try:
             message, _ = await self._ask(target, Type.A)

@@ -33,11 +33,14 @@ from sidecar.agent.lanes import Lanes
 from sidecar.agent.leases import LeaseFollower
 from sidecar.agent.links import Links
 from sidecar.agent.listeners import VirtualPort
+from sidecar.agent.names import RelayedNames
 from sidecar.agent.ranges import Ranges, Take
+from sidecar.agent.relayed_leases import RelayedLeases
 from sidecar.agent.relays import RelayState
 from sidecar.agent.sessions import Sessions
 from sidecar.agent.stream_links import StreamLinks
 from sidecar.agent.streams import Streams
+from sidecar.agent.stub import Stub
 from sidecar.agent.told import UNKNOWN, HealthBook
 from sidecar.agent.tracing import Tracer
 from sidecar.agent.tun import Tun
@@ -55,7 +58,18 @@ from ztna.names import ServiceName
 from ztna.renewal import Renewal
 from ztna.runtime import CONSUL_TOKEN, Daemon
 from ztna.telemetry import dropped, logger
-from ztna.wire.control import AnyMessage, Conflict, DialToken, Drain, Health, LeaseRef, StartPunching
+from ztna.wire.control import (
+    AnyMessage,
+    Conflict,
+    DialToken,
+    DnsResponse,
+    Drain,
+    Health,
+    LeaseRef,
+    StartPunching,
+)
+
+_SOURCES = {"consul": "Consul", "relay": "DNS through a relay"}
 
 _log = logger(__name__)
 
@@ -65,7 +79,7 @@ async def body(daemon: Daemon) -> None:
     config = daemon.config.agent
     assert config is not None, "daemon_command refuses a configuration without the section"
     daemon.readiness.awaiting("relay", "no relay is connected yet")
-    daemon.readiness.awaiting("leases", "not yet read from Consul")
+    daemon.readiness.awaiting("leases", f"not yet read from {_SOURCES[config.names]}")
     pools = (config.pool, *config.more_pools)
     for pool in pools:
         check_pool(config.mode, pool)
@@ -76,9 +90,10 @@ async def body(daemon: Daemon) -> None:
         raise ConfigError("agent.relays: expected at least one relay, or agent.resolvers to find them")
     credentials = Credentials.load(config.tls)
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(
-            ConsulClient(daemon.config.consul, daemon.readiness.shower(CONSUL_TOKEN))
-        )
+        client = None
+        if config.names == "consul":
+            made = ConsulClient(daemon.config.consul, daemon.readiness.shower(CONSUL_TOKEN))
+            client = await stack.enter_async_context(made)
         tun = await stack.enter_async_context(_device()) if config.mode == "tun" else None
         name = credentials.identity.name
         ranges = Ranges(
@@ -109,7 +124,7 @@ class Agent:
         daemon: Daemon,
         config: AgentConfig,
         credentials: Credentials,
-        client: ConsulClient,
+        client: ConsulClient | None,
         ranges: Ranges,
         tun: Tun | None,
         tasks: asyncio.TaskGroup,
@@ -173,13 +188,11 @@ class Agent:
         self._front = Front(
             config, self._streams.accepted, self._datagrams.received, daemon.readiness.show, tun=tun
         )
-        self._follower = LeaseFollower(
-            client,
-            credentials.identity.agent,
-            self._is_ours,
-            changed=self._leases_changed,
-            read=self._lease_read,
-        )
+        self._names = RelayedNames(self._broker.sessions.relays, self._relays.send)
+        self._stub: Stub | None = None
+        if config.dns_listen is not None:
+            self._stub = Stub(config.dns_listen, daemon.config.domain, self._names.exchange)
+        self._follower = self._lease_follower(client)
         self._renewal = Renewal(
             config.tls,
             credentials,
@@ -191,6 +204,16 @@ class Agent:
         ranges.leases = self._follower.addresses
         ranges.serving = lambda: self._follower.leases
         ranges.moved = self._move
+
+    def _lease_follower(self, client: ConsulClient | None) -> LeaseFollower | RelayedLeases:
+        grants, domain = self._credentials.identity.agent, self._daemon.config.domain
+        if client is not None:
+            return LeaseFollower(
+                client, grants, self._is_ours, changed=self._leases_changed, read=self._lease_read
+            )
+        return RelayedLeases(
+            self._names, domain, grants, self._is_ours, changed=self._leases_changed, read=self._lease_read
+        )
 
     async def run(self) -> None:
         """Serve until the daemon stops, then let what runs finish for a while."""
@@ -210,6 +233,8 @@ class Agent:
             self._ranges,
         ):
             self._tasks.create_task(what.run(), name=type(what).__name__)
+        if self._stub is not None:
+            self._tasks.create_task(self._stub.run(), name="Stub")
         await self._daemon.stopping.wait()
         await self._drain()
 
@@ -221,6 +246,8 @@ class Agent:
             "mode": self._config.mode,
             **self._front.status(),
             "pool": str(self._config.pool),
+            "names": self._config.names,
+            "stub": self._stub.status() if self._stub is not None else None,
             "ranges": self._ranges.status(),
             "relays": [
                 {
@@ -300,6 +327,8 @@ class Agent:
         _log.info("relay_connected", relay=self._relays.label(client), transport=client.transport)
         self._daemon.readiness.done("relay")
         self._relay_event(RelayUp(self._relays.label(client)))
+        if isinstance(self._follower, RelayedLeases):
+            self._follower.look_soon()
         for conflict in self._ranges.conflicts():
             client.send(conflict)
 
@@ -338,6 +367,8 @@ class Agent:
         match message:
             case DialToken():
                 self._carriers.dial_token(relay, message)
+            case DnsResponse():
+                self._names.received(relay, message)
             case StartPunching():
                 self._links.start_punching(relay, message)
             case Drain():
@@ -353,6 +384,9 @@ class Agent:
     def _hear_health(self, relay: str, message: Health) -> None:
         if not self._health.heard(relay, message.service, message.state, asyncio.get_running_loop().time()):
             dropped("agent", "too_many_services")
+        elif isinstance(self._follower, RelayedLeases):
+            # What made its health another may have made its lease another.
+            self._follower.read_again(message.service)
 
     def _send(self, relay: str, message: AnyMessage) -> None:
         # When it is not connected the loss of all its sessions is reported by on_lost.

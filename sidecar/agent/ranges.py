@@ -57,7 +57,7 @@ class Ranges:
 
     def __init__(
         self,
-        client: ConsulClient,
+        client: ConsulClient | None,
         agent: str,
         pools: Sequence[AnyNetwork],
         readiness: Readiness,
@@ -68,7 +68,9 @@ class Ranges:
         domain: Zone,
         own_device: int | None = None,
     ) -> None:
-        """`take` has a network routed to the agent while inside; None when there is no need.
+        """`client` is None for an agent without Consul: it tells its relays alone.
+
+        `take` has a network routed to the agent while inside; None when there is no need.
 
         `own_device` is the interface index of the agent's device: what is routed there is no conflict.
         """
@@ -118,7 +120,7 @@ class Ranges:
                 await asyncio.sleep(LOOK_SECONDS)
                 await self._look()
         finally:
-            if self._session is not None:
+            if self._session is not None and self._client is not None:
                 with contextlib.suppress(ConsulError, TimeoutError):
                     async with asyncio.timeout(STEP_DOWN_SECONDS):
                         await self._client.session_destroy(self._session)
@@ -222,6 +224,8 @@ class Ranges:
 
     async def _keep_report(self) -> None:
         """Write the report under a session, so that it goes when the agent goes; take it back when all is well."""
+        if self._client is None:
+            return
         try:
             if not self.found:
                 session, self._session = self._session, None

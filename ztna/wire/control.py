@@ -36,12 +36,16 @@ FEATURES = frozenset(
     {
         "register", "registered", "refused", "open", "offered", "accepted", "opened", "denied", "dial",
         "dial_token", "carry", "closed", "candidate_offer", "candidate_answer", "start_punching",
-        "punching_result", "health", "conflict", "drain", "retired",
+        "punching_result", "health", "conflict", "drain", "retired", "dns_query", "dns_response",
     }
 )  # fmt: skip
 
 UNKNOWN_TYPE_CHARACTERS = 64
 PHRASE_CHARACTERS_MAX = 256
+DNS_HEADER_BYTES = 12
+DNS_QUERY_BYTES_MAX = 1024
+DNS_RESPONSE_BYTES_MAX = 45_000
+"""What fits a frame as base64url."""
 
 _LENGTH = struct.Struct(">I")
 
@@ -293,6 +297,26 @@ class Drain(Message, frozen=True, tag=_snake):
     relays: tuple[str, ...] = ()
 
 
+class DnsQuery(Message, frozen=True, tag=_snake):
+    """Agent -> relay: a DNS message with one question, for who reaches no resolver; `request` comes back."""
+
+    request: Counter
+    message: Binary
+
+    def __post_init__(self) -> None:
+        _expect_dns("message", self.message, DNS_QUERY_BYTES_MAX)
+
+
+class DnsResponse(Message, frozen=True, tag=_snake):
+    """Relay -> agent: the DNS message that answers it, of services that the agent is granted only."""
+
+    request: Counter
+    message: Binary
+
+    def __post_init__(self) -> None:
+        _expect_dns("message", self.message, DNS_RESPONSE_BYTES_MAX)
+
+
 class Ping(Message, frozen=True, tag=_snake):
     """Either way over TLS: answer with a `pong` at once."""
 
@@ -313,8 +337,13 @@ LifeMessage = Ping | Pong | Goodbye
 AnyMessage = (
     Hello | Register | Registered | Refused | Open | Offered | Accepted | Opened | Denied | Dial | DialToken
     | Carry | Closed | CandidateOffer | CandidateAnswer | StartPunching | PunchingResult | Health | Conflict
-    | Drain | Retired
+    | Drain | Retired | DnsQuery | DnsResponse
 )  # fmt: skip
+
+
+def _expect_dns(name: str, value: bytes, most: int) -> None:
+    if not DNS_HEADER_BYTES <= len(value) <= most:
+        raise ValueError(f"{name}: expected {DNS_HEADER_BYTES} to {most} bytes, got {len(value)}")
 
 
 def _expect_bytes(name: str, value: bytes, length: int) -> None:

@@ -1,0 +1,181 @@
+"""Which leases this agent serves where Consul is out of reach: those that DNS tells, asked through the relays.
+
+The same to its owner as sidecar.agent.leases, which reads Consul. What a record says of a lease is decided in
+sidecar.agent.told_leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from ipaddress import IPv4Address
+from typing import Protocol
+
+from sidecar.agent.told_leases import listed, told
+from ztna.dns import Message, Type
+from ztna.errors import ResolverUnavailable
+from ztna.identity import Grants
+from ztna.leases import Lease
+from ztna.names import ServiceName, Zone
+from ztna.telemetry import dropped, logger
+
+READS_WAITING_MAX = 64
+READS_AT_ONCE_MAX = 16
+SERVICES_MAX = 5_000
+ROUND_SECONDS = 20.0
+"""How often everything is asked for again; a service whose health changed, or whose epoch is old, at once."""
+ROUND_JITTER = 0.2
+RETRY_SECONDS = 1.0
+HOLD_ROUNDS_MAX = 30
+"""For so many rounds a name that nobody answers for keeps its lease (design.md 2.8: names may be stale)."""
+
+_WHERE = "agent_leases"
+_log = logger(__name__)
+
+
+class Asker(Protocol):
+    """What is needed of sidecar.agent.names.RelayedNames."""
+
+    async def ask(self, name: str, kind: Type) -> Message:
+        """Return the response to a question. Raises ResolverUnavailable."""
+
+
+class RelayedLeases:
+    """Follows the leases by DNS and tells of every change; reads a single one anew when asked to."""
+
+    def __init__(
+        self,
+        names: Asker,
+        zone: Zone,
+        grants: Grants,
+        is_ours: Callable[[ServiceName, Lease], bool],
+        *,
+        changed: Callable[[Mapping[ServiceName, Lease]], None],
+        read: Callable[[ServiceName, Lease | None], None],
+    ) -> None:
+        """As sidecar.agent.leases.LeaseFollower."""
+        self._names = names
+        self._zone = zone
+        self._grants = grants
+        self._is_ours = is_ours
+        self._changed = changed
+        self._read = read
+        self._wanted: asyncio.Queue[ServiceName] = asyncio.Queue(READS_WAITING_MAX)
+        self._unanswered: dict[ServiceName, int] = {}
+        self._again = asyncio.Event()
+        self._problem = ""
+        self._has_published = False
+        self.leases: Mapping[ServiceName, Lease] = {}
+
+    def addresses(self) -> Mapping[str, IPv4Address]:
+        """Return the leased address of every service that is known: the granted ones."""
+        return {str(name): lease.ip for name, lease in self.leases.items()}
+
+    def use_grants(self, grants: Grants) -> None:
+        """Go by another certificate's grants from now on."""
+        self._grants = grants
+        self.look_soon()
+
+    def look_soon(self) -> None:
+        """Ask for everything again: a relay was connected, or there is another certificate."""
+        self._again.set()
+
+    def read_again(self, service: ServiceName) -> None:
+        """Ask for one lease now; beyond READS_WAITING_MAX at once the asker's own deadline answers."""
+        try:
+            self._wanted.put_nowait(service)
+        except asyncio.QueueFull:
+            dropped(_WHERE, "reads_full")
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read_wanted(), name="leases read again")
+            while True:
+                self._again.clear()
+                is_complete = await self._round()
+                pause = ROUND_SECONDS if is_complete else RETRY_SECONDS
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause * random.uniform(1 - ROUND_JITTER, 1 + ROUND_JITTER)):
+                        await self._again.wait()
+
+    async def _round(self) -> bool:
+        """Ask for every service; False when not even which there are can be had."""
+        try:
+            services = await self._granted()
+        except ResolverUnavailable as error:
+            self._say(str(error))
+            return False
+        found: dict[ServiceName, Lease] = {}
+        slots = asyncio.Semaphore(READS_AT_ONCE_MAX)
+
+        async def look(service: ServiceName) -> None:
+            async with slots:
+                lease = await self._look(service)
+            if lease is not None:
+                found[service] = lease
+
+        async with asyncio.TaskGroup() as tasks:
+            for service in services:
+                tasks.create_task(look(service), name=f"lease of {service}")
+        self._publish(found)
+        return not self._unanswered
+
+    async def _granted(self) -> Iterable[ServiceName]:
+        """Return the services to ask for: those that the certificate names, or all that the relay lets us see."""
+        if not self._grants.every:
+            return sorted(self._grants.services)[:SERVICES_MAX]
+        message = await self._names.ask(f"_services._dns-sd._udp.{self._zone}", Type.PTR)
+        return sorted(self._grants.services | set(listed(message, self._zone)))[:SERVICES_MAX]
+
+    async def _look(self, service: ServiceName) -> Lease | None:
+        """Return a service's lease as DNS tells it; what is not answered stays as it was, for a while."""
+        try:
+            lease = await self._ask(service)
+        except ResolverUnavailable as error:
+            self._say(str(error))
+            missed = self._unanswered[service] = self._unanswered.get(service, 0) + 1
+            return self.leases.get(service) if missed <= HOLD_ROUNDS_MAX else None
+        self._unanswered.pop(service, None)
+        return lease
+
+    async def _ask(self, service: ServiceName) -> Lease | None:
+        name = f"{service}.{self._zone}"
+        text, address = await asyncio.gather(self._names.ask(name, Type.TXT), self._names.ask(name, Type.A))
+        lease = told(name, text, address)
+        if lease is not None and not self._is_ours(service, lease):
+            dropped(_WHERE, "unusable")
+            _log.debug("lease_unusable", service=service, detail=f"{lease.ip} is outside agent.pool")
+            return None
+        return lease
+
+    async def _read_wanted(self) -> None:
+        while True:
+            service = await self._wanted.get()
+            if not self._grants.allows(service):
+                continue
+            try:
+                lease = await self._ask(service)
+            except ResolverUnavailable as error:
+                _log.warning("lease_unreadable", service=service, detail=error)
+                continue
+            self._unanswered.pop(service, None)
+            if self.leases.get(service) != lease:
+                kept = {name: each for name, each in self.leases.items() if name != service}
+                self._publish(kept | ({service: lease} if lease is not None else {}))
+            self._read(service, lease)
+
+    def _publish(self, found: Mapping[ServiceName, Lease]) -> None:
+        if not self._unanswered:
+            self._say("")
+        if not self._has_published or found != self.leases:
+            self._has_published = True
+            self.leases = found
+            self._changed(found)
+
+    def _say(self, problem: str) -> None:
+        if problem and not self._problem:
+            _log.warning("leases_not_told", detail=problem)
+        self._problem = problem
