@@ -82,9 +82,7 @@ def _may_ask(labels: Sequence[str], depth: int, zone: Zone, may_use: MayUse) -> 
             return True
         case (*_, str(name), "_tcp" | "_udp") if name.startswith("_"):
             return _is_granted(name[1:], may_use)
-        case (*_, str(name)):
-            return _is_granted(name, may_use)
-    return False
+    return _is_granted(relative[-1], may_use)
 
 
 def _may_see(record: Record, zone: Zone, may_use: MayUse) -> bool:

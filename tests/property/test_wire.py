@@ -89,6 +89,14 @@ control_messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(control.Health, services, texts),
     st.builds(control.Conflict, cidr=texts, with_=texts, detail=texts),
     st.builds(control.Drain, st.floats(0, 86_400), st.lists(texts, max_size=3).map(tuple)),
+    st.builds(
+        control.DnsQuery, st.integers(0, 2**63 - 1), st.binary(min_size=12, max_size=64).map(control.Binary)
+    ),
+    st.builds(
+        control.DnsResponse,
+        st.integers(0, 2**63 - 1),
+        st.binary(min_size=12, max_size=64).map(control.Binary),
+    ),
 )
 
 counted = st.binary(max_size=255)

@@ -17,11 +17,13 @@ from ztna.dns import (
     Edns,
     HostData,
     Question,
+    Record,
     SoaData,
     SrvData,
     Type,
     decode,
     encode_query,
+    encode_response,
     order,
 )
 from ztna.errors import ProtocolError
@@ -197,3 +199,26 @@ def test_only_zero_weights_are_all_returned_and_nothing_of_nothing() -> None:
     records = [SrvData(0, 0, port, "x") for port in (1, 2, 3)]
     assert sorted(order(records, lambda n: 0)) == records
     assert list(order([], lambda n: 0)) == []
+
+
+def test_a_response_has_the_records_that_can_stand_in_it() -> None:
+    query = decode(encode_query(0x1234, "web-app.ztna.local", Type.A, 1232))
+    name = "web-app.ztna.local"
+    soa = SoaData("ns.ztna.local", "host.ztna.local", 7, 1, 2, 3, 4)
+    records = [
+        Record(name, Type.A, 1, 30, IPv4Address("10.100.0.2")),
+        Record(name, Type.AAAA, 1, 30, IPv6Address("fd00::1")),
+        Record(name, Type.SRV, 1, 30, SrvData(0, 1, 80, name)),
+        Record(name, Type.PTR, 1, 30, HostData(name)),
+        Record(name, Type.TXT, 1, 30, (b"epoch=1", b"")),
+    ]
+    strange = [Record("a\\046b", Type.A, 1, 30, IPv4Address("10.0.0.1")), Record(name, 99, 1, 30, b"x")]
+    authority = (Record("ztna.local", Type.SOA, 1, 30, soa),)
+    message = decode(encode_response(query, Code.NXDOMAIN, [*records, *strange], authority, stale=True))
+    assert (message.id, message.is_response, message.code) == (0x1234, True, Code.NXDOMAIN)
+    assert (message.answers, message.authority) == (tuple(records), authority)
+    assert message.questions == query.questions and message.stale
+    assert decode(encode_response(query, Code.BADVERS)).code == Code.BADVERS
+    plain = encode_query(1, name, Type.A, 1232)
+    without = decode(plain[:10] + bytes(2) + plain[12:-11])
+    assert decode(encode_response(without, Code.NOERROR, stale=True)).edns is None

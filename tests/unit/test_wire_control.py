@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from ztna.errors import ProtocolError
+from ztna.jsontypes import encode_hook
 from ztna.leases import Port
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason
 from ztna.wire.control import (
     CANDIDATES_MAX,
+    DNS_QUERY_BYTES_MAX,
+    DNS_RESPONSE_BYTES_MAX,
     FEATURES,
     MESSAGE_BYTES_MAX,
     Accepted,
@@ -29,6 +32,8 @@ from ztna.wire.control import (
     Denied,
     Dial,
     DialToken,
+    DnsQuery,
+    DnsResponse,
     Drain,
     ForwarderBind,
     FrameReader,
@@ -86,6 +91,8 @@ MESSAGES: list[AnyMessage] = [
     Conflict(cidr="10.100.0.0/16", with_="docker0", detail="route"),
     Drain(25.0, ("edge-2",)),
     Retired(SESSION),
+    DnsQuery(1, Binary(bytes(12))),
+    DnsResponse(1, Binary(bytes(DNS_RESPONSE_BYTES_MAX))),
 ]
 
 
@@ -105,7 +112,7 @@ def test_the_features_are_the_messages() -> None:
 
 def test_the_layout_is_that_of_the_protocol() -> None:
     assert encode(Dial(SESSION)) == b'\0\0\0\x2c{"type":"dial","session":"00010203040506ff"}'
-    assert b'"with":"docker0"' in encode(MESSAGES[-3])
+    assert b'"with":"docker0"' in encode(MESSAGES[-5])
     assert b'"bind_id":"AAAAAAAAAAAAAAAAAAAAAA"' in encode(MESSAGES[6])
 
 
@@ -114,6 +121,16 @@ def test_frames_may_come_in_any_pieces() -> None:
     reader = FrameReader()
     assert [message for byte in data for message in reader.feed(bytes((byte,)))] == MESSAGES
     assert FrameReader().feed(data) == MESSAGES
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("dns_query", 11), ("dns_query", DNS_QUERY_BYTES_MAX + 1), ("dns_response", DNS_RESPONSE_BYTES_MAX + 1)],
+)
+def test_dns_messages_are_neither_too_short_nor_too_long(kind: str, size: int) -> None:
+    message = {"type": kind, "request": 1, "message": encode_hook(Binary(bytes(size)))}
+    with pytest.raises(ProtocolError, match="expected 12 to"):
+        FrameReader().feed(frame(message))
 
 
 @pytest.mark.parametrize("size", [0, 15, 65])

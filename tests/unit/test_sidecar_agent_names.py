@@ -1,0 +1,204 @@
+"""sidecar.agent.names and relayed_leases: questions through relays, and the leases that the answers tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from ipaddress import IPv4Address
+from typing import Any
+
+import pytest
+
+from sidecar.agent import names as names_module
+from sidecar.agent import relayed_leases
+from sidecar.agent.names import RelayedNames
+from sidecar.agent.relayed_leases import RelayedLeases
+from sidecar.agent.relays import Relays, RelayState
+from tests.support.identities import grants
+from ztna.dns import Code, HostData, Message, Record, Type, decode, encode_query, encode_response
+from ztna.errors import ResolverUnavailable
+from ztna.jsontypes import Binary
+from ztna.leases import Lease, Port
+from ztna.names import ServiceName, Zone
+from ztna.wire.control import DnsQuery, DnsResponse
+
+ZONE = Zone("ztna.local")
+WEB, DATABASE = ServiceName("web-app"), ServiceName("db")
+WAIT_SECONDS = 20.0
+
+
+class Relay:
+    """What relays say; a relay that is `mute` takes questions and says nothing."""
+
+    def __init__(self) -> None:
+        self.relays = Relays(["near", "far"])
+        for name in ("near", "far"):
+            self.relays.set(name, RelayState.UP)
+        self.names = RelayedNames(self.relays, self.send)
+        self.mute: set[str] = set()
+        self.away: set[str] = set()
+        self.asked: list[tuple[str, DnsQuery]] = []
+        self.code = Code.NOERROR
+
+    def send(self, relay: str, query: DnsQuery) -> bool:
+        self.asked.append((relay, query))
+        if relay in self.away:
+            return False
+        if relay not in self.mute:
+            message = decode(query.message)
+            record = Record(message.questions[0].name, Type.A, 1, 30, IPv4Address("10.100.0.2"))
+            response = DnsResponse(query.request, Binary(encode_response(message, self.code, [record])))
+            asyncio.get_running_loop().call_soon(self.names.received, relay, response)
+        return True
+
+
+async def test_the_nearest_relay_is_asked_and_another_where_it_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    relay = Relay()
+    message = await relay.names.ask("web-app.ztna.local", Type.A)
+    assert message.answers[0].data == IPv4Address("10.100.0.2")
+    monkeypatch.setattr(names_module, "RELAY_SECONDS", 0.05)
+    relay.mute.add("near")
+    assert (await relay.names.ask("web-app.ztna.local", Type.A)).answers
+    relay.away.add("far")
+    with pytest.raises(ResolverUnavailable, match="near, far"):
+        await relay.names.ask("web-app.ztna.local", Type.A)
+    assert [name for name, _ in relay.asked] == ["near", "near", "far", "near", "far"]
+    for name in ("near", "far"):
+        relay.relays.set(name, RelayState.DOWN)
+    with pytest.raises(ResolverUnavailable, match="none is connected"):
+        await relay.names.exchange(encode_query(7, "x.ztna.local", Type.A, 1232))
+
+
+async def test_only_what_answers_the_question_counts() -> None:
+    relay = Relay()
+    relay.names.received("near", DnsResponse(99, Binary(b"x" * 12)))  # asked by nobody
+    relay.code = Code.SERVFAIL
+    with pytest.raises(ResolverUnavailable, match="code 2"):
+        await relay.names.ask("web-app.ztna.local", Type.A)
+    for wrong in (b"x" * 30, encode_response(decode(encode_query(1, "y", Type.A, 1232)), Code.NOERROR)):
+        relay.mute.add("near")
+        asking = asyncio.create_task(relay.names.ask("web-app.ztna.local", Type.A))
+        await asyncio.sleep(0)
+        name, query = relay.asked[-1]
+        relay.names.received(name, DnsResponse(query.request, Binary(wrong)))
+        relay.names.received(name, DnsResponse(query.request, Binary(wrong)))  # once only
+        with pytest.raises(ResolverUnavailable):
+            await asking
+
+
+class Told:
+    """What DNS tells; `away` fails every question."""
+
+    def __init__(self) -> None:
+        self.leases: dict[str, Lease] = {}
+        self.away = False
+        self.asked: list[str] = []
+
+    async def ask(self, name: str, kind: Type) -> Message:
+        self.asked.append(name)
+        if self.away:
+            raise ResolverUnavailable("away")
+        query = decode(encode_query(1, name, kind, 1232))
+        lease = self.leases.get(name.partition(".")[0])
+        records = []
+        if kind is Type.PTR:
+            records = [Record(name, kind, 1, 30, HostData(f"_{each}._tcp.{ZONE}")) for each in self.leases]
+        elif lease is not None:
+            ports = ",".join(f"{port.protocol}:{port.port}" for port in lease.ports)
+            strings = (f"ports={ports}".encode(), f"epoch={lease.epoch}".encode())
+            records = [Record(name, kind, 1, 30, lease.ip if kind is Type.A else strings)]
+        return decode(encode_response(query, Code.NOERROR, records))
+
+
+class Following:
+    def __init__(self, services: list[str]) -> None:
+        self.told = Told()
+        self.changes: list[Mapping[ServiceName, Lease]] = []
+        self.reads: list[tuple[ServiceName, Lease | None]] = []
+        self.leases = RelayedLeases(
+            self.told,
+            ZONE,
+            grants(services),
+            lambda service, lease: lease.ip.packed[0] == 10,
+            changed=self.changes.append,
+            read=lambda service, lease: self.reads.append((service, lease)),
+        )
+
+
+@asynccontextmanager
+async def following(*services: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Following]:
+    monkeypatch.setattr(relayed_leases, "ROUND_SECONDS", 0.02)
+    monkeypatch.setattr(relayed_leases, "RETRY_SECONDS", 0.02)
+    made = Following(list(services))
+    made.told.leases["web-app"] = Lease(IPv4Address("10.100.0.2"), 1, (Port("tcp", 80),))
+    made.told.leases["db"] = Lease(IPv4Address("10.100.0.3"), 1, (Port("tcp", 5432),))
+    running = asyncio.create_task(made.leases.run())
+    try:
+        yield made
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+
+async def until(holds: Any) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+async def test_the_granted_services_are_followed_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with following("web-app", monkeypatch=monkeypatch) as made:
+        await until(lambda: made.told.asked.count("web-app.ztna.local") > 6)
+        assert made.changes == [{WEB: made.told.leases["web-app"]}], (
+            "told when something changed, and only then"
+        )
+        assert made.leases.addresses() == {"web-app": IPv4Address("10.100.0.2")}
+        assert "db.ztna.local" not in made.told.asked
+        made.leases.use_grants(grants(["*"]))
+        await until(lambda: len(made.changes[-1]) == 2)
+        del made.told.leases["web-app"]
+        await until(lambda: set(made.changes[-1]) == {DATABASE})
+        # Somebody else's network is served by nobody here.
+        made.told.leases["db"] = Lease(IPv4Address("192.0.2.1"), 2, ())
+        await until(lambda: made.changes[-1] == {})
+
+
+async def test_one_is_read_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with following("web-app", monkeypatch=monkeypatch) as made:
+        await until(lambda: made.changes)
+        monkeypatch.setattr(relayed_leases, "ROUND_SECONDS", 1000.0)
+        newer = made.told.leases["web-app"] = Lease(IPv4Address("10.100.0.9"), 2, (Port("tcp", 80),))
+        made.leases.read_again(WEB)
+        made.leases.read_again(DATABASE)  # not granted: nobody is asked, and nothing said
+        await until(lambda: made.reads)
+        assert made.reads == [(WEB, newer)] and made.changes[-1] == {WEB: newer}
+        made.told.away = True
+        made.leases.read_again(WEB)
+        del made.told.leases["web-app"]
+        made.told.away = False
+        made.leases.read_again(WEB)
+        await until(lambda: made.changes[-1] == {})
+        for _ in range(relayed_leases.READS_WAITING_MAX + 1):
+            made.leases.read_again(WEB)
+
+
+async def test_names_that_nobody_answers_for_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relayed_leases, "HOLD_ROUNDS_MAX", 5)
+    async with following("web-app", monkeypatch=monkeypatch) as made:
+        await until(lambda: made.changes)
+        made.told.away = True
+        before = len(made.told.asked)
+        await until(lambda: len(made.told.asked) > before + 2)
+        assert len(made.changes) == 1
+        await until(lambda: made.changes[-1] == {})
+        made.told.away = False
+        await until(lambda: len(made.changes[-1]) == 1)
+    async with following("*", monkeypatch=monkeypatch) as made:
+        made.told.away = True
+        await until(lambda: len(made.told.asked) > 3)
+        made.told.away = False
+        await until(lambda: made.changes and len(made.changes[-1]) == 2)
