@@ -518,6 +518,13 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     private_candidates: Annotated[
         bool, about("Offer and try private addresses (RFC 1918) too when looking for a direct path.")
     ] = False
+    tcp_on_punched: Annotated[
+        Literal["relay", "packet"],
+        about(
+            "TCP where only UDP goes directly: relay (TLS through the relay, much faster) or packet (a QUIC stream on "
+            "the direct path, which no relay carries)."
+        ),
+    ] = "relay"
     admin: Annotated[Endpoint, about("Where /metrics, /healthz, /readyz and /status are served.")] = Endpoint(
         "127.0.0.1", 9434
     )

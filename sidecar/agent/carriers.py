@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -79,13 +80,15 @@ class Carriers:
         send: Callable[[str, Dial], object],
         dial_at: Callable[[str, Address], SockAddr],
         over_link: Callable[[Session], Awaitable[QuicStream]],
+        is_link_better: Callable[[Session], bool],
         tasks: asyncio.TaskGroup,
         direct: bool,
     ) -> None:
         """`send` puts a message on the control connection to a relay; `direct` allows direct carriers.
 
         `dial_at` says where to dial in for a relay's forwarder; `over_link` opens a stream of a session's packet link,
-        or raises LinkError. `tasks` owns what finds out whether TCP gets through again.
+        or raises LinkError; `is_link_better` says whether that comes before the forwarder. `tasks` owns what finds out
+        whether TCP gets through again.
 
         `credentials` are those that a relay's sessions were opened with: the connector expects that very leaf.
         """
@@ -93,6 +96,7 @@ class Carriers:
         self._send = send
         self._dial_at = dial_at
         self._over_link = over_link
+        self._is_link_better = is_link_better
         self._tasks = tasks
         self._probing: set[ConnectorId] = set()
         self._direct = direct
@@ -126,6 +130,7 @@ class Carriers:
         now = self._loop.time()
         return {
             "carriers": len(self._carriers),
+            "on_links": sum(not carrier.is_tcp for carrier in self._carriers),
             "idle": {connector: len(found) for connector, found in sorted(self._idle.items())},
             "routes": {
                 connector: route.way
@@ -219,7 +224,12 @@ class Carriers:
             else:
                 self._remember(connector, Way.DIRECT)
                 return self._track(carrier, connector, own)
-        return await (self._dial_forwarder_or_link(session) if or_link else self._dial_forwarder(session))
+        if not or_link:
+            return await self._dial_forwarder(session)
+        if self._is_link_better(session):
+            with suppress(LinkError):
+                return await self._dial_link(session)
+        return await self._dial_forwarder_or_link(session)
 
     async def _dial_forwarder_or_link(self, session: Session) -> Carrier:
         """Dial through the forwarder; when nothing comes of that, take the packet link, made ready meanwhile."""

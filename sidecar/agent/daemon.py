@@ -159,6 +159,7 @@ class Agent:
             send=self._send,
             dial_at=self._relays.dial_at,
             over_link=self._stream_of_link,
+            is_link_better=self._is_punched_for_tcp,
             tasks=tasks,
             direct=config.direct,
         )
@@ -397,6 +398,9 @@ class Agent:
             client.network_changed()
         self._links.network_changed()
         self._carriers.network_changed(self._network.held)
+
+    def _is_punched_for_tcp(self, session: Session) -> bool:
+        return self._config.tcp_on_punched == "packet" and self._links.is_direct(session)
 
     async def _stream_of_link(self, session: Session) -> QuicStream:
         if self._relays.is_udp_blocked(session.relay):

@@ -176,6 +176,11 @@ class Links:
         await link.packet_link.prove(PROOF_SECONDS)
         return link.packet_link.open_stream()
 
+    def is_direct(self, session: Session) -> bool:
+        """Say whether the session's link goes straight to the connector now."""
+        link = self.find(session)
+        return link is not None and link.packet_link is not None and link.packet_link.path == "direct"
+
     def find(self, session: Session) -> Link | None:
         """Return the session's link if there is one; dials none."""
         return self._links.get(self._key(session))
