@@ -33,7 +33,7 @@ ROWS = {
     "tcp-relay": "tests.bench.rows_tcp_relay",
     "latency": "tests.bench.rows_latency",
     "link-datagrams": "tests.bench.rows_link",
-    "tcp-punched": "tests.bench.rows_link:punched_row",
+    "tcp-punched": "tests.bench.rows_punched",
     "handshakes": "tests.bench.rows_relay:handshakes_row",
     "memory": "tests.bench.rows_memory",
     "mass-close": "tests.bench.rows_relay:mass_close_row",

@@ -1,8 +1,8 @@
-"""One end of a QUIC connection that carries datagrams one way, or a stream: `link_process ENGINE ROLE TLS [PORT]`.
+"""One end of a QUIC connection that carries datagrams one way: `link_process ENGINE ROLE TLS [PORT]`.
 
-ENGINE is `ours` (ztna.quic), `stream` (ours too, PIECE_BYTES at a time on one stream) or `aioquic` (its own asyncio),
-all on uvloop; TLS.pem and TLS.key are its certificate. The receiver prints its port and answers each line with what
-came so far; the sender answers each line, a number, when it has sent so many, pieces when all are acknowledged.
+ENGINE is `ours` (ztna.quic) or `aioquic` (its own asyncio), both on uvloop; TLS.pem and TLS.key are its certificate.
+The receiver prints its port and answers each line with what arrived so far; the sender answers each line, a number,
+when it has sent so many.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from ztna.credentials import Credentials
 from ztna.quic import Connection
 
 DATAGRAM_BYTES = 1200
-PIECE_BYTES = 65_536
-UNACKNOWLEDGED_BYTES_MAX = 16 * PIECE_BYTES
 WAITING = 300
 """Datagrams that the sender keeps in the engine's queue."""
 
@@ -53,9 +51,6 @@ class _Counter(Recorder):
 
     def datagram_received(self, data: bytes) -> None:
         _Counter.arrived += 1
-
-    def stream_data(self, stream_id: int, data: bytes, end: bool) -> None:
-        _Counter.arrived += len(data)
 
 
 class _CountingProtocol(QuicConnectionProtocol):
@@ -100,23 +95,6 @@ async def send_ours(tls: Path, port: int, commands: Commands) -> None:
             lambda: connection.send_datagram(data),  # type: ignore[arg-type, return-value]
             lambda: None,
         )
-        print("{}", flush=True)
-    dialling.close()
-
-
-async def send_stream(tls: Path, port: int, commands: Commands) -> None:
-    """Send on one stream with ztna.quic."""
-    dialling = Dialling(("127.0.0.1", port), _credentials(tls), settings())
-    connection: Connection = (await dialling.connect()).connection
-    stream, piece = connection.open_stream(), bytes(PIECE_BYTES)
-    print("ready", flush=True)
-    while line := await commands.next():
-        for _ in range(int(line)):
-            while connection.unsent_bytes(stream) > UNACKNOWLEDGED_BYTES_MAX - PIECE_BYTES:
-                await asyncio.sleep(0.001)
-            connection.send_stream(stream, piece)
-        while connection.unsent_bytes(stream):
-            await asyncio.sleep(0.001)
         print("{}", flush=True)
     dialling.close()
 
@@ -169,11 +147,9 @@ async def main() -> None:
     engine, role, tls, *port = sys.argv[1:]
     commands = await Commands().open()
     if role == "receive":
-        receive = {"ours": receive_ours, "stream": receive_ours, "aioquic": receive_aioquic}
-        await receive[engine](Path(tls), commands)
+        await {"ours": receive_ours, "aioquic": receive_aioquic}[engine](Path(tls), commands)
     else:
-        send = {"ours": send_ours, "stream": send_stream, "aioquic": send_aioquic}
-        await send[engine](Path(tls), int(port[0]), commands)
+        await {"ours": send_ours, "aioquic": send_aioquic}[engine](Path(tls), int(port[0]), commands)
 
 
 if __name__ == "__main__":

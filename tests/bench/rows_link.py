@@ -1,24 +1,18 @@
-"""Datagrams over one QUIC connection, one way: our driver beside aioquic's own asyncio layer, both ends alike.
-
-And a stream of it, beside TLS through the relay: what TCP can have where a hole was punched for UDP.
-"""
+"""Datagrams over one QUIC connection, one way: our driver beside aioquic's own asyncio layer, both ends alike."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bench.harness import Contender, Figures, Measure, Row, cpu_seconds
-from tests.bench.link_process import PIECE_BYTES
 from tests.bench.rows_relay import Process
-from tests.bench.rows_tcp_relay import Relayed
 from tests.support.certificates import Pki
 
 DATAGRAMS = 60_000
-PIECES = 1_500
 SETTLE_SECONDS = 0.5
 """For what is still on its way."""
 
@@ -37,38 +31,8 @@ def row(directory: Path) -> Row:
     )
 
 
-def punched_row(directory: Path) -> Row:
-    """Return the row of what TCP can have on a punched path; everything is written under `directory`."""
-    directory = directory / "punched"
-    directory.mkdir()
-    return Row(
-        "TCP where only UDP goes directly: through the relay, or on a QUIC stream between the ends",
-        "tells what is the better default; of the stream it is what agent and connector could reach at best",
-        [
-            Contender("TLS through the relay, whole mesh", Relayed(directory / "relay").ours),
-            Contender("QUIC stream, the carrier alone", lambda: pair(directory, "stream", stream)),
-        ],
-    )
-
-
-def stream(sender: Process, receiver: Process) -> Figures:
-    """Send PIECES, and wait until they have arrived."""
-    started = time.monotonic()
-    ends = {"agent": sender.pid, "connector": receiver.pid}
-    cpu = {name: cpu_seconds([pid]) for name, pid in ends.items()}
-    sender.say(str(PIECES))
-    sender.line()
-    size, wall = PIECES * PIECE_BYTES, time.monotonic() - started
-    figures = {"MB/s x1": size / wall / 1e6}
-    return figures | {
-        f"{name} CPU s/GB x1": (cpu_seconds([pid]) - cpu[name]) / (size / 1e9) for name, pid in ends.items()
-    }
-
-
 @contextlib.contextmanager
-def pair(
-    directory: Path, engine: str, measure: Callable[[Process, Process], Figures] | None = None
-) -> Iterator[Measure]:
+def pair(directory: Path, engine: str) -> Iterator[Measure]:
     """Two processes with a connection between them."""
     own = directory / engine
     own.mkdir()
@@ -82,7 +46,7 @@ def pair(
     sender = Process(own / "sender.log", program, engine, "send", str(own / "agent"), port)
     sender.line()
     try:
-        yield lambda: (measure or once)(sender, receiver)
+        yield lambda: once(sender, receiver)
     finally:
         sender.end()
         receiver.end()

@@ -47,9 +47,10 @@ def row(directory: Path) -> Row:
     )
 
 
-def iperf(address: str, port: int, streams: int) -> float:
-    """Return the bytes that iperf3 got through in SECONDS."""
+def iperf(address: str, port: int, streams: int, prefix: Sequence[str] = ()) -> float:
+    """Return the bytes that iperf3, run behind `prefix`, got through in SECONDS."""
     argv = [
+        *prefix,
         need("iperf3", "iperf3"),
         "-c",
         address,
@@ -68,12 +69,12 @@ def iperf(address: str, port: int, streams: int) -> float:
         raise CannotMeasure(f"iperf3: {done.stdout[-300:]}{done.stderr[-300:]}") from None
 
 
-def bulk(address: str, port: int, ends: dict[str, int]) -> Figures:
+def bulk(address: str, port: int, ends: dict[str, int], prefix: Sequence[str] = ()) -> Figures:
     """Return MB/s and each end's CPU seconds per GB, with 1 and with 16 streams. `ends`: name -> pid."""
     figures: dict[str, float] = {}
     for streams in STREAMS:
         before = {name: cpu_seconds([pid]) for name, pid in ends.items()}
-        size = iperf(address, port, streams)
+        size = iperf(address, port, streams, prefix)
         figures[f"MB/s x{streams}"] = size / SECONDS / 1e6
         for name, pid in ends.items():
             figures[f"{name} CPU s/GB x{streams}"] = (cpu_seconds([pid]) - before[name]) / (size / 1e9)

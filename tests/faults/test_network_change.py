@@ -4,125 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import pytest
 
 from tests.support.consul import note_version
-from tests.support.lab import Daemon, Lab, lab, tcp_route, udp_route, until
+from tests.support.lab import until
+from tests.support.moving import FORWARDER_PORT, FOUND_SECONDS, LINK_PORT, Mesh, mesh_behind
 from tests.support.namespaces import Host
-from tests.support.nat import Kind, place
-from tests.support.steady import Echoes, Flow, Flows
-from ztna.config import Endpoint
-from ztna.wire.control import Address
+from tests.support.nat import Kind
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
-BACKEND_PORT = 18007
-LINK_PORT, FORWARDER_PORT = "4435", "4434"
-START_SECONDS = 60.0
-GAP_SECONDS = 5.0
-"""What was measured on an idle machine is under a second."""
-FOUND_SECONDS = 30.0
-
-
-@dataclass
-class Mesh:
-    """Two agents with a UDP and a TCP flow each: one with a direct path, and one that may have none."""
-
-    lab: Lab
-    connector: Daemon
-    agents: dict[str, Daemon]
-    flows: Flows
-    echoes: Echoes
-
-    def path(self, agent: str) -> str:
-        """Return what the agent's one link goes by."""
-        (link,) = self.agents[agent].status()["agent"]["links"]
-        return str(link["path"])
-
-    def addresses(self, agent: str) -> list[str]:
-        """Return where an agent's direct path goes."""
-        (link,) = self.agents[agent].status()["agent"]["links"]
-        return [each["address"] for each in link["candidates"] if each["state"] == "carries"]
-
-    def carriers(self, agent: str) -> set[str]:
-        """Return where an agent's stream carriers go, of the connector's link and the relay's forwarder."""
-        said = self.lab.host(agent).run("ss", "-Htn", "state", "established")
-        return {port for port in (LINK_PORT, FORWARDER_PORT) if f":{port} " in f"{said} "}
-
-    def wait_direct(self, what: str) -> None:
-        until(f"direct {what}", lambda: self.path("direct") == "direct", FOUND_SECONDS)
-        assert self.path("forwarded") == "forwarded"
-
-    @contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
-        """AssertionError when a flow breaks inside, or stands still for longer than GAP_SECONDS."""
-        begun, askers = time.monotonic(), {name: set(each) for name, each in self.echoes.askers.items()}
-        yield
-        changed = time.monotonic()
-        until(
-            "all are answered again",
-            lambda: all(flow.is_answered_since(changed) for flow in self.flows.all),
-            FOUND_SECONDS,
-        )
-        assert [flow.broken for flow in self.flows.all if flow.broken] == []
-        gaps = {flow.name: flow.longest_gap(begun, changed + 0.1) for flow in self.flows.all}
-        print(f"{what}: " + ", ".join(f"{name} stood still for {gap:.2f} s" for name, gap in gaps.items()))
-        assert max(gaps.values()) < GAP_SECONDS, gaps
-        assert self.echoes.askers == askers, "each has its socket at the backend still"
+AGENTS = {"direct": {"direct": True}, "forwarded": {"direct": False}}
 
 
 @pytest.fixture
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     note_version(request, "newest")
-    with mesh_behind(Kind.OPEN) as made:
+    with mesh_behind(Kind.OPEN, AGENTS) as made:
         yield made
-
-
-@contextmanager
-def mesh_behind(kind: Kind) -> Iterator[Mesh]:
-    """A mesh whose agents each have this before them."""
-    with lab("core", "rack", subnet="25.0.0") as made, ExitStack() as stack:
-        core, rack = made.host("core"), made.host("rack")
-        for name in ("direct", "forwarded"):
-            place(made.network, name, kind, core.address)
-        made.start_consul("newest")
-        for daemon in (made.dnsd(), made.relay()):
-            daemon.wait_ready()
-        flows, echoes = Flows(), Echoes()
-        echoes.serve(rack, BACKEND_PORT)
-        stack.enter_context(echoes.running())
-        backend = Endpoint("127.0.0.1", BACKEND_PORT)
-        connector = made.connector(
-            "alpha",
-            [udp_route("echo-service", backend), tcp_route("shell", backend, 22)],
-            "rack",
-            link=Endpoint("0.0.0.0", 4435),
-            link_advertise=Address(rack.address, 4435),
-        ).wait_ready(START_SECONDS)
-        services = ("echo-service", "shell")
-        agents = {
-            name: made.agent(name, services, name, direct=name == "direct")
-            for name in ("direct", "forwarded")
-        }
-        for agent in agents.values():
-            agent.wait_ready(START_SECONDS)
-        at = {service: made.address(service) for service in services}
-        stack.enter_context(flows.running())
-        for name in agents:
-            host = made.host(name)
-            flows.udp(f"UDP {name}", host, (at["echo-service"], 7))
-            until(f"TCP {name}", lambda n=name, h=host: begun(flows, n, h, (at["shell"], 22)), START_SECONDS)
-        until("all are answered", lambda: all(flow.answered for flow in flows.all), START_SECONDS)
-        mesh = Mesh(made, connector, agents, flows, echoes)
-        mesh.wait_direct("at first")
-        yield mesh
-
-
-def begun(flows: Flows, name: str, host: Host, address: tuple[str, int]) -> Flow:
-    return flows.tcp(f"TCP {name}", host, address)
 
 
 def readdress(host: Host, address: str) -> None:
@@ -167,7 +67,7 @@ def test_flows_go_on_when_a_host_gets_another_address(mesh: Mesh) -> None:
 def test_flows_go_on_when_a_nat_is_restarted_with_another_address(request: pytest.FixtureRequest) -> None:
     """The agents' own hosts see nothing of it: it is the relay that tells them."""
     note_version(request, "newest")
-    with mesh_behind(Kind.PORT) as mesh:
+    with mesh_behind(Kind.PORT, AGENTS) as mesh:
         with mesh.going_on("the NATs were restarted"):
             for number, name in enumerate(mesh.agents, 101):
                 restart_nat(mesh.lab.host(f"{name}-gw"), f"25.0.0.{number}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from tests.support.lab import Daemon, Lab, lab, tcp_route, udp_route, until
 from tests.support.namespaces import Host
 from tests.support.nat import Kind, place
 from tests.support.steady import Echoes, Flow, Flows
-from ztna.config import Endpoint
+from ztna.config import Endpoint, RouteConfig
 from ztna.wire.control import Address
 
 BACKEND_PORT = 18007
@@ -79,9 +79,16 @@ class Mesh:
 
 @contextmanager
 def mesh_behind(
-    kind: Kind, agents: Mapping[str, Mapping[str, Any]], *, connector: Kind = Kind.OPEN
+    kind: Kind,
+    agents: Mapping[str, Mapping[str, Any]],
+    *,
+    connector: Kind = Kind.OPEN,
+    more: Sequence[RouteConfig] = (),
 ) -> Iterator[Mesh]:
-    """A mesh of these agents, by name with settings; each, and the connector, has such a NAT before it."""
+    """A mesh of these agents, by name with settings; each, and the connector, has such a NAT before it.
+
+    `more` are routes beside those of the flows.
+    """
     with lab("core", subnet="25.0.0") as made, ExitStack() as stack:
         core = made.host("core")
         rack, outside = place(made.network, "rack", connector, core.address)
@@ -96,12 +103,12 @@ def mesh_behind(
         backend = Endpoint("127.0.0.1", BACKEND_PORT)
         fronting = made.connector(
             "alpha",
-            [udp_route("echo-service", backend), tcp_route("shell", backend, 22)],
+            [udp_route("echo-service", backend), tcp_route("shell", backend, 22), *more],
             "rack",
             link=Endpoint("0.0.0.0", 4435),
             link_advertise=Address(outside, 4435),
         ).wait_ready(START_SECONDS)
-        services = ("echo-service", "shell")
+        services = ("echo-service", "shell", *(str(route.service) for route in more))
         running = {name: made.agent(name, services, name, **keys) for name, keys in agents.items()}
         for agent in running.values():
             agent.wait_ready(START_SECONDS)
