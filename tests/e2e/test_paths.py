@@ -77,13 +77,13 @@ class Crossing:
                 each for each in link["candidates"] if each["state"] == "carries"
             ]
             for kind, agent in self.agents.items()
-            for link in agent.status()["agent"]["links"]
+            for link in agent.packet_links()
         }
 
     def _of_agents(self) -> dict[Pair, str]:
         seen = dict.fromkeys(PAIRS, "none")
         for kind, agent in self.agents.items():
-            for link in agent.status()["agent"]["links"]:
+            for link in agent.packet_links():
                 seen[kind, kind_of(link["connector"])] = link["path"]
         return seen
 

@@ -206,6 +206,10 @@ class Daemon(Running):
                 total += float(line.rsplit(" ", 1)[1])
         return total
 
+    def packet_links(self) -> list[dict[str, Any]]:
+        """Return what an agent tells of its packet links; those over TLS, which may help out, left away."""
+        return [link for link in self.status()["agent"]["links"] if link["carrier"] == "quic"]
+
     def ready(self) -> bool:
         """Whether /readyz says so; AssertionError when it ended."""
         assert self.alive, f"{self.name} ended:\n{self.tail()}"

@@ -36,12 +36,12 @@ class Mesh:
 
     def path(self, agent: str) -> str:
         """Return what the agent's one link goes by."""
-        (link,) = self.agents[agent].status()["agent"]["links"]
+        (link,) = self.agents[agent].packet_links()
         return str(link["path"])
 
     def addresses(self, agent: str) -> list[str]:
         """Return where an agent's direct path goes."""
-        (link,) = self.agents[agent].status()["agent"]["links"]
+        (link,) = self.agents[agent].packet_links()
         return [each["address"] for each in link["candidates"] if each["state"] == "carries"]
 
     def carriers(self, agent: str) -> set[str]:
