@@ -15,7 +15,7 @@ import pytest
 from sidecar.agent import links
 from tests.support.small_mesh import WAIT_SECONDS, SmallMesh, agent, small_mesh
 from ztna.config import ConsulConfig
-from ztna.errors import ConfigError, LeaseError
+from ztna.errors import ConfigError, LeaseError, LinkError
 from ztna.identity import Identity
 from ztna.leases import SCHEMA_KEY, Port
 from ztna.names import SessionId
@@ -152,6 +152,30 @@ class TestTcp:
                 assert answers == contents
                 await until("only four stay", lambda: status(daemon)["streams"]["carriers"] <= 4)
                 assert len(mesh.opens) == 1
+
+    async def test_a_link_that_takes_no_stream_leaves_tcp_to_the_relay(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the setting prefers the packet carrier on a direct path; that it is taken tests/e2e proves."""
+        asked: list[object] = []
+
+        async def refuse(_links: object, session: object) -> object:
+            asked.append(session)
+            raise LinkError("gone")
+
+        monkeypatch.setattr(links.Links, "is_direct", lambda _links, _session: True)
+        monkeypatch.setattr(links.Links, "stream", refuse)
+        async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
+            ip = await mesh.lease("echo-service", 2, TCP)
+            connector = mesh.connector()
+            connector.backend, connector.link_address = backend, None
+            async with agent(mesh, tcp_on_punched="packet") as daemon:
+                assert await talk((str(ip), 8080), b"hello") == b"hello"
+                assert status(daemon)["streams"]["on_links"] == 0
+            assert len(asked) == 1
+            async with agent(mesh) as daemon:
+                assert await talk((str(ip), 8080), b"hello") == b"hello"
+            assert len(asked) == 1, "by default it is not asked"
 
     async def test_nobody_to_serve_it_is_a_reset_at_once(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh:
