@@ -158,7 +158,7 @@ class Carriers:
                 continue
             kept.remove(idle)
             idle.timer.cancel()
-            if not self._is_fit(idle.carrier, session):
+            if not self._is_fit(idle.carrier, session) or self._is_detour(idle.carrier, session):
                 idle.carrier.close()
                 continue
             if idle.carrier.is_idle:
@@ -185,6 +185,11 @@ class Carriers:
         except IdentityError:
             return False
         return self._carriers.get(carrier) == self._credentials(session.relay).identity.fingerprint
+
+    def _is_detour(self, carrier: Carrier, session: Session) -> bool:
+        """Say whether it goes over the packet link though TCP may get through by now, which the next dial finds out."""
+        route = self._route(session.opened.connector_id)
+        return not carrier.is_tcp and (route is None or route.way is not Way.LINK)
 
     async def dial(self, session: Session) -> Carrier:
         """Dial directly, else through the forwarder, else over the packet link. Raises LinkError or IdentityError.
@@ -248,7 +253,10 @@ class Carriers:
             if _has_failed(linked):
                 return forwarded.result()  # which raises
             carrier, linked = linked.result(), None
-            _log.warning("tcp_blocked", connector=session.opened.connector_id, detail=forwarded.exception())
+            route = self._route(session.opened.connector_id)
+            if route is None or route.way is not Way.LINK:
+                connector = session.opened.connector_id
+                _log.warning("tcp_blocked", connector=connector, detail=forwarded.exception())
             self._remember(session.opened.connector_id, Way.LINK)
             return carrier
         finally:

@@ -24,7 +24,7 @@ GOING_ON = 20
 
 @pytest.fixture
 def mesh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mesh]:
-    monkeypatch.setattr(traffic_module, "DOWNLOAD_BYTES", 8 << 20)
+    monkeypatch.setattr(traffic_module, "DOWNLOAD_BYTES", 6 << 20)
     note_version(request, "newest")
     with blocked_mesh("newest", ROUTES, direct=True) as made:
         yield made
