@@ -34,6 +34,7 @@ class Ground(LinkGround):
             receive=self.take,
             addresses=lambda: self.addresses,
             answer=lambda session, candidates: self.answers.put_nowait((session, candidates)),
+            on_stream=lambda stream: stream.close(),
             private_candidates=False,
         )
         offer = Offered(SESSION, WEB, ANN, LeaseRef(IP, 7), self.connector_bind, self.PROBE_KEY)
