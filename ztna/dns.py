@@ -7,6 +7,7 @@ ztna.resolver's, and dnsd's ready-made answers are dnsd.answer's.
 
 from __future__ import annotations
 
+import re
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -316,6 +317,19 @@ def _text(name: DNSLabel) -> str:
     return ".".join("".join(map(_PLAIN.__getitem__, label)) for label in name.label)
 
 
+def _label(name: str) -> DNSLabel:
+    """Return the very name that `_text` read: dnslib would take it for one to be encoded by IDNA. Raises ValueError."""
+    plain = name.rstrip(".")
+    labels = [
+        _ESCAPED.sub(lambda escaped: bytes((int(escaped[1]),)), each.encode())
+        for each in (plain.split(".") if plain else ())
+    ]
+    if not all(labels):
+        raise ValueError("an empty label")
+    return DNSLabel(labels)
+
+
+_ESCAPED = re.compile(rb"\\([01]\d\d|2[0-4]\d|25[0-5])")
 _PLAIN = tuple(
     chr(byte).lower() if chr(byte).isascii() and (chr(byte).isalnum() or byte in b"-_*") else f"\\{byte:03d}"
     for byte in range(256)
@@ -330,7 +344,7 @@ def encode_query(message_id: int, name: str, kind: Type, udp_payload: int) -> by
     """
     header = DNSHeader(id=message_id, bitmap=0, rd=1)
     try:
-        packed = bytes(DNSRecord(header, q=DNSQuestion(name, int(kind))).pack())
+        packed = bytes(DNSRecord(header, q=DNSQuestion(_label(name), int(kind))).pack())
     except (DNSError, DNSLabelError, ValueError) as error:
         raise ProtocolError(f"no DNS name: {name!r}: {error}") from None
     opt = struct.pack("!BHHIH", 0, Type.OPT, udp_payload, 0, 0)
@@ -347,11 +361,21 @@ def encode_response(
 ) -> bytes:
     """Return the response to a query of one question, with its id and, if it had one, an OPT record.
 
-    Records of types that we do not know, and of names that cannot stand in a message as text, are left out.
+    Records of types that we do not know are left out. Raises ProtocolError for what cannot stand in a message, which
+    is nothing that `decode` read.
     """
+    try:
+        return _encode_response(query, code, answers, authority, stale)
+    except (DNSError, DNSLabelError, struct.error, ValueError) as error:
+        raise ProtocolError(f"no DNS message: {error}") from None
+
+
+def _encode_response(
+    query: Message, code: int, answers: Sequence[Record], authority: Sequence[Record], stale: bool
+) -> bytes:
     (question,) = query.questions
     header = DNSHeader(id=query.id, bitmap=0, qr=1, rd=int(query.recursion_desired), ra=1, rcode=code & 0xF)
-    record = DNSRecord(header, q=DNSQuestion(question.name, question.type, question.class_))
+    record = DNSRecord(header, q=DNSQuestion(_label(question.name), question.type, question.class_))
     for each in answers:
         for packed in _packed(each):
             record.add_answer(packed)
@@ -369,9 +393,9 @@ def encode_response(
 def _packed(record: Record) -> list[RR]:
     """Return the record for dnslib, in a list that is empty for what is left out."""
     data = _rdata(record.data)
-    if data is None or "\\" in record.name:
+    if data is None:
         return []
-    return [RR(record.name, record.type, record.class_, ttl=record.ttl_s, rdata=data)]
+    return [RR(_label(record.name), record.type, record.class_, ttl=record.ttl_s, rdata=data)]
 
 
 def _rdata(data: Data) -> RD | None:
@@ -381,12 +405,12 @@ def _rdata(data: Data) -> RD | None:
         case IPv6Address():
             return AAAA(str(data))
         case SrvData():
-            return SRV(data.priority, data.weight, data.port, data.target)
+            return SRV(data.priority, data.weight, data.port, _label(data.target))
         case SoaData():
             times = (data.serial, data.refresh, data.retry, data.expire, data.minimum)
-            return SOA(data.mname, data.rname, times)
+            return SOA(_label(data.mname), _label(data.rname), times)
         case HostData():
-            return NS(data.host)
+            return NS(_label(data.host))
         case tuple():
             return TXT(list(data))
     return None

@@ -87,6 +87,19 @@ async def test_what_dns_does_not_answer_or_no_frame_holds_is_a_failure() -> None
         assert (await ask(names)).code == Code.SERVFAIL
 
 
+async def test_names_of_any_bytes_are_answered_and_end_nothing() -> None:
+    async with serving() as (names, resolver):
+        resolver.let.set()
+        strange = HostData("\\046\\255.web-app.ztna.local")
+        reverse = "2.0.100.10.in-addr.arpa"
+        resolver.answers = [Record(reverse, Type.PTR, 1, 30, strange)]
+        assert (await ask(names, reverse)).answers == tuple(resolver.answers)
+        for name, code in (("xn--\\255.web-app.ztna.local", Code.NOERROR), ("\\046\\255", Code.REFUSED)):
+            told = await ask(names, name)
+            assert (told.questions[0].name, told.code) == (name, code)
+        assert resolver.asked == [reverse, "xn--\\255.web-app.ztna.local"]
+
+
 async def test_one_agent_takes_no_more_than_its_share_and_all_no_more_than_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

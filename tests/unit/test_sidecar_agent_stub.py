@@ -95,6 +95,7 @@ async def test_names_of_the_zone_are_answered_and_kept_as_long_as_they_last() ->
         assert (await program.ask("db.ztna.local")).code == Code.SERVFAIL
         assert (await program.ask()).code == Code.NOERROR
         program.send(b"nonsense")
+        assert (await program.ask("\\046\\255.example")).code == Code.REFUSED
         assert (await program.ask()).code == Code.NOERROR, "it goes on"
 
 
