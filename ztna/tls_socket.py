@@ -145,7 +145,10 @@ async def secure_client(sock: socket.socket, context: ssl.SSLContext, name: str)
     """
     loop = asyncio.get_running_loop()
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = context.wrap_bio(incoming, outgoing, server_hostname=name)
+    try:
+        tls = context.wrap_bio(incoming, outgoing, server_hostname=name)
+    except (ValueError, TypeError) as error:  # an empty label, a NUL
+        raise OSError(errno.EINVAL, f"{name!r} cannot be sent as a server's name ({error})") from None
     while True:
         try:
             tls.do_handshake()

@@ -68,6 +68,11 @@ def _make(config: BackendTlsConfig) -> _Made:
             context.load_cert_chain(config.certificate, config.key)
         except OSError as error:
             raise ConfigError(f"certificate: {config.certificate}: {error.strerror or error}") from None
+    if config.name:
+        try:
+            context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=config.name)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"name: expected the name of a host, got {config.name!r} ({error})") from None
     return _Made(stamp, context)
 
 
@@ -82,5 +87,7 @@ def _stamp(config: BackendTlsConfig) -> _Stamp:
             seen = Path(path).stat()
         except OSError as error:
             raise ConfigError(f"{key}: {path}: {error.strerror}") from None
+        except ValueError as error:  # a NUL, or what no path can be encoded from
+            raise ConfigError(f"{key}: expected the path of a file, got {path!r} ({error})") from None
         found.append((seen.st_ino, seen.st_mtime_ns, seen.st_size))
     return tuple(found)

@@ -70,7 +70,10 @@ _log = logger(__name__)
 async def resolve(endpoint: Endpoint) -> SockAddr:
     """Return the backend's numeric address, IPv4 preferred. Raises OSError when it has none."""
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    try:
+        found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except ValueError as error:  # UnicodeError among them: an empty label, one of 64 characters, a NUL
+        raise OSError(errno.EINVAL, f"{endpoint.host!r} is no host's name ({error})") from None
     if not found:
         raise OSError(errno.EHOSTUNREACH, f"{endpoint.host} has no address")
     host, port = min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][:2]
@@ -200,6 +203,11 @@ class _UdpFlow:
     last: bytes
     began: float
     counts: Counts = field(default_factory=Counts)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether its socket is closed."""
+        return self.socket.fileno() < 0
 
     def encoded(self, payload: bytes) -> bytes:
         """Return a datagram as its socket takes it."""
@@ -365,6 +373,8 @@ class UdpFlows:
                     if not told:
                         _answer(flow.reply, flow.last, Unreachable.TOO_BIG, _mtu(flow.socket))
                     break
+                if flow.is_ended:
+                    break  # it has left its backend for that: the next datagram goes to a better one
             else:
                 flow.counts.to_backend += len(payload)
                 flow.counts.datagrams_to_backend += 1
@@ -378,7 +388,7 @@ class UdpFlows:
                 continue  # ended by what an earlier flow of this turn brought
             if events & select.EPOLLERR:
                 self._tell_errors(flow)
-            if events & select.EPOLLIN:
+            if events & select.EPOLLIN and not flow.is_ended:
                 self._receive(flow)
 
     def _receive(self, flow: _UdpFlow) -> None:

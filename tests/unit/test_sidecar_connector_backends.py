@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 
 import pytest
 import uvloop
 
-from sidecar.connector.backends import UdpFlows, dial_tcp
+from sidecar.connector.backends import Introduction, UdpFlows, dial_tcp
 from sidecar.connector.flow_log import FlowLog
 from sidecar.connector.flows import FlowKey, SessionKey
 from sidecar.link.stream import FlowRefused
@@ -60,6 +61,10 @@ async def test_a_failed_dial_says_why(closed_tcp: Endpoint, monkeypatch: pytest.
         (closed_tcp, OpenStatus.REFUSED),
         (Endpoint("no-such-host.invalid", 1), OpenStatus.UNREACHABLE),
         (Endpoint("255.255.255.255", 1), OpenStatus.UNREACHABLE),
+        # What no DNS can hold, as Consul takes it for the address of a service.
+        (Endpoint("empty..label", 1), OpenStatus.UNREACHABLE),
+        (Endpoint("l" * 64 + ".example", 1), OpenStatus.UNREACHABLE),
+        (Endpoint("a\0b", 1), OpenStatus.UNREACHABLE),
     ):
         with pytest.raises(FlowRefused) as refused:
             await dial_tcp(endpoint, 5.0)
@@ -78,6 +83,15 @@ async def test_a_failed_dial_says_why(closed_tcp: Endpoint, monkeypatch: pytest.
         assert refused.value.status is OpenStatus.TIMED_OUT
         for filler in fillers:
             filler.close()
+
+
+@pytest.mark.parametrize("name", [".example", "l" * 64, "a\0b"])
+async def test_a_name_that_tls_cannot_send_is_a_refusal(name: str) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        introduction = Introduction(context=ssl.create_default_context(), name=name)
+        with pytest.raises(FlowRefused) as refused:
+            await dial_tcp(Endpoint(*server.getsockname()), 5.0, introduction)
+    assert refused.value.status is OpenStatus.UNREACHABLE
 
 
 # UDP flows
@@ -197,6 +211,18 @@ async def test_flows_leave_a_backend_for_a_better_one(flows: UdpFlows) -> None:
         flows.leave(bob.chosen.route, ann.chosen.backend)
         assert len(flows) == 1, "the same published port, whatever table says so"
         assert (ann.chosen.releases, bob.chosen.releases) == (1, 0)
+
+
+async def test_a_datagram_may_find_that_its_flow_left_its_backend(flows: UdpFlows) -> None:
+    ann = Agent(flows, ANN, ("127.0.0.1", closed_udp_port()))
+    ann.chosen.failed = lambda: flows.leave(ann.chosen.route, ann.chosen.backend)  # type: ignore[method-assign]
+    ann.send(b"refused by the time that")
+    ann.send(b"this is sent")
+    assert len(flows) == 0 and ann.chosen.releases == 1
+    error = await ann.reply()
+    assert (error.protocol, error.icmp_type, error.icmp_code) == (PROTOCOL_ICMP, 3, 3)
+    ann.send(b"a new flow")
+    assert len(flows) == 1
 
 
 async def test_a_flow_survives_a_backend_that_comes_later(flows: UdpFlows) -> None:

@@ -183,6 +183,22 @@ async def test_a_broken_file_keeps_what_it_had_and_says_so(pki: Pki, tmp_path: P
         await until("forgotten", lambda: not made.warning("routes c.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("tls", "said"),
+    [
+        ({"ca": "/etc/\0"}, "ca: expected the path of a file"),
+        ({"name": "..example"}, "name: expected the name of a host"),
+    ],
+)
+async def test_tls_that_can_never_be_is_its_services_problem_alone(
+    pki: Pki, tmp_path: Path, tls: dict[str, str], said: str
+) -> None:
+    async with place(pki, tmp_path) as made:
+        put(made.folder / "a.yaml", route(backend_tls=tls), route("db"))
+        await until("fronted", lambda: made.fronted == {"db"})
+        assert f"backend_tls.{said}" in made.shown()["problem"]
+
+
 async def test_a_directory_that_goes_away_keeps_what_it_had(pki: Pki, tmp_path: Path) -> None:
     async with place(pki, tmp_path) as made:
         put(made.folder / "a.yaml", route())
