@@ -17,7 +17,6 @@ import msgspec
 from sidecar.connector.registrar import (
     OUTPUT_CHARACTERS,
     Desired,
-    Plan,
     Registrant,
     check_id,
     instance_id,
@@ -72,6 +71,8 @@ class Registrar:
         self._noted_generation = -1
         self._note = ""
         self._refused: dict[ServiceName, str] = {}
+        self._kept: dict[str, str] = {}
+        """Instances that Consul does not let us remove, and why."""
         self._urgent: dict[ServiceName, None] = {}
         self._routine: dict[ServiceName, None] = {}
         self._report = asyncio.Event()
@@ -136,14 +137,32 @@ class Registrar:
                 known = await self._client.agent_services()
                 ids = own_ids(known, self._registrant.connector_id)
                 await _each(self._maintain, ids)
-                await _each(self._client.deregister_service, ids)
-                if ids:
-                    _log.info("deregistered", services=len(ids))
+                await _each(self._deregister, ids)
+                if removed := [each for each in ids if each not in self._kept]:
+                    _log.info("deregistered", services=len(removed))
         except (ConsulError, TimeoutError) as error:
             _log.warning("not_deregistered", error=str(error) or f"no answer in {LEAVE_SECONDS:g} s")
 
     async def _maintain(self, own_id: str) -> None:
-        await self._client.maintain_service(own_id, LEAVING)
+        try:
+            await self._client.maintain_service(own_id, LEAVING)
+        except ConsulUnavailable:
+            raise
+        except ConsulError:
+            pass  # whoever may not do that may not remove it, which is told
+
+    async def _deregister(self, own_id: str) -> None:
+        """Remove an instance. One that we may not (a predecessor's, by another token) must not keep the others in."""
+        try:
+            await self._client.deregister_service(own_id)
+        except ConsulUnavailable:
+            raise
+        except ConsulError as error:
+            if self._kept.get(own_id) != str(error):
+                _log.error("deregistration_refused", id=own_id, error=error)
+            self._kept[own_id] = str(error)
+        else:
+            self._kept.pop(own_id, None)
 
     async def _keep_comparing(self) -> None:
         while True:
@@ -190,9 +209,13 @@ class Registrar:
         self._registered = {service for service, own_id in own.items() if own_id in known}
         self.waiting = planned.waiting
         self._forget_all_but(desired)
-        await _each(self._client.deregister_service, planned.deregister)
+        self._kept = {own_id: why for own_id, why in self._kept.items() if own_id in known}
+        await _each(self._deregister, planned.deregister)
         await _each(self._register, planned.register)
-        _log_plan(planned)
+        if removed := [each for each in planned.deregister if each not in self._kept]:
+            _log.info("zombies_removed", ids=" ".join(removed))
+        if planned.register:
+            _log.info("registered", services=len(planned.register))
         if len(self._registered) == len(desired):
             self.complete.set()
 
@@ -290,10 +313,3 @@ async def _each(call: Callable[[Item], Awaitable[object]], items: Iterable[Item]
 
 def _probe_ids(checks: Iterable[CheckDefinition | ProbeDefinition]) -> frozenset[str]:
     return frozenset(each.check_id for each in checks if isinstance(each, ProbeDefinition))
-
-
-def _log_plan(planned: Plan) -> None:
-    if planned.deregister:
-        _log.info("zombies_removed", ids=" ".join(planned.deregister))
-    if planned.register:
-        _log.info("registered", services=len(planned.register))

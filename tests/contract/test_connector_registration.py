@@ -299,6 +299,32 @@ async def test_one_service_that_consul_refuses_keeps_no_other_out(
         assert await client.agent_services() == {}
 
 
+async def test_an_instance_that_may_not_be_removed_keeps_no_other_out_or_in(
+    acl_consul: ConsulUnderTest, unique: str, tmp_path: Path
+) -> None:
+    web, old = f"web-{unique}", f"a-{unique}"
+    policy = tmp_path / "web-only.hcl"
+    policy.write_text(
+        f'service "{web}" {{ policy = "write" }}\n'
+        'service_prefix "" { policy = "read" }\nnode_prefix "" { policy = "read" }\n'
+    )
+    async with ConsulClient(acl_consul.config()) as manager:
+        predecessor = Connector(manager, "c6", old)
+        async with running(predecessor), asyncio.timeout(WAIT_SECONDS):
+            await predecessor.registrar.complete.wait()
+        async with ConsulClient(acl_consul.config(acl_consul.token_for(policy))) as client:
+            connector = Connector(client, "c6", web)
+            async with running(connector):
+                async with asyncio.timeout(WAIT_SECONDS):
+                    await connector.registrar.complete.wait()
+                assert set(await client.agent_services()) == {f"{web}@c6", f"{old}@c6"}
+                assert connector.registrar.problem is None
+            await connector.registrar.leave()
+            assert set(await client.agent_services()) == {f"{old}@c6"}
+        await predecessor.registrar.leave()
+        assert await manager.agent_services() == {}
+
+
 async def test_leaving_a_consul_that_is_away_does_not_hang(own_consul: ConsulUnderTest, unique: str) -> None:
     async with ConsulClient(own_consul.config()) as client:
         connector = Connector(client, "c6", f"web-{unique}")
