@@ -67,17 +67,13 @@ def _definition(
 def _route(
     service: ServiceName, port: Port, ports: tuple[Port, ...], instances: Iterable[AgentService], host: str
 ) -> RouteConfig:
+    backends: dict[Endpoint, BackendConfig] = {}
+    for each in instances:
+        address = Endpoint(each.address or host, _backend_port(each, port, ports))
+        # Nomad and a definition file may both have registered what listens there.
+        backends.setdefault(address, BackendConfig(address=address, weight=max(1, each.weight_passing)))
     return RouteConfig(
-        service=service,
-        port=port.port or None,
-        protocol=port.protocol,
-        backends=tuple(
-            BackendConfig(
-                address=Endpoint(each.address or host, _backend_port(each, port, ports)),
-                weight=max(1, each.weight_passing),
-            )
-            for each in instances
-        ),
+        service=service, port=port.port or None, protocol=port.protocol, backends=tuple(backends.values())
     )
 
 

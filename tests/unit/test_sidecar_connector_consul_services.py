@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sidecar.connector.consul_services import ORIGIN, local_definitions
-from sidecar.connector.routes import BACKENDS_PER_ROUTE_MAX
+from sidecar.connector.routes import BACKENDS_PER_ROUTE_MAX, RouteTable
 from sidecar.connector.sources import Definition
 from ztna.catalog import AgentService, Status
 from ztna.names import ServiceName
@@ -53,6 +53,18 @@ def test_every_instance_that_is_not_critical_is_a_backend() -> None:
     assert backends(web) == [[("10.0.0.0:23456", 1), ("10.0.0.2:23456", 2)]]
     none = found(instances[0], **{"web-0": "critical"})["web"]
     assert none.problem == "no instance that Consul finds healthy" and none.routes == ()
+
+
+def test_what_two_registered_at_one_address_is_one_backend() -> None:
+    web = found(
+        instance("web-1", weight_passing=3), instance("web-2"), instance("web-3", port=23457, meta={})
+    )
+    assert web["web"].problem is not None, "their own ports are published, and these differ"
+    same = {"ztna-ports": "tcp:80"}
+    twice = (instance("web-1", weight_passing=3, meta=same), instance("web-2", meta=same))
+    web = found(*twice, instance("web-3", port=23457, meta=same))
+    assert backends(web["web"]) == [[("10.0.0.7:23456", 3), ("10.0.0.7:23457", 1)]]
+    assert len(RouteTable(web["web"].routes).services[WEB].routes) == 1
 
 
 def test_there_is_a_bound() -> None:
