@@ -40,10 +40,12 @@ COMMANDS = {
 _SECRETS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|(?i:(?<=token[\"'=: ]))[\"'=: ]*[0-9a-f-]{32,}"
-    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+",
+    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
+    r"|(?<=://)[^/\s@]+(?=@)"
+    r"|(?i:(?<=authorization:)|(?<=cookie:)|(?<=api-key:)|(?<=auth-token:)|(?<=password=))[^'\"\n]+",
     re.DOTALL,
 )
-"""Private keys, Consul tokens and JWTs, wherever somebody may have logged or pasted them."""
+"""Private keys, tokens of Consul, JWTs, and what HTTP headers and URLs show who asks, wherever that was written."""
 
 
 @click.command()
