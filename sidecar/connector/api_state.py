@@ -47,7 +47,14 @@ def read(path: Path) -> dict[ServiceName, Definition]:
         if schema == SCHEMA:
             made = sections.build(RoutesFile, {"routes": raw["routes"]})
             return {each.service: each for each in definitions(made.routes, ORIGIN)}
-    except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError, ConfigError) as error:
+    except (
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+        TypeError,
+        KeyError,
+        ConfigError,
+    ) as error:
         raise ConfigError(f"connector.api_state: {path}: {_said(error)}; {advice}") from None
     raise ConfigError(
         f"connector.api_state: {path}: expected schema {SCHEMA}, got {schema!r}; a newer version wrote it: "
@@ -59,6 +66,8 @@ def write(path: Path, services: Mapping[ServiceName, Definition]) -> None:
     """Put the services into the file. Raises StateError, and then the file is as it was."""
     routes = [sections.plain(route, secrets=True) for each in services.values() for route in each.routes]
     data = msgspec.json.format(msgspec.json.encode({"schema": SCHEMA, "routes": routes}), indent=2)
+    if len(data) >= STATE_BYTES_MAX:
+        raise StateError(f"{path}: would be over {STATE_BYTES_MAX} bytes; nothing was changed")
     fresh = path.with_name(f".{path.name}.new")
     try:
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, STATE_MODE)

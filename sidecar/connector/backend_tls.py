@@ -41,6 +41,12 @@ class BackendTls:
                             f"connector.routes: {service.service}: backend_tls.{error}"
                         ) from None
 
+    def keep_only(self, table: RouteTable) -> None:
+        """Forget what no route of the table has: who changes routes often would fill our memory."""
+        routes = [route for service in table.services.values() for route in service.routes]
+        wanted = {route.backend_tls for route in routes if route.backend_tls is not None}
+        self._made = {config: made for config, made in self._made.items() if config in wanted}
+
     def context(self, config: BackendTlsConfig) -> ssl.SSLContext:
         """Return the context; while changed files cannot be used, the one before. Raises ConfigError without one."""
         known = self._made.get(config)

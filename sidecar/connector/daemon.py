@@ -110,8 +110,8 @@ class _Connector:
         self._flow_log = flow_log
         self._consul = consul
         self._loop = asyncio.get_running_loop()
-        backend_tls = BackendTls()
-        self._discovery = Discovery(daemon, credentials, consul, check=backend_tls.check, tasks=tasks)
+        self._backend_tls = BackendTls()
+        self._discovery = Discovery(daemon, credentials, consul, check=self._backend_tls.check, tasks=tasks)
         self._pushes = Pushes()
         self._fronting = Fronting(
             self._discovery.table, prober, self._pushes, changed=self._health_changed, tasks=tasks
@@ -122,7 +122,7 @@ class _Connector:
             self._fronting,
             credentials,
             leases=self._leases,
-            backend_tls=backend_tls,
+            backend_tls=self._backend_tls,
             flows_per_agent=config.flows_per_agent,
             flows_total=config.flows_total,
             flow_log=flow_log,
@@ -231,6 +231,7 @@ class _Connector:
             return
         before = self._fronting.table
         self._fronting.replace(table)
+        self._backend_tls.keep_only(table)
         self._departures.changed(before, table)
         self._leases.services_changed()
         if self._registrar is not None:

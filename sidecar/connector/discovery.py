@@ -96,12 +96,16 @@ class Discovery:
 
     @property
     def own_table(self) -> RouteTable:
-        """What is fronted because the configuration itself says so: a certificate without it is a mistake."""
+        """What is fronted because the configuration itself says so: a certificate without it is a mistake.
+
+        Certificates are checked in a thread, while this may be settled anew: so of one moment.
+        """
+        settled = self._settled
         return RouteTable.of(
             {
                 service: routes
-                for service, routes in self.table.services.items()
-                if self._settled.entries[service].definition.origin.kind == "config"
+                for service, routes in settled.table.services.items()
+                if settled.entries[service].definition.origin.kind == "config"
             }
         )
 
@@ -128,12 +132,12 @@ class Discovery:
 
     def put(self, service: ServiceName, routes: tuple[RouteConfig, ...]) -> None:
         """Add or change a service. Raises ConfigError, Refused or StateError, and then nothing has changed."""
-        self._check(sound(routes))
-        definition = Definition(service, api_state.ORIGIN, routes)
+        table, definition = sound(routes), Definition(service, api_state.ORIGIN, routes)
         if not self._identity.may_serve(service):
             raise Refused(Reason.NO_GRANT, lacks_grant(service))
         if service not in self._api and len(self._api) >= API_SERVICES_MAX:
             raise Refused(Reason.LIMIT_REACHED, f"expected at most {API_SERVICES_MAX} services from the API")
+        self._check(table)
         self._keep({**self._api, service: definition})
         _log.info("service_put", service=service, routes=len(routes))
 

@@ -12,12 +12,13 @@ from typing import Any
 import aiohttp
 import pytest
 
+from sidecar.connector import api_state, local_api
 from sidecar.connector import discovery as module
-from sidecar.connector import local_api
 from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.discovery import Discovery
 from sidecar.connector.pushes import Pushes
-from sidecar.connector.routes import RouteTable
+from sidecar.connector.routes import RouteTable, ServiceRoutes
+from sidecar.connector.sources import Settled
 from tests.support.certificates import Pki
 from tests.support.dns_server import ZONE, DnsServer
 from ztna.catalog import Registration
@@ -347,6 +348,21 @@ async def test_a_certificate_that_grants_more_lets_more_be_fronted(pki: Pki, tmp
         assert made.fronted == {"pay"} and "connector.web.ztna" in str(made.shown()["problem"])
 
 
+async def test_own_routes_are_those_of_one_moment(pki: Pki, tmp_path: Path) -> None:
+    """A thread that renews certificates asks for them, while the loop may settle anew."""
+    async with place(pki, tmp_path, own()) as made:
+        discovery, settled = made.discovery, made.discovery._settled
+
+        class Settling(dict[ServiceName, ServiceRoutes]):
+            def items(self) -> Any:
+                discovery._settled = Settled({}, RouteTable.of({}))
+                return super().items()
+
+        table = RouteTable.of(Settling(settled.table.services))
+        discovery._settled = Settled(settled.entries, table)
+        assert set(discovery.own_table.services) == {"web"}
+
+
 async def test_a_certificate_has_to_grant_what_the_configuration_itself_names(
     pki: Pki, tmp_path: Path
 ) -> None:
@@ -503,6 +519,19 @@ async def test_there_is_a_bound(pki: Pki, tmp_path: Path, monkeypatch: pytest.Mo
         assert (status, said["reason"]) == (429, "limit_reached")
 
 
+async def test_a_state_file_grows_no_larger_than_is_read(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with api(pki, tmp_path) as local:
+        assert (await local.put())[0] == 200
+        kept = local.state.read_bytes()
+        monkeypatch.setattr(api_state, "STATE_BYTES_MAX", len(kept))
+        status, said = await local.put("db")
+        assert status == 507 and f"over {len(kept)} bytes" in said["error"]
+        assert local.made.fronted == {"web"} and local.state.read_bytes() == kept
+        assert api_state.read(local.state).keys() == {"web"}
+
+
 async def test_a_state_file_that_cannot_be_written_changes_nothing(pki: Pki, tmp_path: Path) -> None:
     async with api(pki, tmp_path) as local:
         assert (await local.put())[0] == 200
@@ -518,6 +547,7 @@ async def test_a_state_file_that_cannot_be_written_changes_nothing(pki: Pki, tmp
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("[" * 100_000, "recursion depth exceeded.*move it away"),
         ("{", r"services\.json: .*move it away to begin with no services"),
         ("[]", "move it away"),
         ('{"schema": 1}', "expected a key routes; mend it"),
