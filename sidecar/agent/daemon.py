@@ -179,6 +179,7 @@ class Agent:
             self._carriers,
             leases=lambda: self._follower.leases,
             credentials=lambda: self._credentials,
+            is_udp_blocked=self._relays.is_udp_blocked,
         )
         streams = StreamLinks(self._carriers, tasks=tasks)
         self._lanes = Lanes(self._links, streams, is_udp_blocked=self._relays.is_udp_blocked)

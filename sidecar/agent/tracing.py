@@ -20,8 +20,8 @@ from sidecar.agent.carriers import Carriers
 from sidecar.agent.commands import Session
 from sidecar.agent.links import Link, Links
 from sidecar.agent.streams import FLOW_KEY_BYTES
-from sidecar.link.flow import abort
-from sidecar.link.stream import FlowRefused
+from sidecar.link.flow import TcpFlow, abort
+from sidecar.link.stream import Carrier, FlowRefused
 from ztna.credentials import Credentials
 from ztna.errors import LinkError, Refused
 from ztna.leases import Lease, Port
@@ -34,6 +34,7 @@ LINK_SECONDS = 6.0
 ROUND_TRIP_SECONDS = 5.0
 POLL_SECONDS = 0.02
 PORTS_TRIED_MAX = 16
+NO_PORT = 0
 _SOURCE = Address("127.0.0.1", 9)
 """Where the tried flow says it comes from: nobody answers there."""
 
@@ -68,12 +69,14 @@ class Tracer:
         *,
         leases: Callable[[], Mapping[ServiceName, Lease]],
         credentials: Callable[[], Credentials],
+        is_udp_blocked: Callable[[str], bool],
     ) -> None:
         self._broker = broker
         self._links = links
         self._carriers = carriers
         self._leases = leases
         self._credentials = credentials
+        self._is_udp_blocked = is_udp_blocked
 
     async def trace(self, name: str) -> list[Step]:
         """Return the steps to a service's backend, up to the first that fails. Raises BadName."""
@@ -106,10 +109,7 @@ class Tracer:
     async def ping(self, name: str) -> Pong:
         """Return one round trip to whoever serves the service. Raises BadName, Refused, LinkError."""
         async with self._session(ServiceName(name)) as session:
-            link = await self._link(session)
-            assert link.packet_link is not None, "a link that is ready has one"
-            taken = await _round_trip(link)
-            return Pong(session.opened.connector_id, link.relay, link.packet_link.path, taken)
+            return await self._round_trip(session)
 
     def _relay(self) -> Step:
         relays = self._broker.sessions.relays
@@ -137,15 +137,35 @@ class Tracer:
     async def _packet_carrier(self, session: Session) -> Step:
         started = time.monotonic()
         try:
-            link = await self._link(session)
-            taken = await _round_trip(link)
+            pong = await self._round_trip(session)
         except (LinkError, Refused) as error:
             return Step("packet carrier", False, str(error), _ms(started), Reason.PEER_GONE)
-        assert link.packet_link is not None, "a link that is ready has one"
-        by = f" by relay {link.relay}" if link.packet_link.path != "direct" else ""
-        return Step(
-            "packet carrier", True, f"{link.packet_link.path}{by}, round trip {taken:.1f} ms", _ms(started)
-        )
+        by = f" by relay {pong.relay}" if "direct" not in pong.path else ""
+        return Step("packet carrier", True, f"{pong.path}{by}, round trip {pong.ms:.1f} ms", _ms(started))
+
+    async def _round_trip(self, session: Session) -> Pong:
+        """Measure on the packet link, or over TLS where UDP is blocked. Raises LinkError, Refused."""
+        connector = session.opened.connector_id
+        if not self._is_udp_blocked(session.relay):
+            try:
+                link = await self._link(session)
+            except LinkError:
+                return await self._over_tls(session)
+            assert link.packet_link is not None, "a link that is ready has one"
+            return Pong(connector, link.relay, link.packet_link.path, await _ping(link))
+        return await self._over_tls(session)
+
+    async def _over_tls(self, session: Session) -> Pong:
+        """Ask for a port that nobody publishes, which the connector denies without asking a backend."""
+        carrier = self._carriers.take_idle(session) or await self._carriers.dial(session)
+        path = f"over TLS, {_way(carrier)}"
+        started = time.monotonic()
+        try:
+            flow = await self._open(carrier, session, NO_PORT)
+        except FlowRefused:
+            return Pong(session.opened.connector_id, session.relay, path, _ms(started))
+        flow.reset(Reason.CLOSED_BY_PEER)
+        raise LinkError("the connector opened a port that nobody publishes")
 
     async def _backend(self, session: Session, port: Port) -> Step:
         """Have the connector connect to the backend, and reset that at once."""
@@ -154,7 +174,15 @@ class Tracer:
             carrier = self._carriers.take_idle(session) or await self._carriers.dial(session)
         except (LinkError, Refused) as error:
             return Step(name, False, f"no stream carrier: {error}", _ms(started), Reason.PEER_GONE)
-        way = "forwarded" if carrier.forwarded else "direct"
+        try:
+            flow = await self._open(carrier, session, port.port)
+        except (FlowRefused, LinkError) as error:
+            return Step(name, False, f"{_way(carrier)}: {error}", _ms(started), Reason.NO_HEALTHY_CONNECTOR)
+        flow.reset(Reason.CLOSED_BY_PEER)
+        return Step(name, True, f"connected, stream carrier {_way(carrier)}", _ms(started))
+
+    async def _open(self, carrier: Carrier, session: Session, port: int) -> TcpFlow:
+        """Open a flow that no program has. Raises FlowRefused, LinkError."""
         local, program = await _connected_pair()
         frame = OpenFrame(
             session=session.opened.session,
@@ -162,18 +190,16 @@ class Tracer:
             service=session.service,
             lease=session.lease,
             source=_SOURCE,
-            destination=Address(str(session.lease.ip), port.port),
+            destination=Address(str(session.lease.ip), port),
             window=WINDOW_BYTES_MIN,
         )
         try:
-            flow = await carrier.open(frame, local)
-        except (FlowRefused, LinkError) as error:
+            return await carrier.open(frame, local)
+        except BaseException:
             abort(local)
-            return Step(name, False, f"{way}: {error}", _ms(started), Reason.NO_HEALTHY_CONNECTOR)
+            raise
         finally:
             program.close()
-        flow.reset(Reason.CLOSED_BY_PEER)
-        return Step(name, True, f"connected, stream carrier {way}", _ms(started))
 
     @asynccontextmanager
     async def _session(self, service: ServiceName) -> AsyncIterator[Session]:
@@ -202,7 +228,13 @@ class Tracer:
         return link
 
 
-async def _round_trip(link: Link) -> float:
+def _way(carrier: Carrier) -> str:
+    if not carrier.is_tcp:
+        return "on the packet link"
+    return "forwarded" if carrier.forwarded else "direct"
+
+
+async def _ping(link: Link) -> float:
     """Return a link's round trip now, in milliseconds. Raises LinkError."""
     assert link.packet_link is not None, "a link that is ready has one"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,14 @@ class Mesh:
         self.connector = made.connector(
             "alpha", [tcp_route("web-app", backend, 8080), tcp_route("billing", backend, 8080)]
         )
-        self.agent = made.agent("laptop", ["web-app"], host="laptop", names="relay", dns_listen=STUB)
+        self.agent = made.agent(
+            "laptop",
+            ["web-app"],
+            host="laptop",
+            names="relay",
+            dns_listen=STUB,
+            admin_socket=str(made.directory / "agent.sock"),
+        )
 
     def dig(self, *question: str) -> list[str]:
         return self.lab.dig("laptop", *question, port=STUB.port)
@@ -71,6 +79,27 @@ def test_programs_reach_services_by_name_with_nothing_but_the_relay(mesh: Mesh) 
     assert (service["service"], service["ip"]) == ("web-app", ip)
     agent = mesh.agent.status()["agent"]
     assert agent["names"] == "relay" and agent["relays"][0]["transport"] == mesh.transport
+
+
+def test_the_way_is_traced_and_measured_also_where_udp_is_blocked(mesh: Mesh) -> None:
+    mesh.agent.wait_ready()
+    until("the name", lambda: mesh.dig("web-app.ztna.local"))
+    ztna = str(Path(sys.executable).with_name("ztna"))
+    asked = ("web-app", "--agent", str(mesh.lab.directory / "agent.sock"), "--json")
+    path = "forwarded" if mesh.transport == "quic" else "over TLS, forwarded"
+
+    def pong() -> bool:
+        done = mesh.lab.host("laptop").try_run(ztna, "ping", *asked, "--count", "1")
+        told = json.loads(done.stdout)
+        if told.get("path") != path:
+            raise ValueError(told)
+        return done.returncode == 0 and told["ms"] > 0
+
+    until("a pong", pong)
+    done = mesh.lab.host("laptop").try_run(ztna, "trace", *asked)
+    steps = {each["step"]: each for each in json.loads(done.stdout)}
+    assert done.returncode == 0 and all(step["ok"] for step in steps.values()), steps
+    assert path in steps["packet carrier"]["told"]
 
 
 def test_of_what_was_not_granted_nothing_is_told(mesh: Mesh) -> None:
