@@ -19,8 +19,8 @@ META_WILDCARD = "ztna-wildcard"
 PORTS_PER_SERVICE_MAX = 64
 
 _PROTOCOLS: Mapping[str, Protocol] = {"tcp": "tcp", "udp": "udp", "icmp": "icmp"}
-_PORT_TAG = re.compile(r"ztna-(tcp|udp|icmp):(\d{1,5})")
-_PORT = re.compile(r"(tcp|udp|icmp):(\d{1,5})")
+_TAG = "ztna-"
+_PORT = re.compile(r"(tcp|udp|icmp):([0-9]{1,5})")
 
 
 def published(ports: Iterable[Port]) -> str:
@@ -33,6 +33,15 @@ def port_text(port: Port) -> str:
     return f"{port.protocol}:{port.port}"
 
 
+def port_of(text: str) -> Port | None:
+    """Read what `port_text` wrote, None for what is no port; ICMP has none: it is published as `icmp:0`."""
+    match = _PORT.fullmatch(text)
+    if match is None:
+        return None
+    protocol, number = _PROTOCOLS[match[1]], int(match[2])
+    return Port(protocol, number) if number <= 65535 and (number == 0) == (protocol == "icmp") else None
+
+
 def ports_of(instance: Instance | AgentService) -> tuple[Port, ...]:
     """Return Meta `ztna-ports`, else tags `ztna-tcp:8080`, else the instance's own port as tcp.
 
@@ -40,22 +49,15 @@ def ports_of(instance: Instance | AgentService) -> tuple[Port, ...]:
     """
     listed = instance.meta.get(META_PORTS)
     if listed is not None:
-        texts = [_PORT.fullmatch(part.strip()) for part in listed.split(",")]
+        found = [port_of(part.strip()) for part in listed.split(",")]
     else:
-        texts = [_PORT_TAG.fullmatch(tag) for tag in instance.tags if tag.startswith("ztna-")]
-        if not texts:
+        found = [port_of(tag.removeprefix(_TAG)) for tag in instance.tags if tag.startswith(_TAG)]
+        if not found:
             return (Port("tcp", instance.port),) if instance.port else ()
-    ports = {
-        Port(_PROTOCOLS[match[1]], int(match[2])) for match in texts if match and _is_port(match[1], match[2])
-    }
-    if None in texts or len(ports) != len(texts) or len(ports) > PORTS_PER_SERVICE_MAX:
+    ports = {port for port in found if port is not None}
+    if len(ports) != len(found) or len(ports) > PORTS_PER_SERVICE_MAX:
         raise BadName(
             f"instance {instance.instance_id!r}: expected {META_PORTS} like 'tcp:8080,udp:53', each once, "
             f"at most {PORTS_PER_SERVICE_MAX}"
         )
     return tuple(sorted(ports))
-
-
-def _is_port(protocol: str, number: str) -> bool:
-    """ICMP has no ports: it is published as `icmp:0`."""
-    return int(number) == 0 if protocol == "icmp" else 1 <= int(number) <= 65535

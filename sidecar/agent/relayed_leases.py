@@ -28,8 +28,11 @@ ROUND_SECONDS = 20.0
 """How often everything is asked for again; a service whose health changed, or whose epoch is old, at once."""
 ROUND_JITTER = 0.2
 RETRY_SECONDS = 1.0
-HOLD_ROUNDS_MAX = 30
-"""For so many rounds a name that nobody answers for keeps its lease (design.md 2.8: names may be stale)."""
+RETRIES_MAX = 48
+"""How many of those not answered are asked for again at once: of each two questions, of the 128 a second that a relay
+answers."""
+HOLD_SECONDS = 600.0
+"""For so long a name that nobody answers for keeps its lease (design.md 2.8: names may be stale)."""
 
 _WHERE = "agent_leases"
 _log = logger(__name__)
@@ -63,7 +66,8 @@ class RelayedLeases:
         self._changed = changed
         self._read = read
         self._wanted: asyncio.Queue[ServiceName] = asyncio.Queue(READS_WAITING_MAX)
-        self._unanswered: dict[ServiceName, int] = {}
+        self._unanswered: dict[ServiceName, float] = {}  # and since when, the longest not asked for first
+        self._newer: dict[ServiceName, Lease | None] = {}
         self._again = asyncio.Event()
         self._problem = ""
         self._has_published = False
@@ -91,37 +95,54 @@ class RelayedLeases:
 
     async def run(self) -> None:
         """Follow until cancelled."""
+        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read_wanted(), name="leases read again")
             while True:
                 self._again.clear()
-                is_complete = await self._round()
-                pause = ROUND_SECONDS if is_complete else RETRY_SECONDS
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause * random.uniform(1 - ROUND_JITTER, 1 + ROUND_JITTER)):
-                        await self._again.wait()
+                is_listed = await self._round()
+                ends = loop.time() + ROUND_SECONDS * _jitter()
+                while not self._again.is_set() and (left := ends - loop.time()) > 0:
+                    is_complete = is_listed and not self._unanswered
+                    await self._rest(left if is_complete else min(left, RETRY_SECONDS * _jitter()))
+                    if not is_listed:
+                        break
+                    if self._unanswered and not self._again.is_set():
+                        await self._ask_for(list(self._unanswered)[:RETRIES_MAX], self.leases)
+
+    async def _rest(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._again.wait()
 
     async def _round(self) -> bool:
         """Ask for every service; False when not even which there are can be had."""
         try:
-            services = await self._granted()
+            services = frozenset(await self._granted())
         except ResolverUnavailable as error:
             self._say(str(error))
             return False
-        found: dict[ServiceName, Lease] = {}
+        self._unanswered = {each: since for each, since in self._unanswered.items() if each in services}
+        # A relay answers so many a second: whoever got nothing the last time comes first.
+        await self._ask_for([*self._unanswered, *sorted(services - self._unanswered.keys())], {})
+        return True
+
+    async def _ask_for(self, services: Iterable[ServiceName], others: Mapping[ServiceName, Lease]) -> None:
+        """Ask for the leases of some services and publish them beside the others'."""
+        found: dict[ServiceName, Lease | None] = {}
         slots = asyncio.Semaphore(READS_AT_ONCE_MAX)
+        self._newer = {}
 
         async def look(service: ServiceName) -> None:
             async with slots:
-                lease = await self._look(service)
-            if lease is not None:
-                found[service] = lease
+                found[service] = await self._look(service)
 
         async with asyncio.TaskGroup() as tasks:
             for service in services:
                 tasks.create_task(look(service), name=f"lease of {service}")
-        self._publish(found)
-        return not self._unanswered
+        # What was read again meanwhile is not older than what this found.
+        leases: dict[ServiceName, Lease | None] = {**others, **found, **self._newer}
+        self._publish({service: lease for service, lease in leases.items() if lease is not None})
 
     async def _granted(self) -> Iterable[ServiceName]:
         """Return the services to ask for: those that the certificate names, or all that the relay lets us see."""
@@ -136,8 +157,9 @@ class RelayedLeases:
             lease = await self._ask(service)
         except ResolverUnavailable as error:
             self._say(str(error))
-            missed = self._unanswered[service] = self._unanswered.get(service, 0) + 1
-            return self.leases.get(service) if missed <= HOLD_ROUNDS_MAX else None
+            now = asyncio.get_running_loop().time()
+            since = self._unanswered[service] = self._unanswered.pop(service, now)
+            return self.leases.get(service) if now - since < HOLD_SECONDS else None
         self._unanswered.pop(service, None)
         return lease
 
@@ -162,6 +184,7 @@ class RelayedLeases:
                 _log.warning("lease_unreadable", service=service, detail=error)
                 continue
             self._unanswered.pop(service, None)
+            self._newer[service] = lease
             if self.leases.get(service) != lease:
                 kept = {name: each for name, each in self.leases.items() if name != service}
                 self._publish(kept | ({service: lease} if lease is not None else {}))
@@ -179,3 +202,7 @@ class RelayedLeases:
         if problem and not self._problem:
             _log.warning("leases_not_told", detail=problem)
         self._problem = problem
+
+
+def _jitter() -> float:
+    return random.uniform(1 - ROUND_JITTER, 1 + ROUND_JITTER)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from ipaddress import IPv4Address
-from typing import get_args
 
 from ztna.dns import HostData, Message, Type
 from ztna.errors import BadName
-from ztna.leases import Lease, Port, Protocol
+from ztna.leases import Lease
 from ztna.names import ServiceName, Zone
+from ztna.published import PORTS_PER_SERVICE_MAX, port_of
 
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+EPOCH_MAX = 2**63 - 1
+"""What a control message can carry: a relay that said more would have the others close our connections."""
 _PORTS, _EPOCH = "ports=", "epoch="
 
 
@@ -28,19 +29,17 @@ def told(name: str, text: Message, address: Message) -> Lease | None:
         for string in each.data
     ]
     epochs = [line.removeprefix(_EPOCH) for line in lines if line.startswith(_EPOCH)]
-    if ip is None or len(epochs) != 1 or not epochs[0].isdecimal():
+    if ip is None or len(epochs) != 1 or not epochs[0].isdecimal() or int(epochs[0]) > EPOCH_MAX:
         return None
-    try:
-        ports = tuple(
-            _port(item)
-            for line in lines
-            if line.startswith(_PORTS)
-            for item in line.removeprefix(_PORTS).split(",")
-            if item
-        )
-        return Lease(ip, int(epochs[0]), ports)
-    except ValueError:
-        return None
+    found = [
+        port_of(item)
+        for line in lines
+        if line.startswith(_PORTS)
+        for item in line.removeprefix(_PORTS).split(",")
+        if item
+    ]
+    ports = tuple(port for port in found if port is not None)
+    return Lease(ip, int(epochs[0]), ports) if len(ports) == len(found) <= PORTS_PER_SERVICE_MAX else None
 
 
 def listed(message: Message, zone: Zone) -> Iterator[ServiceName]:
@@ -53,12 +52,3 @@ def listed(message: Message, zone: Zone) -> Iterator[ServiceName]:
             yield ServiceName(labels[0].removeprefix("_"))
         except BadName:
             continue
-
-
-def _port(item: str) -> Port:
-    """Read `tcp:8080`. Raises ValueError."""
-    name, _, number = item.partition(":")
-    protocol = next((each for each in PROTOCOLS if each == name), None)
-    if protocol is None or not number.isdecimal() or int(number) > 65535:
-        raise ValueError(item)
-    return Port(protocol, int(number))

@@ -24,6 +24,7 @@ from ztna.names import ServiceName, Zone
 from ztna.wire.control import DnsQuery, DnsResponse
 
 ZONE = Zone("ztna.local")
+LIST = f"_services._dns-sd._udp.{ZONE}"
 WEB, DATABASE = ServiceName("web-app"), ServiceName("db")
 WAIT_SECONDS = 20.0
 
@@ -90,19 +91,28 @@ async def test_only_what_answers_the_question_counts() -> None:
 
 
 class Told:
-    """What DNS tells; `away` fails every question."""
+    """What DNS tells; `away` fails every question, `silent` those about some services, and `slow` waits for `let`."""
 
     def __init__(self) -> None:
         self.leases: dict[str, Lease] = {}
         self.away = False
+        self.silent: set[str] = set()
+        self.slow = ""
+        self.let = asyncio.Event()
+        self.under_way = 0
         self.asked: list[str] = []
 
     async def ask(self, name: str, kind: Type) -> Message:
         self.asked.append(name)
-        if self.away:
+        service = name.partition(".")[0]
+        if self.away or service in self.silent:
             raise ResolverUnavailable("away")
         query = decode(encode_query(1, name, kind, 1232))
-        lease = self.leases.get(name.partition(".")[0])
+        lease = self.leases.get(service)
+        if service == self.slow:
+            self.under_way += 1
+            await self.let.wait()
+            self.under_way -= 1
         records = []
         if kind is Type.PTR:
             records = [Record(name, kind, 1, 30, HostData(f"_{each}._tcp.{ZONE}")) for each in self.leases]
@@ -187,7 +197,7 @@ async def test_one_is_read_again_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_names_that_nobody_answers_for_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relayed_leases, "HOLD_ROUNDS_MAX", 5)
+    monkeypatch.setattr(relayed_leases, "HOLD_SECONDS", 0.5)
     async with following("web-app", monkeypatch=monkeypatch) as made:
         await until(lambda: made.changes)
         made.told.away = True
@@ -202,3 +212,64 @@ async def test_names_that_nobody_answers_for_are_kept_for_a_while(monkeypatch: p
         await until(lambda: len(made.told.asked) > 3)
         made.told.away = False
         await until(lambda: made.changes and len(made.changes[-1]) == 2)
+
+
+async def test_a_service_that_has_gone_unanswered_is_not_asked_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with following("*", monkeypatch=monkeypatch) as made:
+        await until(lambda: made.changes)
+        made.told.silent = {"db"}
+        await until(lambda: made.told.asked.count("db.ztna.local") > 6)
+        del made.told.leases["db"]
+        await until(lambda: made.changes[-1] == {WEB: made.told.leases["web-app"]})
+        monkeypatch.setattr(relayed_leases, "ROUND_SECONDS", 1000.0)
+        monkeypatch.setattr(relayed_leases, "RETRY_SECONDS", 0.0)
+        rounds = made.told.asked.count(LIST)
+        made.leases.look_soon()
+        await until(lambda: made.told.asked.count(LIST) > rounds)
+        rounds = made.told.asked.count(LIST)
+        for number in range(50):
+            made.leases.read_again(WEB)
+            await until(lambda: len(made.reads) > number)  # noqa: B023 - awaited here
+        assert made.told.asked.count(LIST) <= rounds + 1
+
+
+async def test_only_what_was_not_answered_is_asked_for_again_soon_and_keeps_its_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with following("*", monkeypatch=monkeypatch) as made:
+        await until(lambda: made.changes)
+        monkeypatch.setattr(relayed_leases, "ROUND_SECONDS", 1000.0)
+        made.told.silent = {"db"}
+        rounds = made.told.asked.count(LIST)
+        made.leases.look_soon()
+        await until(lambda: made.told.asked.count(LIST) > rounds)
+        before, again = made.told.asked.count("web-app.ztna.local"), made.told.asked.count("db.ztna.local")
+        await until(lambda: made.told.asked.count("db.ztna.local") > again + 40)
+        assert made.told.asked.count("web-app.ztna.local") <= before + 2
+        assert len(made.changes) == 1
+        newer = made.told.leases["db"] = Lease(IPv4Address("10.100.0.3"), 2, (Port("tcp", 5432),))
+        made.told.silent = set()
+        await until(lambda: made.changes[-1][DATABASE] == newer)
+
+
+async def test_what_was_read_again_during_a_round_is_not_undone_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with following("web-app", "db", monkeypatch=monkeypatch) as made:
+        await until(lambda: made.changes)
+        made.told.slow = "db"
+        asked = made.told.asked.count("web-app.ztna.local")
+        await until(lambda: made.told.under_way and made.told.asked.count("web-app.ztna.local") > asked + 1)
+        newer = made.told.leases["web-app"] = Lease(IPv4Address("10.100.0.2"), 2, (Port("tcp", 80),))
+        made.leases.read_again(WEB)
+        await until(lambda: made.reads)
+        monkeypatch.setattr(relayed_leases, "ROUND_SECONDS", 1000.0)
+        made.told.slow = ""
+        made.told.let.set()
+        await until(lambda: made.told.under_way == 0)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert made.leases.leases[WEB] == newer
+        assert [change[WEB].epoch for change in made.changes] == [1, 2]

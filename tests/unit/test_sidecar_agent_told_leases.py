@@ -39,6 +39,8 @@ def test_a_lease_is_put_together_from_both_records() -> None:
         (b"ports=sctp:80", b"epoch=1"),
         (b"ports=tcp:x", b"epoch=1"),
         (b"ports=tcp:65536", b"epoch=1"),
+        (b"ports=tcp:0", b"epoch=1"),
+        (b"ports=tcp:80", b"epoch=9223372036854775808"),
         (b"problem=ports disagree",),
         (b"\xff",),
     ],
