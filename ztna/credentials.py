@@ -8,7 +8,6 @@ from __future__ import annotations
 import hmac
 import os
 import ssl
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from ztna import secret_files
 from ztna.config import TlsConfig
 from ztna.errors import ConfigError, IdentityError
 from ztna.identity import Identity, Trust, Usage
@@ -177,11 +177,11 @@ def _read(path: Path, key: str, bytes_max: int = PEM_BYTES_MAX) -> bytes:
 def _read_key(path: Path) -> bytes:
     pem = _read(path, "key")
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
+        wrong = secret_files.complaint(path)
     except OSError as error:  # taken away meanwhile: it is being renewed
         raise ConfigError(f"tls.key: {path} cannot be read: {error.strerror}") from None
-    if mode not in (0o600, 0o400):
-        raise ConfigError(f"tls.key: {path} has mode {mode:04o}, expected 0600 or 0400: chmod 600 it")
+    if wrong:
+        raise ConfigError(f"tls.key: {wrong}")
     return pem
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ztna import secret_files
 from ztna.config import TsigKeyConfig
 from ztna.errors import ConfigError
 from ztna.tsig import SECRET_BYTES_MIN, Key
@@ -25,14 +25,12 @@ def load_key(config: TsigKeyConfig, where: str) -> Key:
     path = Path(config.secret_file)
     try:
         with path.open("rb") as file:
-            mode = stat.S_IMODE(path.stat().st_mode)
+            wrong = secret_files.complaint(path)
             text = file.read(SECRET_FILE_BYTES_MAX)
     except OSError as error:
         raise ConfigError(f"{where}.secret_file: {path} cannot be read: {error.strerror}") from None
-    if mode not in (0o600, 0o400):
-        raise ConfigError(
-            f"{where}.secret_file: {path} has mode {mode:04o}, expected 0600 or 0400: chmod 600 it"
-        )
+    if wrong:
+        raise ConfigError(f"{where}.secret_file: {wrong}")
     try:
         secret = base64.b64decode(b"".join(text.split()), validate=True)
     except binascii.Error:

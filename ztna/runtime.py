@@ -13,8 +13,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from ztna.admin import serving
 from ztna.config import Config, Endpoint
 from ztna.errors import ConfigError, ZtnaError
 from ztna.listening import endpoint_text
+from ztna.sd_notify import ServiceManager
 
 CONSUL_TOKEN = "consul_token"  # noqa: S105 - no token but a name
 """What is wrong with the token for Consul stands under this name in /readyz."""
@@ -47,6 +48,8 @@ class Readiness:
         self._awaiting: dict[str, str] = {}
         self._warnings: dict[str, str] = {}
         self._said_ready = False
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when what is awaited has changed."""
 
     @property
     def ready(self) -> bool:
@@ -58,6 +61,7 @@ class Readiness:
         self._awaiting[name] = detail
         self._said_ready = False
         telemetry.READY.set(0)
+        self.on_change()
 
     def done(self, name: str) -> None:
         """End one wait; logs once when it was the last."""
@@ -66,6 +70,7 @@ class Readiness:
             self._said_ready = True
             telemetry.READY.set(1)
             _log.info("ready", **self._warnings)
+        self.on_change()
 
     def warn(self, name: str, detail: str) -> None:
         """Show something under its name that is wrong or risky, while being ready."""
@@ -85,6 +90,13 @@ class Readiness:
     def shower(self, name: str) -> Callable[[str | None], None]:
         """Return `show` for one name."""
         return partial(self.show, name)
+
+    def told(self) -> str:
+        """Return in one line what is awaited."""
+        if self.ready:
+            return "ready"
+        named = (f"{name} ({detail})" if detail else name for name, detail in self._awaiting.items())
+        return f"waiting for {', '.join(named)}"
 
     def report(self) -> dict[str, Any]:
         """Return what /readyz shows."""
@@ -112,6 +124,7 @@ class Daemon:
     """Reads the configuration again, from where it came. Raises ConfigError; None when it came from nowhere."""
     file: Path | None = None
     """The file that the configuration came from, for who watches it."""
+    manager: ServiceManager = field(default_factory=lambda: ServiceManager(None))
 
 
 Body = Callable[[Daemon], Awaitable[None]]
@@ -217,12 +230,27 @@ async def _run(
         async with asyncio.TaskGroup() as tasks:
             daemon = Daemon(daemon_name, config, tasks, reread=reread, file=file)
             _install_signals(loop, daemon)
-            async with serving(daemon, admin, admin_socket):
+            async with _managed(daemon), serving(daemon, admin, admin_socket):
                 _log.info("started", daemon=daemon_name, admin=endpoint_text(daemon.admin_address))
                 await body(daemon)
             raise _Finished
     except BaseExceptionGroup as group:
         return _exit_status(daemon_name, group)
+
+
+@asynccontextmanager
+async def _managed(daemon: Daemon) -> AsyncIterator[None]:
+    """Tell the service manager, if one listens, how the daemon is; last, that it ends."""
+    manager = daemon.manager = ServiceManager.from_environment(os.environ, os.getpid())
+    readiness = daemon.readiness
+    readiness.on_change = lambda: manager.changed(ready=readiness.ready, status=readiness.told())
+    keeping = daemon.tasks.create_task(manager.keep(), name="service manager")
+    try:
+        yield
+    finally:
+        manager.stopping("ended")
+        keeping.cancel()
+        manager.close()
 
 
 def _exit_status(daemon_name: str, group: BaseExceptionGroup[BaseException]) -> int:
@@ -261,6 +289,7 @@ def _stop(daemon: Daemon, name: str) -> None:
         _exit_now(name)
     _log.info("stopping", signal=name)
     daemon.readiness.awaiting("stopping", f"{name} was received")
+    daemon.manager.stopping(f"draining: {name} was received")
     daemon.stopping.set()
 
 
@@ -272,11 +301,13 @@ def _exit_now(name: str) -> NoReturn:
 def _reload(daemon: Daemon) -> None:
     """Tell each who wants to read its files again; one that cannot keeps what it had."""
     _log.info("reloading")
+    daemon.manager.reloading(time.monotonic_ns() // 1000)
     for callback in daemon.on_reload:
         try:
             callback()
         except ZtnaError as error:
             _log.error("reload_failed", error=error)
+    daemon.manager.reloaded()
 
 
 def _unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

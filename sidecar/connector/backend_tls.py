@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ssl
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from sidecar.connector.routes import RouteTable
+from ztna import secret_files
 from ztna.config import BackendTlsConfig
 from ztna.errors import ConfigError
 from ztna.telemetry import logger
@@ -67,9 +67,9 @@ def _make(config: BackendTlsConfig) -> _Made:
     except OSError as error:
         raise ConfigError(f"ca: {config.ca}: {error.strerror or error}") from None
     if config.certificate is not None and config.key is not None:
-        mode = stat.S_IMODE(Path(config.key).stat().st_mode)
-        if mode not in (0o600, 0o400):
-            raise ConfigError(f"key: {config.key} has mode {mode:04o}, expected 0600 or 0400: chmod 600 it")
+        wrong = secret_files.complaint(Path(config.key))
+        if wrong:
+            raise ConfigError(f"key: {wrong}")
         try:
             context.load_cert_chain(config.certificate, config.key)
         except OSError as error:
