@@ -33,6 +33,7 @@ PAGES = [
 SECONDARIES = ROOT / "docs/secondaries.md"
 CERTIFICATES = ROOT / "docs/certificates.md"
 DISCOVERY = ROOT / "docs/discovery.md"
+HOSTS = ROOT / "docs/hosts.md"
 SECURITY = ROOT / "docs/security.md"
 V1 = ROOT / "docs/v1.md"
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"  # tests/e2e/test_troubleshooting.py runs its commands
@@ -53,7 +54,7 @@ def commands(page: Path) -> list[str]:
 
 def test_every_command_of_every_page_is_run_by_a_test() -> None:
     known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md"))
-    known |= set(commands(SECONDARIES)) | set(commands(CERTIFICATES))
+    known |= set(commands(HOSTS)) | set(commands(SECONDARIES)) | set(commands(CERTIFICATES))
     known |= set(commands(V1)) | set(commands(TROUBLESHOOTING)) | set(commands(DISCOVERY))
     unknown = {page.name: line for page in PAGES for line in commands(page) if line not in known}
     assert unknown == {}
@@ -77,6 +78,14 @@ def test_the_commands_of_the_page_on_certificates_work_in_order(tmp_path: Path) 
         done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and done.stdout, f"{line}: {done.returncode}: {done.stdout}{done.stderr}"
     assert (tmp_path / "ztna-ca/crl.pem").exists()
+
+
+def test_the_commands_of_the_page_on_hosts_work_in_order(tmp_path: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in commands(HOSTS):
+        argv = ["sh", "-c", line]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout, f"{line}: {done.returncode}: {done.stdout}{done.stderr}"
 
 
 def test_the_commands_of_the_page_on_discovery_work_in_order(tmp_path: Path) -> None:

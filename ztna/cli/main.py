@@ -12,6 +12,7 @@ from ztna.errors import ZtnaError
 
 _COMMANDS = {
     "up": "ztna.cli.up:up",
+    "init": "ztna.cli.init:init",
     "ca": "ztna.cli.ca:ca",
     "status": "ztna.cli.status:status",
     "ping": "ztna.cli.reach:ping",
