@@ -156,7 +156,8 @@ class Links:
             return None
         key = self._key(session)
         link = self._links.get(key)
-        if link is None:
+        if link is None or (link.packet_link is not None and link.packet_link.closed.done()):
+            # One that has just ended tells its flows so in a turn of its own.
             link = self._links[key] = Link(key)
             link.task = self._tasks.create_task(
                 self._live(link, session, opened.forwarder), name=f"link to {opened.connector_id}"

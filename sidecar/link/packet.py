@@ -77,6 +77,7 @@ class PacketLink:
         self._receive = receive
         self._streams: QuicStreams | None = None
         self._connection: Connection | None = None
+        self._peer: Identity | None = None
         self._services: dict[bytes, ServiceName] = {}
         self._unanswered_since: float | None = None
         self._endpoint: Client | Server | None = None
@@ -171,10 +172,10 @@ class PacketLink:
 
     @property
     def peer(self) -> Identity:
-        """The other end, once established. Raises LinkError before."""
-        if self._connection is None:
+        """The other end, once established and after it has gone, too. Raises LinkError before."""
+        if self._peer is None:
             raise LinkError("the link is not established")
-        return self._connection.identity
+        return self._peer
 
     @property
     def path(self) -> str:
@@ -330,6 +331,7 @@ class PacketLink:
 
     def _handler(self, connection: Connection) -> _LinkHandler:
         older, self._connection = self._connection, connection
+        self._peer = connection.identity
         if older is not None:
             older.close(CLOSE_OK, Reason.PEER_GONE.value)
         self._stop_waiting()

@@ -249,3 +249,8 @@ def test_what_no_message_can_hold_is_a_protocol_error() -> None:
     for name in ("x" * 64, ".".join(["x" * 60] * 5)):
         with pytest.raises(ProtocolError, match="no DNS message"):
             encode_response(query, Code.NOERROR, [Record(name, Type.TXT, 1, 30, (b"",))])
+
+
+def test_a_name_with_an_empty_label_is_no_name() -> None:
+    with pytest.raises(ProtocolError, match="empty label"):
+        encode_query(1, "a..b", Type.A, 1232)

@@ -15,6 +15,7 @@ from relay.commands import (
     AddLink,
     AdmitAgent,
     AdmitConnector,
+    AskDns,
     Command,
     EndSession,
     Event,
@@ -645,6 +646,15 @@ def test_a_session_ends_with_either_connection(world: World, gone: int, other: i
     world.do(world.sessions.disconnected(gone, Reason.PEER_GONE, world.now))
     assert world.take(other, control.Closed).reason is Reason.PEER_GONE
     assert EndSession(session) in world.commands and RemoveLink((ALICE, X)) in world.commands
+
+
+def test_questions_about_names_are_handed_on_in_their_pace(world: World) -> None:
+    query = control.DnsQuery(1, control.Binary(bytes(12)))
+    told = [world.say(ALICE, query) for _ in range(int(Kind.DNS.burst) + 1)]
+    assert told[0] == [AskDns(ALICE, query, in_pace=True)]
+    assert told[-2:] == [[AskDns(ALICE, query, in_pace=True)], [AskDns(ALICE, query, in_pace=False)]]
+    world.tick(1.0)
+    assert world.say(ALICE, query) == [AskDns(ALICE, query, in_pace=True)]
 
 
 def test_conflicts_are_kept_and_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,6 +383,21 @@ class TestUdp:
                 assert [link["path"] for link in status(daemon)["links"]] == ["forwarded"]
             assert len(mesh.opens) == 1
 
+    async def test_a_session_that_comes_as_its_link_ends_has_another(self, tmp_path: Path) -> None:
+        """The end of a link is told in a turn of its own, and many sessions begin when a relay comes back."""
+        async with small_mesh(tmp_path) as mesh:
+            ip = await mesh.lease("echo-service", 2, UDP)
+            mesh.connector()
+            async with agent(mesh) as daemon:
+                program = Program((str(ip), 5300))
+                assert await program.ask(b"one") == b"ONE"
+                tracer = daemon.probes["trace"].__self__  # type: ignore[attr-defined]
+                (session,) = tracer._broker.sessions.sessions
+                ending = tracer._links.of(session)
+                ending.packet_link.close(Reason.PEER_GONE)
+                assert tracer._links.of(session) is not ending
+                assert await program.ask_until_answered(b"two") == b"TWO"
+
     async def test_a_large_datagram_arrives_whole(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh:
             ip = await mesh.lease("echo-service", 2, UDP)
