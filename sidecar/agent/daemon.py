@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from sidecar.agent.anyip import check_overrides, check_pool, check_ula, local_route, runtime_directory
@@ -193,7 +193,7 @@ class Agent:
         self._names = RelayedNames(self._broker.sessions.relays, self._relays.send)
         self._stub: Stub | None = None
         if config.dns_listen is not None:
-            self._stub = Stub(config.dns_listen, daemon.config.domain, self._names.exchange)
+            self._stub = Stub(config.dns_listen, daemon.config.domain, self._names.exchange, self._is_virtual)
         self._follower = self._lease_follower(client)
         self._renewal = Renewal(
             config.tls,
@@ -448,9 +448,12 @@ class Agent:
         self._daemon.readiness.done("leases")
 
     def _is_ours(self, service: ServiceName, lease: Lease) -> bool:
-        pools = (self._config.pool, *self._config.more_pools)
         overridden = any(each.service == service for each in self._config.overrides)
-        return overridden or any(lease.ip in pool for pool in pools)
+        return overridden or self._is_virtual(lease.ip)
+
+    def _is_virtual(self, address: IPv4Address | IPv6Address) -> bool:
+        networks = (self._config.pool, *self._config.more_pools, self._config.ula)
+        return any(network is not None and address in network for network in networks)
 
     def _move(self) -> None:
         """Listen where services can be served now, and nowhere else; flows elsewhere end while they can be told."""

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
-from sidecar.agent.stubbing import Query, aged, refusal, tailored, ttl_of
+from sidecar.agent.stubbing import IsOurs, Query, aged, fitting, refusal, tailored, ttl_of
 from ztna.config import Endpoint
 from ztna.dns import Code
 from ztna.errors import ProtocolError, ResolverUnavailable
@@ -39,10 +39,14 @@ Exchange = Callable[[bytes], Awaitable[bytes]]
 class Stub:
     """Answers on one address. `run` owns the questions that are under way."""
 
-    def __init__(self, at: Endpoint, zone: Zone, exchange: Exchange) -> None:
-        """Bind, UDP and TCP. `exchange` returns the response to a query. Raises ZtnaError for a port that is taken."""
+    def __init__(self, at: Endpoint, zone: Zone, exchange: Exchange, is_ours: IsOurs) -> None:
+        """Bind, UDP and TCP. `exchange` returns the response to a query; only addresses that are ours are passed on.
+
+        Raises ZtnaError for a port that is taken.
+        """
         self._zone = zone
         self._exchange = exchange
+        self._is_ours = is_ours
         self._kept: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
         self._waiting = 0
         self._connections = 0
@@ -130,7 +134,11 @@ class Stub:
         if kept is not None and now < kept[1]:
             return aged(kept[0], int(kept[1] - now) + 1)
         try:
-            response = await self._exchange(query.data)
+            response = fitting(await self._exchange(query.data), query, self._zone, self._is_ours)
+        except ProtocolError as error:
+            dropped(_WHERE, "malformed_answer")
+            _log.debug("not_answered", name=query.name, detail=error)
+            return refusal(query, Code.SERVFAIL)
         except ResolverUnavailable as error:
             _log.debug("not_answered", name=query.name, detail=error)
             return refusal(query, Code.SERVFAIL)

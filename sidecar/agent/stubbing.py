@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 
-from ztna.dns import Code, Message, SoaData, decode, encode_response
+import msgspec
+
+from ztna.dns import Code, HostData, Message, Record, SoaData, SrvData, Type, decode, encode_response
 from ztna.errors import ProtocolError
 from ztna.names import Zone
 
 UDP_PAYLOAD_BYTES_MIN = 512
 UDP_PAYLOAD_BYTES_MAX = 1232
+
+IsOurs = Callable[[IPv4Address | IPv6Address], bool]
+"""Says whether an address may be one of a service."""
+
 _HEADER_BYTES = 12
 _TRUNCATED = 0x02
 _KEPT_CODES = frozenset({Code.NOERROR, Code.NXDOMAIN})
@@ -56,7 +64,34 @@ class Query:
     def is_of(self, zone: Zone) -> bool:
         """Say whether the name is of the zone, or a reverse one."""
         labels = tuple(self.name.split("."))
-        return self.name == zone or self.name.endswith(f".{zone}") or labels[-2:] in _REVERSE
+        return _is_below(self.name, zone) or labels[-2:] in _REVERSE
+
+
+def fitting(response: bytes, query: Query, zone: Zone, is_ours: IsOurs) -> bytes:
+    """Return what a relay answered without what leads out of the mesh: into other zones, to addresses not `is_ours`.
+
+    So a relay that was stolen cannot have this host's programs call hosts of its choice. Raises ProtocolError for what
+    is no answer to the query.
+    """
+    message = decode(response)
+    if not message.is_response or message.questions != query.message.questions:
+        raise ProtocolError("not an answer to this question")
+    answers = [each for each in message.answers if _stays(each, zone, is_ours)]
+    authority = [each for each in message.authority if isinstance(each.data, SoaData)]
+    return encode_response(query.message, message.code, answers, authority, stale=message.stale)
+
+
+def _stays(record: Record, zone: Zone, is_ours: IsOurs) -> bool:
+    match record.data:
+        case IPv4Address() | IPv6Address():
+            return is_ours(record.data)
+        case HostData(host) | SrvData(target=host):
+            return _is_below(host, zone) or record.type == Type.NS
+    return True
+
+
+def _is_below(name: str, zone: Zone) -> bool:
+    return name == zone or name.endswith(f".{zone}")
 
 
 def refusal(query: Query, code: Code) -> bytes:
@@ -83,10 +118,7 @@ def ttl_of(response: bytes) -> int:
 def aged(response: bytes, left_s: int) -> bytes:
     """Return a kept response whose records say that they keep for at most `left_s` seconds more."""
     message = decode(response)
-    records = [
-        type(each)(each.name, each.type, each.class_, min(each.ttl_s, left_s), each.data)
-        for each in message.answers
-    ]
+    records = [msgspec.structs.replace(each, ttl_s=min(each.ttl_s, left_s)) for each in message.answers]
     return encode_response(message, message.code, records, message.authority)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 
 import pytest
 
@@ -22,10 +22,16 @@ NAME = "web-app.ztna.local"
 WAIT_SECONDS = 20.0
 
 
+def is_ours(address: IPv4Address | IPv6Address) -> bool:
+    return address in ip_network("10.100.0.0/16")
+
+
 class Relay:
     def __init__(self) -> None:
         self.asked = 0
         self.away = False
+        self.address = "10.100.0.2"
+        self.nonsense = b""
         self.let = asyncio.Event()
         self.let.set()
 
@@ -35,7 +41,9 @@ class Relay:
         if self.away:
             raise ResolverUnavailable("away")
         message = decode(query)
-        record = Record(message.questions[0].name, Type.A, 1, 30, IPv4Address("10.100.0.2"))
+        if self.nonsense:
+            return self.nonsense
+        record = Record(message.questions[0].name, Type.A, 1, 30, IPv4Address(self.address))
         return encode_response(message, Code.NOERROR, [record])
 
 
@@ -43,7 +51,7 @@ def bound(relay: Relay) -> Stub:
     """A stub on a port that is free both ways."""
     for _ in range(20):
         with suppress(ZtnaError):
-            return Stub(Endpoint("127.0.0.1", 0), Zone("ztna.local"), relay.exchange)
+            return Stub(Endpoint("127.0.0.1", 0), Zone("ztna.local"), relay.exchange, is_ours)
     raise AssertionError("no port is free both ways")
 
 
@@ -141,4 +149,17 @@ async def test_questions_connections_and_what_is_kept_are_bounded(monkeypatch: p
 async def test_a_port_that_is_taken_is_named() -> None:
     async with serving() as (stub, relay):
         with pytest.raises(ZtnaError, match=str(stub.address[1])):
-            Stub(Endpoint(*stub.address), Zone("ztna.local"), relay.exchange)
+            Stub(Endpoint(*stub.address), Zone("ztna.local"), relay.exchange, is_ours)
+
+
+async def test_a_relay_leads_programs_nowhere_but_to_virtual_addresses() -> None:
+    async with serving() as (stub, relay):
+        program = Program(stub)
+        relay.address = "203.0.113.66"
+        told = await program.ask()
+        assert (told.code, told.answers) == (Code.NOERROR, ())
+        for relay.nonsense in (
+            b"x",
+            encode_response(decode(encode_query(1, "db.ztna.local", Type.A, 512)), 0),
+        ):
+            assert (await program.ask("a.ztna.local")).code == Code.SERVFAIL

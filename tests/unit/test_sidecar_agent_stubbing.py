@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
-from sidecar.agent.stubbing import Query, aged, refusal, tailored, ttl_of
-from ztna.dns import Code, HostData, Message, Record, SoaData, Type, decode, encode_query, encode_response
+from sidecar.agent.stubbing import Query, aged, fitting, refusal, tailored, ttl_of
+from ztna.dns import (
+    Code,
+    HostData,
+    Message,
+    Record,
+    SoaData,
+    SrvData,
+    Type,
+    decode,
+    encode_query,
+    encode_response,
+)
 from ztna.errors import ProtocolError
 from ztna.names import Zone
 
@@ -112,3 +123,34 @@ def test_what_does_not_fit_is_cut_to_nothing_and_said_so() -> None:
     message = decode(cut)
     assert message.truncated and message.answers == () and len(cut) <= 512
     assert query().question in cut
+
+
+def test_what_leads_out_of_the_mesh_is_left_out_of_an_answer() -> None:
+    asked = query()
+    good = [
+        address(30),
+        Record(NAME, Type.SRV, 1, 30, SrvData(0, 1, 80, "x.connector.ztna.local")),
+        Record("ztna.local", Type.NS, 1, 30, HostData("ns.example.org")),
+        Record(NAME, Type.TXT, 1, 30, (b"epoch=1",)),
+    ]
+    evil = [
+        Record(NAME, Type.A, 1, 30, IPv4Address("203.0.113.66")),
+        Record(NAME, Type.AAAA, 1, 30, IPv6Address("2001:db8::66")),
+        Record(NAME, Type.CNAME, 1, 30, HostData("evil.example.org")),
+        Record(NAME, Type.PTR, 1, 30, HostData("evilztna.local")),
+        Record(NAME, Type.SRV, 1, 30, SrvData(0, 1, 80, "evil.example.org")),
+    ]
+    response = other(asked.message, *good, *evil, authority=(soa(30, 10), evil[0]), stale=True)
+    message = decode(fitting(response, asked, ZONE, lambda each: str(each) == "10.100.0.2"))
+    assert (message.answers, message.authority, message.stale) == (tuple(good), (soa(30, 10),), True)
+    assert message.id == asked.message.id
+
+
+def test_an_answer_to_another_question_is_none() -> None:
+    for response in (
+        query().data,
+        other(query("db.ztna.local").message),
+        other(query(kind=Type.TXT).message),
+    ):
+        with pytest.raises(ProtocolError, match="not an answer"):
+            fitting(response, query(), ZONE, lambda each: True)
