@@ -162,6 +162,7 @@ class _Connector:
                 self._config.ttl_s,
                 self._config.deregister_critical_after_s,
             ),
+            lambda: self._fronting.table.services.keys(),
             self._desired,
         )
         delegation = self._fronting.delegate = self._delegation = Delegation(
@@ -262,16 +263,12 @@ class _Connector:
         if self._registrar is not None:
             self._registrar.verdict_changed(service)
 
-    def _desired(self) -> dict[ServiceName, Desired]:
-        now = self._loop.time()
-        return {service: self._desired_of(service, now) for service in self._fronting.table.services}
-
-    def _desired_of(self, service: ServiceName, now: float) -> Desired:
+    def _desired(self, service: ServiceName) -> Desired:
         routes, health = self._fronting.table.services[service], self._fronting.health(service)
         verdict, output = health.part(lambda key: not self._fronting.is_delegated(service, key))
         return Desired(
             routes=routes,
-            weight=health.weight(routes.weight, now),
+            weight=health.weight(routes.weight, self._loop.time()),
             verdict=health.verdict,
             since=health.since,
             output=output,

@@ -80,10 +80,11 @@ class Delegation:
 
     def probes(self, service: ServiceName) -> tuple[ProbeDefinition, ...]:
         """Return the checks of a service that Consul's agent is to run."""
+        known, routes = self._sorted(), self._fronting.table.services.get(service)
         return tuple(
             self._definition(service, key, check)
-            for (each, key), (check, _) in self._sorted().probes.items()
-            if each == service
+            for key, check in (checks_of_service(routes).items() if routes is not None else ())
+            if (service, key) in known.probes
         )
 
     async def run(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Container, Iterable
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -45,19 +45,21 @@ _log = logger(__name__)
 
 
 class Registrar:
-    """Carries out plans. `desired` gives our services as they stand now; `wake` tells that one has changed."""
+    """Carries out plans. `services` gives the names of our services, `desired` one of them as it stands now."""
 
     def __init__(
         self,
         client: ConsulClient,
         registrant: Registrant,
-        desired: Callable[[], dict[ServiceName, Desired]],
+        services: Callable[[], Collection[ServiceName]],
+        desired: Callable[[ServiceName], Desired],
     ) -> None:
         self.problem: str | None = None
         self.waiting: tuple[ServiceName, ...] = ()
         self.complete = asyncio.Event()
         self._client = client
         self._registrant = registrant
+        self._services = services
         self._desired = desired
         self._loop = asyncio.get_running_loop()
         self._registered: set[ServiceName] = set()
@@ -199,7 +201,7 @@ class Registrar:
 
     async def _compare(self) -> None:
         known = await self._client.agent_services()
-        desired = self._desired()
+        desired = {service: self._desired(service) for service in self._services()}
         generation = self._client.token_generation
         anew = {each for each in desired if self._generations.get(each) != generation}
         anew |= self._unchecked
@@ -277,9 +279,9 @@ class Registrar:
         return batch
 
     async def _report_check(self, service: ServiceName) -> None:
-        desired = self._desired().get(service)
-        if desired is None:
+        if service not in self._services():
             return  # removed meanwhile
+        desired = self._desired(service)
         own_check = check_id(service, self._registrant.connector_id)
         output = desired.output[:OUTPUT_CHARACTERS]
         if not await self._client.update_check(own_check, desired.ttl_verdict, output):

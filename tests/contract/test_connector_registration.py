@@ -45,22 +45,26 @@ class Connector:
         self.verdicts: dict[str, Verdict] = dict.fromkeys(services, "critical")
         self.leases: dict[str, Lease] = {}
         self.since = asyncio.get_running_loop().time()
+        self.asked = 0
+        """How often it was asked how one of its services stands."""
         self.registrar = Registrar(
-            client, Registrant(ConnectorId(connector_id), LINK, 5.0, 60.0), self.desired
+            client,
+            Registrant(ConnectorId(connector_id), LINK, 5.0, 60.0),
+            lambda: self.table.services.keys(),
+            self.desired,
         )
 
-    def desired(self) -> dict[ServiceName, Desired]:
-        return {
-            service: Desired(
-                routes,
-                routes.weight,
-                self.verdicts[service],
-                self.since,
-                f"it is {self.verdicts[service]}",
-                self.leases.get(service),
-            )
-            for service, routes in self.table.services.items()
-        }
+    def desired(self, service: ServiceName) -> Desired:
+        self.asked += 1
+        routes = self.table.services[service]
+        return Desired(
+            routes,
+            routes.weight,
+            self.verdicts[service],
+            self.since,
+            f"it is {self.verdicts[service]}",
+            self.leases.get(service),
+        )
 
     def turn(self, service: str, verdict: Verdict) -> None:
         self.verdicts[service] = verdict
@@ -389,6 +393,25 @@ async def test_a_verdict_is_in_the_catalog_within_a_second(consul: ConsulUnderTe
                 took_s.append(loop.time() - began)
         await connector.registrar.leave()
     assert sorted(took_s)[len(took_s) // 2] < 1.0, took_s
+
+
+async def test_reporting_a_service_asks_how_no_other_stands(consul: ConsulUnderTest, unique: str) -> None:
+    services = [f"s{number}-{unique}" for number in range(SERVICES_OF_FLIPS)]
+    async with ConsulClient(consul.config()) as client:
+        connector = Connector(client, "c9", *services)
+
+        async def passing() -> int:
+            return sum(status == "passing" for status in (await client.agent_checks()).values())
+
+        async with running(connector):
+            async with asyncio.timeout(WAIT_SECONDS):
+                await connector.registrar.complete.wait()
+            for service in services:
+                connector.turn(service, "passing")
+            await until(passing, lambda found: found == len(services))
+        # Some comparisons, and some reports of each: far from one of all for each.
+        assert connector.asked < SERVICES_OF_FLIPS * SERVICES_OF_FLIPS / 2
+        await connector.registrar.leave()
 
 
 async def test_what_a_dead_token_kept_from_the_catalog_is_brought_by_the_next(
