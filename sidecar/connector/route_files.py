@@ -129,10 +129,10 @@ class RouteFiles:
             if is_hurried or file.looks_bad >= SETTLE_LOOKS:
                 del self._files[name]
                 self._tell(file, None)
-                _log.info("routes_gone", file=name, services=len(file.definitions))
+                _log.info("routes_gone", file=str(file.origin), services=len(file.definitions))
         for name in found:
             if name not in self._files:
-                self._files[name] = _File(Origin("file", name), self._folder / name)
+                self._files[name] = _File(Origin("file", _legible(name)), self._folder / name)
         self._files = dict(sorted(self._files.items()))
 
     async def _look_at(self, file: _File, is_hurried: bool) -> None:
@@ -151,7 +151,7 @@ class RouteFiles:
             file.looks_bad += 1
             if is_hurried or file.looks_bad >= SETTLE_LOOKS:
                 file.looks_bad = 0
-                self._tell(file, str(error))
+                self._tell(file, _legible(str(error)))
             return
         file.looks_bad = 0
         self._tell(file, None)
@@ -167,6 +167,9 @@ class RouteFiles:
             routes = self._reread().routes
             sound(routes)
             return definitions(routes, file.origin)
+        if file.path.exists() and not file.path.is_file():
+            # A pipe would be waited for for ever, and with it all other files.
+            raise ConfigError(f"{file.path}: expected a regular file")
         raw = sections.read_file(file.path)
         try:
             routes = sections.build(RoutesFile, raw).routes
@@ -212,3 +215,8 @@ class RouteFiles:
         else:
             _log.error("routes_broken", file="routes_dir", error=problem)
             self._daemon.readiness.warn("routes_dir", f"{problem}; what was there before is in use")
+
+
+def _legible(text: str) -> str:
+    """Return a text that may have the name of a file in it as UTF-8, which such names need not be."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

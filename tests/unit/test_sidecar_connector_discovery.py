@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from ztna.consul.client import ConsulClient
 from ztna.consul.embedded import EmbeddedConsul
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError
+from ztna.jsontypes import to_json
 from ztna.leases import Port
 from ztna.names import ConnectorId, ServiceName
 from ztna.runtime import Daemon
@@ -182,6 +184,31 @@ async def test_a_broken_file_keeps_what_it_had_and_says_so(pki: Pki, tmp_path: P
         await until("told at once", lambda: "nothing of it is in use" in made.warning("routes c.yaml"))
         (made.folder / "c.yaml").unlink()
         await until("forgotten", lambda: not made.warning("routes c.yaml"))
+
+
+async def test_what_is_no_file_holds_up_no_other(pki: Pki, tmp_path: Path) -> None:
+    async with place(pki, tmp_path) as made:
+        os.mkfifo(made.folder / "a.yaml")
+        (made.folder / "b.yaml").mkdir()
+        for name in ("a.yaml", "b.yaml"):
+            await until("told", lambda name=name: "expected a regular file" in made.warning(f"routes {name}"))
+        put(made.folder / "c.yaml", route())
+        await until("fronted", lambda: made.fronted == {"web"})
+
+
+async def test_a_file_may_have_any_name(pki: Pki, tmp_path: Path) -> None:
+    async with place(pki, tmp_path) as made:
+        file = made.folder / os.fsdecode(b"\xff.yaml")
+        put(file, route())
+        await until("fronted", lambda: made.fronted == {"web"})
+        file.write_text("[")
+        await until("told", lambda: made.warning("routes \\xff.yaml"))
+        # What is shown is JSON, to load balancers too.
+        assert b"xff.yaml" in to_json(made.discovery.status())
+        assert b"xff.yaml" in to_json(made.daemon.readiness.report())
+        assert b"xff.yaml" in to_json(made.discovery.shown())
+        file.unlink()
+        await until("gone", lambda: made.fronted == set() and not made.warning("routes \\xff.yaml"))
 
 
 @pytest.mark.parametrize(
