@@ -117,6 +117,10 @@ def test_adds_what_a_file_says(connector: Connector, tmp_path: Path) -> None:
             ("add", "web", "--port", "80", "--backend", "a:1", "--check", "ttl,30"),
             "expected KEY=VALUE, got '30'",
         ),
+        (
+            ("add", "web", "--port", "80", "--backend", "a:1", "--check", "http,path=["),
+            "expected a value after path=, got '['",
+        ),
         (("check", "web"), "expected --pass, --warn or --fail"),
     ],
 )

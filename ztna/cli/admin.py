@@ -14,6 +14,8 @@ from ztna.jsontypes import from_json
 ANSWER_SECONDS = 5.0
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 
+_EVERYWHERE = {"0.0.0.0:": "127.0.0.1:", "[::]:": "[::1]:"}
+
 T = TypeVar("T")
 
 
@@ -59,7 +61,7 @@ def fetch(
     connection = (
         _UnixConnection(admin, seconds)
         if is_socket(admin)
-        else http.client.HTTPConnection(admin, timeout=seconds)
+        else http.client.HTTPConnection(_dialled(admin), timeout=seconds)
     )
     try:
         connection.request(method, path, body)
@@ -67,6 +69,14 @@ def fetch(
         return answer.status, answer.read(ANSWER_BYTES_MAX)
     finally:
         connection.close()
+
+
+def _dialled(admin: str) -> str:
+    """Return the address to call: who listens everywhere shows its state to who calls it by a loopback address."""
+    for everywhere, here in _EVERYWHERE.items():
+        if admin.startswith(everywhere):
+            return here + admin.removeprefix(everywhere)
+    return admin
 
 
 def _refusal(body: bytes) -> str | None:

@@ -17,6 +17,7 @@ from rich.table import Table as Grid
 from ztna import config as configuration
 from ztna import sections
 from ztna.cli.admin import ask
+from ztna.cli.status import printable
 from ztna.errors import BadName, ConfigError, ZtnaError
 from ztna.jsontypes import to_json
 from ztna.names import ServiceName
@@ -80,7 +81,7 @@ def list_(file: Path | None, api: str | None, as_json: bool) -> None:
         for each in found:
             grid.add_row(
                 each.service,
-                each.origin,
+                escape(printable(each.origin)),
                 " ".join(each.ports),
                 each.verdict or "not fronted",
                 "yes" if each.registered else "no",
@@ -239,13 +240,14 @@ def _check(text: str) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals:
             raise click.UsageError(f"--check {text}: expected KEY=VALUE, got {setting!r}")
-        made[key] = yaml.safe_load(value)
+        try:
+            made[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise click.UsageError(f"--check {text}: expected a value after {key}=, got {value!r}") from None
     return made
 
 
 def _detail(each: Shown) -> str:
     conflict = f"also defined by {', '.join(each.shadowed)}, which does not count" if each.shadowed else ""
     health = each.output if each.verdict != "passing" else ""
-    text = "; ".join(filter(None, (each.problem, conflict, health)))
-    # What a backend said is whatever it likes; a terminal must not obey it.
-    return text if text.isprintable() else repr(text)
+    return printable("; ".join(filter(None, (each.problem, conflict, health))))

@@ -87,8 +87,11 @@ def look(name: str, address: str) -> Seen:
     """Ask one daemon."""
     try:
         _, body = admin.fetch(address, "/status")
+        status = from_json(body, Json)
+        if "readiness" not in status:
+            raise ValueError(status.get("error", "what answers there is no daemon of ours"))
         _, metrics = admin.fetch(address, "/metrics")
-        return Seen(name, address, from_json(body, Json), counters(metrics.decode()))
+        return Seen(name, address, status, counters(metrics.decode()))
     except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
         return Seen(name, address, error=str(error))
 
@@ -110,7 +113,7 @@ def show(console: Console, seen: Iterable[Seen]) -> None:
     """Print the daemons, each with its tables."""
     for each in seen:
         if each.status is None:
-            console.print(Text(f"{each.name} at {each.admin}: {each.error}", "red"))
+            console.print(Text(printable(f"{each.name} at {each.admin}: {each.error}"), "red"))
             continue
         console.print(_headline(each))
         for table in _TABLES.get(each.name, lambda status: ())(each.status):
@@ -131,10 +134,15 @@ def _headline(each: Seen) -> Text:
     text.append("ready" if readiness["ready"] else "not ready", "green" if readiness["ready"] else "red")
     text.append(f", version {each.status['version']}, up {_age(each.status['uptime_s'])}, admin {each.admin}")
     for what, detail in readiness["awaiting"].items():
-        text.append(f"\n  waits for {what}: {detail}", "red")
+        text.append(f"\n  waits for {what}: {printable(detail)}", "red")
     for what, detail in readiness["warnings"].items():
-        text.append(f"\n  warning, {what}: {detail}", "yellow")
+        text.append(f"\n  warning, {what}: {printable(detail)}", "yellow")
     return text
+
+
+def printable(text: str) -> str:
+    """Return a text that others had a hand in (certificates, backends, Consul) so that no terminal obeys it."""
+    return text if text.isprintable() else repr(text)
 
 
 def _of_files(files: Iterable[Path]) -> list[tuple[str, str]]:
@@ -337,12 +345,11 @@ def _cell(value: Any) -> Text:
     if isinstance(value, bool):
         return Text("yes" if value else "no")
     if isinstance(value, dict):
-        return Text(", ".join(f"{key} {entry}" for key, entry in value.items()))
+        return Text(printable(", ".join(f"{key} {entry}" for key, entry in value.items())))
     if isinstance(value, list):
-        return Text(", ".join(map(str, value)))
+        return Text(printable(", ".join(map(str, value))))
     text = "" if value is None else str(value)
-    # A name is whatever a certificate says; a terminal must not obey it.
-    return Text(text if text.isprintable() else repr(text), _COLOURS.get(text, ""))
+    return Text(printable(text), _COLOURS.get(text, ""))
 
 
 def _ports(ports: Iterable[Mapping[str, Any]]) -> str:
