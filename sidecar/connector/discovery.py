@@ -20,7 +20,7 @@ from sidecar.connector.sources import Definition, Entry, Settled, chosen, lacks_
 from sidecar.connector.srv import SrvNames
 from sidecar.connector.srv_records import names_of, resolved, sound
 from ztna import sections
-from ztna.config import Config, ConnectorConfig, RouteConfig
+from ztna.config import ConnectorConfig, RouteConfig
 from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError, ConsulError, Refused, ZtnaError
@@ -286,11 +286,10 @@ class Discovery:
             self._local_problem = str(error)
             return
         self._local_problem = None
-        self._local = local_definitions(known, health, self._consul_host(), self._identity.may_serve)
-
-    def _consul_host(self) -> str:
-        config: Config = self._daemon.config
-        return urlsplit(config.consul.address).hostname or "127.0.0.1"
+        # An instance without an address is where its agent is.
+        host = urlsplit(self._consul.address).hostname
+        assert host is not None, "or there would be no client"
+        self._local = local_definitions(known, health, host, self._identity.may_serve)
 
 
 def _conflict(entry: Entry) -> str:

@@ -116,10 +116,10 @@ async def place(pki: Pki, folder: Path, *routes: RouteConfig, **keys: Any) -> As
         **keys,
     )
     try:
-        async with ConsulClient(ConsulConfig(address=consul.address)) as client, asyncio.TaskGroup() as tasks:
-            daemon = Daemon(
-                "test", Config(consul=ConsulConfig(address=consul.address), connector=config), tasks
-            )
+        # As people may write it: without a scheme, and by a name.
+        asked = ConsulConfig(address=consul.address.replace("http://127.0.0.1:", "localhost:"))
+        async with ConsulClient(asked) as client, asyncio.TaskGroup() as tasks:
+            daemon = Daemon("test", Config(consul=asked, connector=config), tasks)
             discovery = Discovery(
                 daemon, Credentials.load(tls), client, check=BackendTls().check, tasks=tasks
             )
@@ -351,7 +351,7 @@ async def test_tagged_services_of_the_local_consul_agent_are_fronted(
             )
         await until("fronted", lambda: made.fronted == {"web"})
         assert made.discovery.table.services[WEB].ports == (Port("tcp", 80),)
-        assert made.backends() == [("127.0.0.1:23456", 1, 0)]
+        assert made.backends() == [("localhost:23456", 1, 0)]
         assert made.shown("pay") == {}, "not granted, and nobody asked for it by name"
         put(made.folder / "a.yaml", route())
         await until("the file counts", lambda: made.shown()["from"] == "a.yaml")
