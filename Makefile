@@ -6,6 +6,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TOOLS  := $(VENV)/.installed-tools
 
+# Everything here is installed from the lock (`make lock` writes it): what its hashes do not name stays out, and nothing is built.
+LOCKED := install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
+OURS   := install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+LOCK   := uv pip compile --quiet --python $(BIN)/python --python-version 3.11 --universal --upgrade --generate-hashes \
+          --custom-compile-command 'make lock'
+
 # What Debian calls the things the targets need; installed as root, named otherwise.
 BASE_PACKAGES := python3-venv
 TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates conntrack curl debootstrap dnsmasq-base docker.io haproxy iproute2 iptables \
@@ -15,7 +21,8 @@ BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev 
 # One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean
+.PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean \
+        lock sbom audit
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,26 +62,41 @@ soak: install-tools ## Ten minutes of 200 agents and 20 connectors amid disturba
 fmt: install-tools ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+lock: install-tools ## Lock the newest of what setup.cfg allows, with hashes, and renew docs/dependencies.md
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	  | $(BIN)/$(LOCK) --output-file requirements/build.txt - >/dev/null
+	@$(BIN)/$(LOCK) --output-file requirements/run.txt setup.cfg >/dev/null
+	@$(BIN)/$(LOCK) --output-file requirements/test.txt --constraint requirements/run.txt --extra test --extra dev setup.cfg >/dev/null
+	@$(MAKE) --no-print-directory install-tools
+	@$(BIN)/python -m tests.supply table
+
+sbom: install-tools ## Write what the mesh consists of (CycloneDX) into dist/
+	@$(BIN)/python -m tests.supply sbom
+
+audit: install-tools ## Ask OSV for known vulnerabilities of what is locked
+	@$(BIN)/python -m tests.supply audit
+
 clean: ## Remove the environment and what tools cached here
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 install: $(STAMP)
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml requirements/build.txt requirements/run.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call debian_packages_required,$(BASE_PACKAGES)); }
 	@echo "making the environment in $(VENV) (less than a minute)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip $(LOCKED) -r requirements/build.txt -r requirements/run.txt
+	@$(BIN)/python -m pip $(OURS)
 	@touch $@
 
 install-tools: $(TOOLS)
 
-$(TOOLS): $(STAMP)
+$(TOOLS): $(STAMP) requirements/test.txt
 	@echo "installing what tests and checks need in $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	@$(BIN)/python -m pip $(LOCKED) -r requirements/test.txt
 	@touch $@
 
 test-tools:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import hashlib
 import os
@@ -20,6 +19,7 @@ ENGINE_SECONDS = 40
 BUILD_SECONDS = 600
 BASE_IMAGE = "ztna-mesh-test-base:bookworm"
 _ROOT = Path(__file__).resolve().parents[2]
+_LOCK = _ROOT / "requirements" / "run.txt"
 
 
 def why_not() -> str | None:
@@ -96,8 +96,9 @@ def _base_archive() -> Path:
 
 
 def build_folder(directory: Path) -> Path:
-    """Make the folder that an image of ours is built in: the Dockerfile and all wheels."""
-    wheels = shutil.copytree(_dependency_wheels(), directory / "wheels")
+    """Make the folder that an image of ours is built in: the Dockerfile, the lock, and all wheels."""
+    wheels = shutil.copytree(_locked_wheels(), directory / "wheels")
+    shutil.copy(_LOCK, directory)
     # From a copy: setuptools leaves a build folder beside what it builds.
     source = directory / "source"
     source.mkdir()
@@ -105,28 +106,34 @@ def build_folder(directory: Path) -> Path:
         shutil.copy(_ROOT / name, source)
     for package in ("ztna", "sidecar", "dnsd", "relay"):
         shutil.copytree(_ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    _pip_wheel(wheels, "--no-deps", str(source))
+    _pip("wheel", "--wheel-dir", str(wheels), "--no-deps", "--no-build-isolation", str(source))
     shutil.rmtree(source)
     shutil.copy(_ROOT / "tests/e2e/image/Dockerfile", directory / "Dockerfile")
     return directory
 
 
-def _dependency_wheels() -> Path:
-    """Return a folder with the wheels of what we depend on, kept beside the other real parts."""
-    settings = configparser.ConfigParser()
-    settings.read(_ROOT / "setup.cfg")
-    wanted = [line.replace(" ", "") for line in settings["options"]["install_requires"].split("\n") if line]
-    key = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()[:12]
+def _locked_wheels() -> Path:
+    """Return a folder with the wheels that the lock names, kept beside the other real parts."""
+    key = hashlib.sha256(sys.version.encode() + _LOCK.read_bytes()).hexdigest()[:12]
     place = peers_folder() / f"wheels-{key}"
     if not place.exists():
         with tempfile.TemporaryDirectory(dir=peers_folder()) as scratch:
             partial = Path(scratch) / "wheels"
-            _pip_wheel(partial, *wanted)
+            _pip(
+                "download",
+                "--dest",
+                str(partial),
+                "--require-hashes",
+                "--only-binary",
+                ":all:",
+                "-r",
+                str(_LOCK),
+            )
             partial.rename(place)
     return place
 
 
-def _pip_wheel(directory: Path, *what: str) -> None:
-    argv = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(directory), *what]
+def _pip(verb: str, *words: str) -> None:
+    argv = [sys.executable, "-m", "pip", verb, "--quiet", *words]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    assert done.returncode == 0, f"pip wheel: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"pip {verb}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
