@@ -8,7 +8,7 @@ TOOLS  := $(VENV)/.installed-tools
 
 # Everything here is installed from the lock (`make lock` writes it): what its hashes do not name stays out, and nothing is built.
 LOCKED := install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
-OURS   := install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+OURS   := install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 LOCK   := uv pip compile --quiet --python $(BIN)/python --python-version 3.11 --universal --upgrade --generate-hashes \
           --custom-compile-command 'make lock'
 
