@@ -219,12 +219,26 @@ class Fronting:
 
     async def _check(self, service: ServiceName, key: CheckKey, check: Check) -> None:
         """Check one backend for ever; of kind ttl, listen to its program."""
-        config = check.config
-        while check.kind == "ttl":
-            self._checked(service, key, self._pushes.now(service, config.ttl_s))
-            await self._pushes.changed(service, config.ttl_s)
+        if check.kind == "ttl":
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen(service, key, check), name=f"listen to {service}")
+                tasks.create_task(self._ask(service, key, check), name=f"look up {service}")
+        else:
+            await self._ask(service, key, check)
+
+    async def _listen(self, service: ServiceName, key: CheckKey, check: Check) -> None:
         while True:
-            if not self.is_delegated(service, key):
+            self._checked(service, key, self._pushes.now(service, check.config.ttl_s))
+            await self._pushes.changed(service, check.config.ttl_s)
+
+    async def _ask(self, service: ServiceName, key: CheckKey, check: Check) -> None:
+        """Ask a backend for ever how it is; while somebody else does, only where it is, for flows that do not dial."""
+        config = check.config
+        while True:
+            if check.kind == "ttl" or self.is_delegated(service, key):
+                if key.port.protocol != "tcp":
+                    await self._prober.locate(check)
+            else:
                 outcome = await self._prober.probe(check)
                 if not self.is_delegated(service, key):
                     self._checked(service, key, outcome)

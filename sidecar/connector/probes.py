@@ -76,6 +76,12 @@ class Prober:
             except (OSError, aiohttp.ClientError, GrpcFailed, ValueError) as error:
                 return Outcome(False, f"{check.kind} {check.target}: {_said(error)}")
 
+    async def locate(self, check: Check) -> None:
+        """Learn the address of a backend that somebody else checks; what has none now keeps the one it had."""
+        with suppress(TimeoutError, OSError):
+            async with self._room, asyncio.timeout(check.config.timeout_s):
+                self.addresses[check.target.host] = (await resolve(check.target))[0]
+
     async def close(self) -> None:
         """Close what checks have open."""
         await self._http.close()

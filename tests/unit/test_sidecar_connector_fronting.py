@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, closing
 from typing import Any
 
 from sidecar.connector.fronting import Fronting
+from sidecar.connector.health import CheckKey
 from sidecar.connector.probes import Prober
 from sidecar.connector.pushes import Pushes
 from sidecar.connector.routes import Route, RouteTable
@@ -93,6 +94,31 @@ async def test_a_backend_that_dies_is_told_of_where_another_is_better() -> None:
             two.close()
             await until("none is left", lambda: not front.is_available(WEB))
             assert lost == [at_one], "there is nothing better to go to"
+
+
+class Elsewhere:
+    """Somebody who runs all checks."""
+
+    def runs(self, service: ServiceName, key: CheckKey) -> bool:
+        return True
+
+    def why_not(self, service: ServiceName, key: CheckKey) -> str | None:
+        return None
+
+
+async def test_a_udp_backend_that_others_check_is_looked_up_all_the_same() -> None:
+    """A UDP flow goes where the checks last found its backend: nothing else asks for its address."""
+    at = Endpoint("localhost", 53)
+    ttl, delegated = CheckConfig(kind="ttl"), CheckConfig(runner="consul", interval_s=0.05)
+    made = table((WEB, (at,)), protocol="udp", checks=(ttl,))
+    async with fronting(made) as (front, _):
+        await until("found", lambda: front.address(at) == ("127.0.0.1", 53))
+        assert not front.is_available(WEB), "its program has said nothing yet"
+    made = table((WEB, (at,)), protocol="udp", checks=(delegated,))
+    async with fronting(made) as (front, _):
+        front.delegate = Elsewhere()
+        await until("found", lambda: front.address(at) == ("127.0.0.1", 53))
+        assert not front.is_available(WEB), "who checks has said nothing yet"
 
 
 async def test_another_table_keeps_what_stays() -> None:
