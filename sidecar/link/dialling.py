@@ -221,6 +221,8 @@ async def _resolve(endpoint: Endpoint) -> tuple[SockAddr, frozenset[str]]:
         found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)
     except OSError as error:
         raise LinkError(f"{endpoint.host}: {error.strerror or error}") from None
+    except UnicodeError as error:  # an empty label, or one of 64 characters
+        raise LinkError(f"{endpoint.host}: {error}") from None
     if not found:
         raise LinkError(f"{endpoint.host} has no address")
     family_first = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)

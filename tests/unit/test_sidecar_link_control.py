@@ -215,10 +215,11 @@ async def test_refuses_a_relay_of_another_name(pki: Pki) -> None:
             assert relay.peers.empty()
 
 
-async def test_names_a_host_that_does_not_resolve(pki: Pki) -> None:
-    target = RelayTarget(address=Endpoint("no-such-host.invalid", 4433), name="relay-1")
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "empty..label", "l" * 64 + ".invalid"])
+async def test_names_a_host_that_does_not_resolve(pki: Pki, host: str) -> None:
+    target = RelayTarget(address=Endpoint(host, 4433), name="relay-1")
     async with running(pki, target) as owner:
-        await until_problem(owner, "no-such-host.invalid")
+        await until_problem(owner, host)
 
 
 async def test_waits_for_a_relay_that_starts_later(pki: Pki) -> None:

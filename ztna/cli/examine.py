@@ -318,8 +318,9 @@ async def _relay(
     where = f"relay {target.name} at {target.address}"
     try:
         address = await _address(target.address)
-    except OSError as error:
-        yield Finding("relay", Verdict.WRONG, f"{where}: {error.strerror or error}", f"see {daemon}.relays")
+    except (OSError, UnicodeError) as error:
+        told = f"{where}: {getattr(error, 'strerror', None) or error}"
+        yield Finding("relay", Verdict.WRONG, told, f"see {daemon}.relays")
         return
     yield await _tcp(where, address)
     observer = _Observer()
@@ -403,7 +404,7 @@ async def _tcp(where: str, address: SockAddr) -> Finding:
 
 
 async def _address(endpoint: Endpoint) -> SockAddr:
-    """Return the first address, IPv4 preferred. Raises OSError."""
+    """Return the first address, IPv4 preferred. Raises OSError, or UnicodeError for what is no name."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)
     host, port = min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][:2]
@@ -412,7 +413,7 @@ async def _address(endpoint: Endpoint) -> SockAddr:
 
 def _own_address(target: RelayTarget) -> set[str]:
     """Return the address that this host would send from to a relay."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, suppress(OSError):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, suppress(OSError, UnicodeError):
         sock.connect((target.address.host, target.address.port))
         return {sock.getsockname()[0]}
     return set()
