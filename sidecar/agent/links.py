@@ -174,6 +174,8 @@ class Links:
             await link.settled.wait()
         if link is None or link.packet_link is None:
             raise LinkError(f"no packet link to {session.opened.connector_id}")
+        if not _is_fit(session, link.packet_link.peer):  # who it is was not known yet when the session joined
+            raise LinkError(f"{session.opened.connector_id} may not serve {session.service}")
         await link.packet_link.prove(PROOF_SECONDS)
         return link.packet_link.open_stream()
 

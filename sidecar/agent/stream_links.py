@@ -110,8 +110,9 @@ class StreamLinks:
         link.is_over = True
         if self._links.get(link.session.key) is link:
             del self._links[link.session.key]
+        is_answered = link.packets.is_open
         link.packets.reset(reason)
-        if link.carrier is None and link.task is not None:
+        if not is_answered and link.task is not None:
             link.task.cancel()
 
     def close_all(self) -> None:
