@@ -144,15 +144,17 @@ class Links:
         self._private = private_candidates
         self._loop = asyncio.get_running_loop()
         self._links: dict[LinkKey, Link] = {}
+        self._is_closed = False
         self._quiet = Quiet()
 
     def of(self, session: Session) -> Link | None:
         """Return the session's link, dialling it if it does not stand.
 
-        None when the relay has no forwarder, or the connector at the other end may not serve this session.
+        None when the relay has no forwarder, or the connector at the other end may not serve this session; and when
+        the agent is stopping.
         """
         opened = session.opened
-        if opened.forwarder is None:
+        if opened.forwarder is None or self._is_closed:
             return None
         key = self._key(session)
         link = self._links.get(key)
@@ -256,7 +258,8 @@ class Links:
         ]
 
     def close(self) -> None:
-        """Close every link."""
+        """Close every link, and dial no other."""
+        self._is_closed = True
         for link in tuple(self._links.values()):
             self._close(link, Reason.DRAINING)
 

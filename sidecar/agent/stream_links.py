@@ -71,6 +71,7 @@ class StreamLinks:
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
         self._links: dict[SessionKey, StreamLink] = {}
+        self._is_closed = False
         self._failed_at: dict[SessionKey, float] = {}
 
     @property
@@ -83,14 +84,14 @@ class StreamLinks:
         return self._links.get(session.key)
 
     def of(self, session: Session, former: SessionId | None = None) -> StreamLink | None:
-        """Return the session's, dialling it if need be; None when that failed a moment ago.
+        """Return the session's, dialling it if need be; None when that failed a moment ago, or the agent is stopping.
 
         `former` is the session whose flows go on in this one.
         """
         link = self._links.get(session.key)
         now = self._loop.time()
         if link is None:
-            if now - self._failed_at.get(session.key, -RETRY_SECONDS) < RETRY_SECONDS:
+            if self._is_closed or now - self._failed_at.get(session.key, -RETRY_SECONDS) < RETRY_SECONDS:
                 return None
             link = self._links[session.key] = StreamLink(session, self._received, now)
             link.task = self._tasks.create_task(self._live(link), name=f"packets of {session.service}")
@@ -116,7 +117,8 @@ class StreamLinks:
             link.task.cancel()
 
     def close_all(self) -> None:
-        """Close every one."""
+        """Close every one, and dial no other."""
+        self._is_closed = True
         for link in self.links:
             self.close(link, Reason.DRAINING)
 

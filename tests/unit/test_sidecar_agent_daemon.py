@@ -397,6 +397,10 @@ class TestUdp:
                 ending.packet_link.close(Reason.PEER_GONE)
                 assert tracer._links.of(session) is not ending
                 assert await program.ask_until_answered(b"two") == b"TWO"
+                # Once it stops, nothing that still comes makes another: its tasks are being ended.
+                daemon.stopping.set()
+                await until("closed", lambda: status(daemon)["links"] == [])
+                assert tracer._links.of(session) is None
 
     async def test_a_large_datagram_arrives_whole(self, tmp_path: Path) -> None:
         async with small_mesh(tmp_path) as mesh:
