@@ -66,7 +66,8 @@ lock: install-tools ## Lock the newest of what setup.cfg allows, with hashes, an
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 	  | $(BIN)/$(LOCK) --output-file requirements/build.txt - >/dev/null
 	@$(BIN)/$(LOCK) --output-file requirements/run.txt setup.cfg >/dev/null
-	@$(BIN)/$(LOCK) --output-file requirements/test.txt --constraint requirements/run.txt --extra test --extra dev setup.cfg >/dev/null
+	@$(BIN)/$(LOCK) --output-file requirements/test.txt --extra test --extra dev setup.cfg \
+	  --constraint requirements/build.txt --constraint requirements/run.txt >/dev/null
 	@$(MAKE) --no-print-directory install-tools
 	@$(BIN)/python -m tests.supply table
 

@@ -34,10 +34,11 @@ def audit(locks: Sequence[Path], service: str = SERVICE) -> tuple[Exit, list[str
     """
     with tempfile.TemporaryDirectory(prefix="ztna-audit-") as folder:
         report = Path(folder) / "report.json"
-        files = [word for path in locks for word in ("--requirement", str(path))]
+        asked = Path(folder) / "asked.txt"
+        asked.write_text("".join(f"{each.pin}\n" for each in _on_linux(locks).values()))
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pip_audit", *files, "--require-hashes", "--disable-pip"),
+                *(sys.executable, "-m", "pip_audit", "--requirement", str(asked), "--require-hashes", "--disable-pip"),
                 *("--vulnerability-service", "osv", "--osv-url", service, "--timeout", str(ANSWER_SECONDS)),
                 *("--format", "json", "--progress-spinner", "off", "--cache-dir", folder, "--output", str(report)),
             ],
@@ -52,7 +53,6 @@ def audit(locks: Sequence[Path], service: str = SERVICE) -> tuple[Exit, list[str
 def judge(locks: Sequence[Path], report: dict[str, list[dict[str, Any]]]) -> tuple[Exit, list[str]]:
     """Say what a report of pip-audit means for locks."""
     answered = {each["name"]: each for each in report["dependencies"] if "skip_reason" not in each}
-    wanted = {each.name for path in locks for each in lock.read(path).values() if each.on_linux}
     lines = [
         f"{name} {each['version']}: {hole['id']}, fixed in {', '.join(hole['fix_versions']) or 'no version yet'}"
         for name, each in sorted(answered.items())
@@ -60,7 +60,7 @@ def judge(locks: Sequence[Path], report: dict[str, list[dict[str, Any]]]) -> tup
     ]
     if lines:
         return Exit.VULNERABLE, ["known vulnerabilities:", *lines]
-    if missing := sorted(wanted - answered.keys()):
+    if missing := sorted(_on_linux(locks).keys() - answered.keys()):
         return Exit.NOT_CHECKED, [f"NOT CHECKED: {', '.join(missing)}"]
     return Exit.CLEAN, [f"no known vulnerability in {len(answered)} packages"]
 
@@ -75,3 +75,7 @@ def main() -> int:
     if end is Exit.NOT_CHECKED and not os.environ.get("CI"):
         return 0
     return int(end)
+
+
+def _on_linux(locks: Sequence[Path]) -> dict[str, lock.Locked]:
+    return {name: each for path in locks for name, each in lock.read(path).items() if each.on_linux}

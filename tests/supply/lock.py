@@ -34,6 +34,11 @@ class Locked:
         """Whether any Python that the lock serves installs it on Linux; the mesh runs nowhere else."""
         return self.marker is None or any(self.marker.evaluate(linux(python)) for python in PYTHONS)
 
+    @property
+    def pin(self) -> str:
+        """The package as a line of a lock for every Python, so without its marker."""
+        return " ".join([f"{self.name}=={self.version}", *(f"--hash=sha256:{each}" for each in self.hashes)])
+
 
 def linux(python: str, extra: str = "") -> dict[str, str]:
     """Return what markers are asked about on Linux with that Python, for one extra of a package."""

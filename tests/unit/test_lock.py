@@ -60,6 +60,13 @@ def test_what_tests_run_is_what_the_daemons_run() -> None:
     assert {name: test.get(name) for name in run} == run
 
 
+def test_what_builds_the_package_is_not_locked_otherwise_for_the_tests() -> None:
+    build, test = lock.read(lock.BUILD), lock.read(lock.TEST)
+    assert {name: test[name].version for name in build if name in test} == {
+        name: package.version for name, package in build.items() if name in test
+    }
+
+
 @pytest.mark.parametrize("python", lock.PYTHONS)
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
 def test_what_a_locked_package_needs_is_locked_too(path: Path, python: str) -> None:
@@ -122,3 +129,4 @@ def test_a_locked_line_is_read_whole(tmp_path: Path) -> None:
     six, pywin32 = lock.read(path).values()
     assert (six.name, six.version, six.hashes) == ("six", "1.17.0", ("a" * 64, "b" * 64))
     assert six.on_linux and not pywin32.on_linux
+    assert six.pin == f"six==1.17.0 --hash=sha256:{'a' * 64} --hash=sha256:{'b' * 64}"
