@@ -4,9 +4,10 @@
     output nat  TCP to a published port: to the one listener, which asks the kernel for the original destination
     prerouting  UDP to a published port, as it comes back over lo: to the one socket, as it is (tproxy)
     input       UDP to a port that nobody published: unreachable
+    forward     what other hosts and containers send, where this host routes: refused, the agent is for its programs
 
-The last two are anyip's; in mode tun UDP goes to the device. What the agent itself sends is marked. Pure: makes text
-and reads what nft lists; runs nothing.
+Prerouting and input are anyip's; in mode tun UDP goes to the device. What the agent itself sends is marked. Pure: makes
+text and reads what nft lists; runs nothing.
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ class Ruleset:
         meta mark {MARK} accept
         ip daddr @pools4 goto called
         ip6 daddr @pools6 goto called
+    }}
+    chain forward {{
+        type filter hook forward priority {_PRIORITY}
+        ip daddr @pools4 reject
+        ip6 daddr @pools6 reject
     }}
     chain onward {{
         type nat hook output priority {_NAT_PRIORITY}

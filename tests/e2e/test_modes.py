@@ -170,6 +170,26 @@ def test_a_program_reaches_what_is_published_and_nothing_else(mesh: Lab, mode: s
         assert (status["mode"], status["listeners"], status["allow_uids"]) == (mode, "one", "all")
 
 
+@pytest.mark.parametrize("mode", ["anyip", "tun"])
+def test_a_neighbour_reaches_nothing_through_a_host_that_routes(mesh: Lab, mode: str) -> None:
+    laptop, core = mesh.host("laptop"), mesh.host("core")
+    laptop.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    core.run("ip", "route", "add", POOL, "via", laptop.address)
+    try:
+        with agent(mesh, mode):
+            address = vip(mesh)
+            assert udp_echoes(laptop, address)
+            for port, kind in ((7, socket.SOCK_DGRAM), (8080, socket.SOCK_STREAM)):
+                assert refusal(core, address, port, kind) is ConnectionRefusedError
+            assert (
+                core.try_run("ping", "-n", "-c", "1", "-w", "5", address).returncode != 0 or mode == "anyip"
+            )
+            assert udp_echoes(laptop, address)
+    finally:
+        core.run("ip", "route", "del", POOL)
+        laptop.run("sysctl", "-qw", "net.ipv4.ip_forward=0")
+
+
 def test_tun_pings_the_backend_and_the_connector(mesh: Lab) -> None:
     laptop = mesh.host("laptop")
     with agent(mesh, "tun", ula=ULA):
