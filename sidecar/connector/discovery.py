@@ -36,6 +36,8 @@ from ztna.telemetry import SERVICES_DEFINED, logger, refused
 API_SERVICES_MAX = 2_000
 CONSUL_SERVICES_SECONDS = 2.0
 """How often the local Consul agent is asked for services that others registered; only it answers, no server."""
+LACKING_SECONDS = 2.0
+"""How often it is seen whether a file that a service's routes need is there by now."""
 RESOLVER_SECONDS = 3.0
 TOLD_MAX = 5
 """As many names are told in one warning of /readyz; /status and the API have them all."""
@@ -76,6 +78,8 @@ class Discovery:
         self._tasks = tasks
         self._identity = credentials.identity
         self._check = check
+        self._is_lacking = False
+        """Whether this host lacked a file that some service needs when all was settled."""
         self._files = RouteFiles(daemon, config, self._settle)
         check(self._files.own_table)
         self._state = None if config.api_state is None else Path(config.api_state)
@@ -116,6 +120,7 @@ class Discovery:
             self._tasks.create_task(self._keep_asking_consul(), name="services of the local Consul agent")
         self._settle()
         self._tasks.create_task(self._files.run(), name="files of routes")
+        self._tasks.create_task(self._keep_looking_for_lacking(), name="files that routes need")
 
     def reload(self) -> None:
         """Read the files again: SIGHUP."""
@@ -214,11 +219,12 @@ class Discovery:
         before = self.table
         entries = chosen((*self._files.definitions, *self._api.values(), *self._local))
         self._srv.follow(names_of(each.definition for each in entries.values()))
+        self._is_lacking = False
         settled = settle(
             {service: self._resolved(entry) for service, entry in entries.items()},
             self._identity,
             self.table,
-            self._check,
+            self._check_host,
         )
         self._settled = Settled(
             {
@@ -230,6 +236,20 @@ class Discovery:
         self._tell()
         if settled.table.services != before.services:
             self.apply(settled.table)
+
+    def _check_host(self, table: RouteTable) -> None:
+        try:
+            self._check(table)
+        except ConfigError:
+            self._is_lacking = True
+            raise
+
+    async def _keep_looking_for_lacking(self) -> None:
+        """Who writes routes may write the certificates that they need a moment later."""
+        while True:
+            await asyncio.sleep(LACKING_SECONDS)
+            if self._is_lacking:
+                self._settle()
 
     def _resolved(self, entry: Entry) -> Entry:
         try:

@@ -186,6 +186,17 @@ async def test_a_broken_file_keeps_what_it_had_and_says_so(pki: Pki, tmp_path: P
         await until("forgotten", lambda: not made.warning("routes c.yaml"))
 
 
+async def test_a_file_that_a_route_needs_may_come_later(pki: Pki, tmp_path: Path) -> None:
+    async with place(pki, tmp_path) as made:
+        authorities = tmp_path / "later.pem"
+        put(made.folder / "a.yaml", route(backend_tls={"ca": str(authorities)}), route("db"))
+        await until("fronted", lambda: made.fronted == {"db"})
+        assert "later.pem: No such file" in made.shown()["problem"]
+        authorities.write_bytes(Path(pki.connector("c2", [WEB]).ca).read_bytes())
+        await until("all is there", lambda: made.fronted == {"db", "web"})
+        assert made.shown()["problem"] is None and not made.warning("services")
+
+
 async def test_what_is_no_file_holds_up_no_other(pki: Pki, tmp_path: Path) -> None:
     async with place(pki, tmp_path) as made:
         os.mkfifo(made.folder / "a.yaml")
@@ -274,7 +285,7 @@ async def test_the_configurations_own_routes_are_read_again(pki: Pki, tmp_path: 
         await until("the ungranted is out, the others go on", lambda: set(discovery.table.services) == {WEB})
         assert "pay needs connector.pay.ztna" in daemon.readiness.report()["warnings"]["services"]
         for task in asyncio.all_tasks():
-            if task.get_name() == "files of routes":
+            if task.get_name() in ("files of routes", "files that routes need"):
                 task.cancel()
 
 
