@@ -260,16 +260,16 @@ class TlsStream:
         self._loop.add_reader(self._fd, self._discard, timer, parted)
 
     def _discard(self, timer: asyncio.TimerHandle, parted: Callable[[bool], None]) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
+            if socket.socket.recv(self._tls, 4 * RECORD_BYTES):
+                return
+            clean = True
+        except BlockingIOError:
+            return
+        except OSError:  # reset, or nobody is there any more (tcp(7): ETIMEDOUT, EHOSTUNREACH)
             clean = False
-            try:
-                if socket.socket.recv(self._tls, 4 * RECORD_BYTES):
-                    return
-                clean = True
-            except ConnectionError:
-                pass
-            timer.cancel()
-            self._part(parted, clean)
+        timer.cancel()
+        self._part(parted, clean)
 
     def _part(self, parted: Callable[[bool], None], clean: bool) -> None:
         self.close()

@@ -253,7 +253,11 @@ async def _connected_pair() -> tuple[socket.socket, socket.socket]:
         program.setblocking(False)
         try:
             await loop.sock_connect(program, server.getsockname())
-            local, _ = await loop.sock_accept(server)
+            while True:
+                local, source = await loop.sock_accept(server)
+                if source == program.getsockname():
+                    break
+                abort(local)  # somebody on this host was faster, and has no business with a backend
         except BaseException:
             program.close()
             raise

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from sidecar.agent.tracing import _connected_pair
 from tests.support.small_mesh import agent, small_mesh
 from tests.unit.test_sidecar_agent_daemon import TCP, UDP, echo_backend, is_listening, status, until
 from ztna.errors import BadName, Refused
@@ -86,3 +89,21 @@ async def test_a_backend_that_refuses_and_a_relay_that_is_gone_are_said(tmp_path
             with contextlib.suppress(Refused):
                 steps = await trace(daemon)
                 assert steps["relay"]["ok"] is False
+
+
+async def test_another_program_does_not_get_the_tried_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    intruders: list[socket.socket] = []
+    create = socket.create_server
+
+    def raced(address: tuple[str, int]) -> socket.socket:
+        server = create(address)
+        intruders.append(socket.create_connection(server.getsockname()))
+        return server
+
+    monkeypatch.setattr(socket, "create_server", raced)
+    async with asyncio.timeout(20):
+        local, program = await _connected_pair()
+    with local, program, intruders[0]:
+        assert local.getpeername() == program.getsockname()
+        with pytest.raises(ConnectionResetError):
+            intruders[0].recv(1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import socket
@@ -540,6 +541,22 @@ async def test_a_connection_that_is_reset_before_tls_is_a_link_error(ground: Gro
         await asyncio.sleep(0.01)
     with pytest.raises(LinkError, match="before TLS"):
         await secure(sock, ground.agent, ALPN, server_side=False)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, TimeoutError, OSError(errno.EHOSTUNREACH, "no way")])
+async def test_an_end_that_an_error_cut_short_is_not_taken_for_a_clean_one(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stream = await secure(await connect(ground.address, 1), ground.agent, ALPN, server_side=False)
+    parted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def broken(*_: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(socket.socket, "recv", broken)
+    stream.finish(DEADLINE_SECONDS, parted.set_result)
+    async with asyncio.timeout(DEADLINE_SECONDS / 2):
+        assert await parted is False
 
 
 async def test_what_is_no_tls_is_a_link_error(ground: Ground) -> None:
