@@ -14,8 +14,8 @@ LOCK   := uv pip compile --quiet --python $(BIN)/python --python-version 3.11 --
 
 # What Debian calls the things the targets need; installed as root, named otherwise.
 BASE_PACKAGES := python3-venv
-TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates conntrack curl debootstrap dnsmasq-base docker.io haproxy iproute2 iptables \
-                 iputils-ping knot netcat-openbsd nftables nsd procps systemd
+TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates conntrack curl debootstrap dnsmasq-base docker.io gcc haproxy iproute2 iptables \
+                 iputils-ping knot libc6-dev netcat-openbsd nftables nsd procps systemd
 BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
 
 # One test process a core; files are handed out whole, the long ones first (tests/conftest.py).

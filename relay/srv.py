@@ -107,6 +107,8 @@ class SrvPuller:
         self._woken = asyncio.Event()
         self._changed = asyncio.Event()
         self._fresh: dict[str, float] = {}
+        self._said: dict[str, tuple[int, float]] = {}
+        """What each server says, and since when on `clock`."""
         self._silent: dict[str, str] = {}
         self.failing = ""
         """What the last question failed with; empty while DNS answers."""
@@ -303,7 +305,11 @@ class SrvPuller:
         if not text.isdigit() or len(text) > 12:
             dropped("relay.srv", "no_freshness")
             return False
-        fresh_at = self._clock() - max(0.0, self._wall() - int(text))
+        now, said = self._clock(), int(text)
+        if self._said.get(server, (None,))[0] != said:
+            self._said[server] = said, now
+        # The clock of one that says a time to come is ahead of ours: when it said so first is what is certain.
+        fresh_at = min(self._said[server][1], now - max(0.0, self._wall() - said))
         if server not in self._fresh or fresh_at > self._fresh[server]:
             self._fresh[server] = fresh_at
             self._changed.set()

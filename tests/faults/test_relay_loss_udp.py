@@ -6,13 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 
 import pytest
 
 from tests.support.consul import note_version
 from tests.support.lab import udp_route, until
+from tests.support.load import ANSWER_SECONDS, Asker
 from tests.support.namespaces import Host
 from tests.support.relayed import Mesh, killed, relayed_mesh, swallowed
 from ztna.config import Endpoint
@@ -20,10 +20,7 @@ from ztna.config import Endpoint
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
 BACKEND_PORT = 18007
-INTERVAL_SECONDS = 0.02
 MOVED_SECONDS = 2.0
-ANSWER_SECONDS = 1.0
-"""What was asked so long ago and has no answer is lost; nothing here takes longer."""
 
 
 class Backend:
@@ -49,59 +46,6 @@ class Backend:
 
     def close(self) -> None:
         self._socket.close()
-
-
-@dataclass
-class Asker:
-    """Asks at a steady pace, and knows when each question that has no answer was asked."""
-
-    host: Host
-    address: str
-    asked: dict[bytes, float] = field(default_factory=dict)
-    answered: dict[bytes, float] = field(default_factory=dict)
-
-    @contextmanager
-    def asking(self) -> Iterator[Asker]:
-        """Ask while inside, and wait for the last answers at the end."""
-        over = threading.Event()
-        with self.host.socket(socket.SOCK_DGRAM) as asker:
-            asker.connect((self.address, 7))
-            asker.settimeout(ANSWER_SECONDS)
-            threads = [threading.Thread(target=run, args=(asker, over)) for run in (self._ask, self._listen)]
-            for thread in threads:
-                thread.start()
-            try:
-                yield self
-            finally:
-                over.set()
-                for thread in threads:
-                    thread.join(30)
-
-    def lost(self) -> list[float]:
-        """Return when what was never answered was asked."""
-        return sorted(at for question, at in self.asked.items() if question not in self.answered)
-
-    def answers_after(self, moment: float) -> int:
-        """Count the answers to what was asked after a moment."""
-        return sum(self.asked[question] > moment for question in tuple(self.answered))
-
-    def _ask(self, asker: socket.socket, over: threading.Event) -> None:
-        number = 0
-        while not over.wait(INTERVAL_SECONDS):
-            number += 1
-            question = b"%d" % number
-            self.asked[question] = time.monotonic()
-            asker.send(question)
-
-    def _listen(self, asker: socket.socket, over: threading.Event) -> None:
-        while True:
-            try:
-                answer = asker.recv(2048)
-            except TimeoutError:
-                if over.is_set():
-                    return
-            else:
-                self.answered[answer] = time.monotonic()
 
 
 @pytest.fixture

@@ -277,6 +277,8 @@ class Lab:
     consul: ConsulConfig = field(default_factory=ConsulConfig)
     crl_file: str | None = None
     """The CRL that the daemons started from now on go by."""
+    environment: Callable[[str], Mapping[str, str]] = lambda name: {}
+    """What a daemon of this name, started from now on, has in its environment."""
     _acl: bool = False
     _next_port: int = 20_000
 
@@ -486,7 +488,9 @@ class Lab:
         file.chmod(0o600)
         argv = [console_script(script[0]), *script[1:], "--config", str(file)]
         log = self.directory / f"{name}.log"
-        daemon = Daemon(name, host, argv, log, admin_port=admin.port, config_file=file)
+        daemon = Daemon(
+            name, host, argv, log, self.environment(name), admin_port=admin.port, config_file=file
+        )
         self.running.append(daemon)
         daemon.start()
         return daemon

@@ -147,6 +147,11 @@ class Network:
     def _switch(self) -> str:
         return f"zt{self.token}sw"
 
+    @property
+    def switch(self) -> Host:
+        """The namespace of the bridge, as a host without an address."""
+        return Host("switch", self._switch, "")
+
     def open(self) -> None:
         """Make the bridge; where namespaces cannot be had the test is skipped, and fails under CI."""
         if (reason := why_not()) is not None:
@@ -183,6 +188,27 @@ class Network:
         run("ip", "-n", namespace, "route", "add", "default", "via", gateway)
         router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
         return host
+
+    def interpose(self, host: Host) -> tuple[str, str]:
+        """Take a host off the bridge; return two devices of the switch, between which somebody must pass its frames."""
+        port = self._port(host)
+        pair = ("link", "add", f"{port}n", "type", "veth", "peer", "name", f"{port}f")
+        run("ip", "-n", self._switch, *pair)
+        for device in (f"{port}n", f"{port}f"):
+            run("ip", "-n", self._switch, "link", "set", device, "up")
+        run("ip", "-n", self._switch, "link", "set", port, "nomaster")
+        run("ip", "-n", self._switch, "link", "set", f"{port}f", "master", "br0")
+        return port, f"{port}n"
+
+    def reunite(self, host: Host) -> None:
+        """Put a host on the bridge again."""
+        port = self._port(host)
+        run("ip", "-n", self._switch, "link", "del", f"{port}n")
+        run("ip", "-n", self._switch, "link", "set", port, "master", "br0")
+
+    @staticmethod
+    def _port(host: Host) -> str:
+        return f"port{host.address.rpartition('.')[2]}"
 
     def close(self) -> None:
         """Remove every namespace that was made, however far it got."""

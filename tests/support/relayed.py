@@ -5,7 +5,7 @@ Nothing goes directly, unless a test wants it: what an agent carries, a relay fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -75,15 +75,18 @@ def relayed_mesh(
     found: Sequence[str] | None = None,
     drain_s: float = DRAIN_SECONDS,
     direct: bool = False,
+    prepare: Callable[[Lab], None] = lambda made: None,
     **relay_keys: Any,
 ) -> Iterator[Mesh]:
     """A mesh with these relays, each on the host of its name, which routes; all of it is ready.
 
-    With `found` nobody is told of relays but by DNS, which at first names these.
+    With `found` nobody is told of relays but by DNS, which at first names these. `prepare` is called before anything is
+    started.
     """
     with lab("core", "laptop", *relays) as made:
         for name in relays:
             made.host(name).run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        prepare(made)
         made.start_consul(kind)
         core = made.host("core")
         listen: dict[str, Any] = {

@@ -170,6 +170,23 @@ async def test_freshness_is_followed_and_never_goes_back(pulling: Pulling) -> No
     assert pulling.puller.fresh_at == first
 
 
+async def test_a_time_to_come_counts_from_when_it_was_first_said(pulling: Pulling) -> None:
+    """The clock of dnsd is an hour ahead, or ours was set back: were it fresh for an hour, permission would be too."""
+    ahead = int(time.time()) + 3600
+    pulling.dns.fresh = str(ahead)
+    await pulling.until_asked(2)
+    first = pulling.puller.fresh_at
+    await pulling.until_asked(2)
+    assert pulling.puller.fresh_at == first
+    pulling.dns.fresh = str(ahead + 1)
+    await pulling.until_asked(2)
+    assert pulling.puller.fresh_at is not None and first is not None and pulling.puller.fresh_at > first
+    second = pulling.puller.fresh_at
+    pulling.dns.fresh = str(int(time.time()))
+    await pulling.until(lambda: pulling.puller.fresh_at != second)
+    assert pulling.puller.fresh_at > second, "a clock that is right again counts too"
+
+
 async def test_targets_that_are_no_connectors_route_nothing(pulling: Pulling) -> None:
     pulling.dns.foreign["web"] = "evil.example.org"
     pulling.puller.watch([WEB])
