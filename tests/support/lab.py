@@ -532,7 +532,10 @@ class Lab:
         consul: ConsulConfig | None = None,
         **keys: Any,
     ) -> Daemon:
-        """Start a connector, link port 4435 of its host's address unless `link` says otherwise."""
+        """Start a connector, link port 4435 of its host's address unless `link` says otherwise.
+
+        Its certificate is for its routes' services, or those of `grants`; its token for both.
+        """
         at = self.host(host)
         routes = tuple(routes)
         admin = Endpoint("127.0.0.1", self.port())
@@ -547,7 +550,8 @@ class Lab:
             admin=admin,
             **({"drain_s": 1.0} | defaults | keys),
         )
-        config = Config(consul=consul or self.consul_for("connector", served), connector=section)
+        known = sorted({*served, *services} - {"*"})
+        config = Config(consul=consul or self.consul_for("connector", known), connector=section)
         return self.daemon(name, at, ["ztna-sidecar", "connector"], config, admin)
 
     def agent(

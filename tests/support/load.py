@@ -124,6 +124,11 @@ class Load:
         began, downloads, uploads = time.monotonic(), self.downloads + 2, self.uploads + 2
         until("downloads come", lambda: self._going and self.downloads >= downloads, seconds)
         until("uploads come", lambda: self._going and self.uploads >= uploads, seconds)
+        self.echoes(began, seconds)
+
+    def echoes(self, began: float | None = None, seconds: float = PATIENCE_SECONDS) -> None:
+        """Wait until echoes of each size that begin from then on, or now, have come back."""
+        began = time.monotonic() if began is None else began
         for size in self.asker.sizes:
             until(f"echoes of {size} bytes", lambda n=size: self.asker.answers_after(began, n) > 3, seconds)
 
@@ -148,12 +153,13 @@ class Load:
         """Return a connection to what counts, to be held a while."""
         return self._connected(self.counting, 9001)
 
-    def finish_upload(self, sock: socket.socket, data: bytes) -> None:
-        """Send all there is to send on such a connection, and hear that exactly this came."""
+    def finish_upload(self, sock: socket.socket, data: bytes, said: bytes = b"") -> None:
+        """Send the rest on such a connection, on which this was said, and hear that exactly all this came."""
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
         told = b"".join(iter(lambda: sock.recv(BLOCK_BYTES), b""))
-        right = b"%d %s\n" % (len(data), hashlib.sha256(data).hexdigest().encode())
+        sent = said + data
+        right = b"%d %s\n" % (len(sent), hashlib.sha256(sent).hexdigest().encode())
         assert told == right, f"upload {self.uploads}: {told!r}"
 
     @property
@@ -171,10 +177,10 @@ class Load:
 
 
 @contextmanager
-def load(mesh: Mesh) -> Iterator[Load]:
+def load(mesh: Mesh, *, transfers: bool = True) -> Iterator[Load]:
     """Keep a mesh that serves ROUTES busy while inside; AssertionError for any byte that is missing or another's.
 
-    Nor may a daemon have been started anew, or have ended.
+    Nor may a daemon have been started anew, or have ended. Without `transfers` it only asks and hears echoes.
     """
     pids = [daemon.pid for daemon in mesh.lab.daemons]
     web, counting, echo = (mesh.address(str(route.service)) for route in ROUTES)
@@ -186,7 +192,7 @@ def load(mesh: Mesh) -> Iterator[Load]:
             getattr(made, transfer)()
 
     with ThreadPoolExecutor(2) as threads, asker.asking():
-        made.running = [threads.submit(again_and_again, each) for each in ("download", "upload")]
+        made.running = [threads.submit(again_and_again, each) for each in ("download", "upload") if transfers]
         try:
             yield made
         finally:

@@ -5,7 +5,7 @@ Nothing goes directly, unless a test wants it: what an agent carries, a relay fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -76,6 +76,9 @@ def relayed_mesh(
     drain_s: float = DRAIN_SECONDS,
     direct: bool = False,
     prepare: Callable[[Lab], None] = lambda made: None,
+    dnsd_keys: Mapping[str, Any] | None = None,
+    connector_keys: Mapping[str, Any] | None = None,
+    agent_keys: Mapping[str, Any] | None = None,
     **relay_keys: Any,
 ) -> Iterator[Mesh]:
     """A mesh with these relays, each on the host of its name, which routes; all of it is ready.
@@ -93,6 +96,7 @@ def relayed_mesh(
             "listen": Endpoint("0.0.0.0", 5533),
             "allow": (IPv4Network("0.0.0.0/0"),),
             "relays": records(made, found or ()),
+            **(dnsd_keys or {}),
         }
         dnsd = made.dnsd(**listen).wait_ready()
         keys: dict[str, Any] = {
@@ -110,8 +114,8 @@ def relayed_mesh(
             services,
             dnsd,
             {name: made.relay(name, host=name, **keys) for name in relays},
-            made.connector("alpha", routes, **told),
-            made.agent("laptop", services, host="laptop", direct=direct, **told),
+            made.connector("alpha", routes, **told, **(connector_keys or {})),
+            made.agent("laptop", services, host="laptop", direct=direct, **told, **(agent_keys or {})),
         )
         for daemon in (*mesh.relays.values(), mesh.connector, mesh.agent):
             daemon.wait_ready()
