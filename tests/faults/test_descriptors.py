@@ -1,4 +1,4 @@
-"""A daemon that has no descriptor left: what runs goes on, nobody new comes in, nothing spins, and it ends by itself."""
+"""A daemon has no descriptor left: what runs goes on, nobody new comes in, nothing spins; then all is well again."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from tests.support.relayed import Mesh, relayed_mesh
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow]
 
-SPARE = 12
+SPARE = 4
 CROWD = 60
+CONNECT_SECONDS = 10.0
 HELD_FLOWS = 3
 REFUSALS_PER_SECOND_MAX = 200
 """A loop that spins refuses tens of thousands."""
@@ -33,16 +34,17 @@ def mesh() -> Iterator[Mesh]:
         yield made
 
 
-def descriptors(daemon: Daemon) -> list[int]:
-    return sorted(map(int, os.listdir(f"/proc/{daemon.pid}/fd")))
+def free(daemon: Daemon, limit: int) -> list[int]:
+    """Return the numbers below a limit that no descriptor has; a new one takes the lowest."""
+    return sorted(set(range(limit)) - set(map(int, os.listdir(f"/proc/{daemon.pid}/fd"))))
 
 
 @contextlib.contextmanager
 def limited(daemon: Daemon) -> Iterator[None]:
     """Allow a daemon few more descriptors than it has, while inside."""
     before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    least = descriptors(daemon)[-1] + 1 + SPARE
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (least, before[1]))
+    limit = free(daemon, before[0])[SPARE]
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
         yield
     finally:
@@ -51,19 +53,20 @@ def limited(daemon: Daemon) -> Iterator[None]:
 
 def exhausted(daemon: Daemon) -> bool:
     """Say whether it has every descriptor that it may have."""
-    return len(descriptors(daemon)) >= resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[0]
+    return not free(daemon, resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[0])
 
 
 @contextlib.contextmanager
-def crowd(host: Host, address: str, port: int) -> Iterator[None]:
-    """Connect so often and say nothing, again when it was closed, while inside."""
+def crowd(host: Host, address: str, port: int, said: bytes) -> Iterator[None]:
+    """Connect so often, say this and no more, and stay, while inside."""
     sockets: list[socket.socket] = []
     try:
         for _ in range(CROWD):
             sock = host.socket()
             sockets.append(sock)
-            sock.setblocking(False)
-            sock.connect_ex((address, port))
+            sock.settimeout(CONNECT_SECONDS)
+            sock.connect((address, port))
+            sock.sendall(said)
         yield
     finally:
         for sock in sockets:
@@ -83,9 +86,9 @@ def test_what_runs_goes_on_and_all_is_well_afterwards(
     note_version(request, "newest")
     daemon = next(each for each in mesh.lab.daemons if each.name == whose)
     where = {
-        "laptop": (mesh.laptop, mesh.address("web-app"), 8080),
-        "east": (mesh.laptop, mesh.lab.host("east").address, 4434),
-        "alpha": (mesh.laptop, mesh.core.address, 4435),
+        "laptop": (mesh.laptop, mesh.address("web-app"), 8080, b""),
+        "east": (mesh.laptop, mesh.lab.host("east").address, 4434, b"\0ZTD"),
+        "alpha": (mesh.laptop, mesh.core.address, 4435, b""),
     }
     with load(mesh, transfers=False) as running, contextlib.ExitStack() as flows:
         held = [flows.enter_context(running.upload_begun()) for _ in range(HELD_FLOWS)]
