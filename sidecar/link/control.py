@@ -13,12 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 import msgspec
 
 from sidecar.link.control_stream import WHERE, Control
 from sidecar.link.dialling import Dialled, Dialler
+from sidecar.link.paths import is_usable
 from sidecar.link.pulse import BUSY_PING_SECONDS, GONE_SECONDS, Life, Pulse
 from sidecar.link.transports import Transport, Transports
 from ztna.config import RelayTarget
@@ -312,18 +314,32 @@ class RelayClient:
     def _confined(self, message: Offered | Opened) -> Offered | Opened:
         """Take out a forwarder that is neither on the relay's own host nor among those configured.
 
-        A relay that was stolen must not be able to have us connect or send to any address it likes.
+        And a connector's address on this very host or its links, which is nothing that a relay elsewhere knows of. A
+        relay that was stolen must not be able to have us connect or send to any address it likes.
         """
         forwarder = message.forwarder
-        if (
-            forwarder is None
-            or forwarder.address.ip in self._hosts
-            or forwarder.address in self.target.forwarders
-        ):
-            return message
+        if forwarder is not None and not self._is_forwarder(forwarder.address):
+            self._refuse("forwarder_refused", forwarder.address)
+            message = msgspec.structs.replace(message, forwarder=None)
+        if isinstance(message, Opened) and message.link_address is not None:
+            address = message.link_address
+            if not is_usable((address.ip, address.port), allow_private=True) and not self._is_neighbour(
+                address
+            ):
+                self._refuse("link_address_refused", address)
+                message = msgspec.structs.replace(message, link_address=None)
+        return message
+
+    def _is_forwarder(self, address: Address) -> bool:
+        return address.ip in self._hosts or address in self.target.forwarders
+
+    def _is_neighbour(self, address: Address) -> bool:
+        """Say whether it is on loopback, where the relay is too: a whole mesh on one machine."""
+        return all(ip_address(each).is_loopback for each in (address.ip, *self._hosts))
+
+    def _refuse(self, event: str, address: Address) -> None:
         refused(WHERE, Reason.UNTRUSTED)
-        _log.warning("forwarder_refused", relay=self.target.name, forwarder=forwarder.address)
-        return msgspec.structs.replace(message, forwarder=None)
+        _log.warning(event, relay=self.target.name, address=address)
 
     def packet_received(self, control: Control, session: SessionId, packet: bytes) -> None:
         """Pass an IP packet of a v1 session on (called by the connection's handler)."""

@@ -22,11 +22,21 @@ from ztna.credentials import Credentials
 from ztna.errors import IdentityError, Refused
 from ztna.identity import Identity
 from ztna.jsontypes import Binary, Secret
-from ztna.names import ServiceName, SessionId
+from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.quic import Connection
 from ztna.reasons import Reason
 from ztna.telemetry import REFUSALS
-from ztna.wire.control import Accepted, Address, Closed, ForwarderBind, Health, Hello, Offered, PeerIdentity
+from ztna.wire.control import (
+    Accepted,
+    Address,
+    Closed,
+    ForwarderBind,
+    Health,
+    Hello,
+    Offered,
+    Opened,
+    PeerIdentity,
+)
 
 SESSION = SessionId("0123456789abcdef")
 WAIT_SECONDS = 15.0
@@ -127,6 +137,34 @@ async def test_a_forwarder_is_on_the_relays_host_or_where_configured(
             expected = offered if taken else msgspec.structs.replace(offered, forwarder=None)
             assert await owner.next() == ("message", expected)
             assert count.get() - before == (0 if taken else 1)
+
+
+@pytest.mark.parametrize(
+    ("host", "relay_at", "taken"),
+    [
+        ("192.0.2.9", "192.0.2.7", True),
+        ("8.8.8.8", "192.0.2.7", True),
+        ("10.0.0.1", "192.0.2.7", True),
+        ("127.0.0.1", "192.0.2.7", False),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("::1", "192.0.2.7", False),
+        ("169.254.169.254", "127.0.0.1", False),
+        ("fe80::1", "192.0.2.7", False),
+        ("0.0.0.0", "127.0.0.1", False),
+    ],
+)
+async def test_a_connectors_address_is_none_of_this_host_s_own(
+    pki: Pki, host: str, relay_at: str, taken: bool
+) -> None:
+    """A stolen relay cannot have an agent connect to what listens on its own host's loopback, or link by link."""
+    opened = Opened(1, SESSION, ServiceName("web"), ConnectorId("c1"), "f" * 64, Address(host, 22))
+    async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
+        peer = await relay.peer()
+        await owner.next()
+        owner.client._hosts = frozenset({relay_at})
+        peer.say(opened)
+        expected = opened if taken else msgspec.structs.replace(opened, link_address=None)
+        assert await owner.next() == ("message", expected)
 
 
 async def test_comes_back_as_another_connection(pki: Pki) -> None:
