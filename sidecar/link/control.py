@@ -201,6 +201,8 @@ class RelayClient:
             await self._greet(dialled.connection, dialled.control)
         except BaseException:
             dialled.close("")
+            if self._control is dialled.control:
+                self._lose("closed by us")  # given up in the very turn in which it came into use
             raise
         self._transports.connected(dialled.control.transport, time.monotonic())
         return dialled

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -177,6 +178,26 @@ async def test_comes_back_as_another_connection(pki: Pki) -> None:
         await relay.peer()
         second = await owner.next()
         assert first[0] == second[0] == "connected" and first[1] != second[1]
+
+
+async def test_a_connection_given_up_as_it_came_into_use_is_lost(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greet = RelayClient._greet
+
+    async def held(client: RelayClient, *connection: Any) -> None:
+        await greet(client, *connection)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(RelayClient, "_greet", held)
+    async with fake_relay(pki) as relay:
+        owner = Owner(pki, relay.target)
+        dialling = asyncio.create_task(owner.client._dial())
+        assert (await owner.next())[0] == "connected"
+        dialling.cancel()
+        await asyncio.wait((dialling,))
+        assert not owner.client.connected
+        assert (await owner.next())[0] == "lost"
 
 
 async def test_learns_its_address(pki: Pki) -> None:
