@@ -15,14 +15,14 @@ LOCK   := uv pip compile --quiet --python $(BIN)/python --python-version 3.11 --
 # What Debian calls the things the targets need; installed as root, named otherwise.
 BASE_PACKAGES := python3-venv
 TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates conntrack curl debootstrap dnsmasq-base docker.io gcc haproxy iproute2 iptables \
-                 iputils-ping knot libc6-dev netcat-openbsd nftables nsd procps systemd
+                 iputils-ping knot libc6-dev netcat-openbsd nftables nsd pipx procps strace systemd
 BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
 
 # One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean \
-        lock sbom audit
+        lock sbom audit dist deb
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,15 @@ bench: install-tools peers-bench ## Ours and the peers in turn, medians and rati
 
 soak: install-tools ## Ten minutes of 200 agents and 20 connectors amid disturbances; fails when something leaks
 	@$(BIN)/python -m tests.soak --seconds 600 $(ARGS)
+
+dist: install-tools ## Build wheel and sdist into dist/
+	@rm -f dist/ztna_mesh-*
+	@$(BIN)/uv build --quiet --python $(BIN)/python --no-build-isolation --out-dir dist
+	@ls dist/ztna_mesh-*
+
+deb: dist ## Build the Debian package into dist/, for this machine's Debian and Python
+	@command -v dpkg-deb >/dev/null || { echo "a Debian package is made on Debian: dpkg-deb is missing" >&2; exit 2; }
+	@ztna/host/debian/build $(abspath $(BIN)/python) dist/ztna_mesh-*.whl dist
 
 fmt: install-tools ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

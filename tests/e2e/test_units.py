@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from tests.support.certificates import Pki
 from tests.support.console import command, require_tools
+from tests.support.distribution import run
 from ztna.cli import init
 from ztna.names import ServiceName
 
@@ -101,3 +102,42 @@ def test_the_key_that_the_unit_hands_over_is_used_in_place_of_roots(units: Path,
         environment = os.environ | dict(given(units / f"ztna-{name}.service", credentials))
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
         assert done.returncode == 0, done.stderr
+
+
+def allowed(words: str) -> set[str]:
+    """Return the system calls of a filter line, sets of sets expanded."""
+    found: set[str] = set()
+    for word in words.split():
+        if not word.startswith("@"):
+            found.add(word)
+            continue
+        listed = analyze("syscall-filter", word).stdout.splitlines()[1:]
+        found |= allowed(" ".join(line for line in map(str.strip, listed) if not line.startswith("#")))
+    return found
+
+
+@pytest.mark.slow
+def test_the_filter_of_system_calls_lets_a_whole_mesh_through(tmp_path: Path) -> None:
+    require_tools("strace", "systemd-analyze")
+    filters = {
+        tuple(re.findall(r"^SystemCallFilter=(.*)$", unit.read_text(), re.MULTILINE))
+        for unit in (HOST / "systemd").iterdir()
+    }
+    ((granted, taken),) = filters
+    assert taken.startswith("~")
+    argv = [
+        "strace",
+        "-f",
+        "-qq",
+        "-e",
+        "signal=none",
+        "-o",
+        tmp_path / "trace",
+        command("ztna"),
+        "up",
+        "--check",
+    ]
+    run(*argv)
+    called = set(re.findall(r"^\d+ +(\w+)\(", (tmp_path / "trace").read_text(errors="replace"), re.MULTILINE))
+    assert {"recvmsg", "epoll_ctl", "prlimit64"} <= called, "the trace has the daemons in it"
+    assert called - (allowed(granted) - allowed(taken.removeprefix("~"))) == set()

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.consul import peers_folder
+from tests.support.distribution import LOCK, copy_sources, locked_wheels, pip
 
 ENGINE_SECONDS = 40
 BUILD_SECONDS = 600
 BASE_IMAGE = "ztna-mesh-test-base:bookworm"
 _ROOT = Path(__file__).resolve().parents[2]
-_LOCK = _ROOT / "requirements" / "run.txt"
 
 
 def why_not() -> str | None:
@@ -97,43 +95,10 @@ def _base_archive() -> Path:
 
 def build_folder(directory: Path) -> Path:
     """Make the folder that an image of ours is built in: the Dockerfile, the lock, and all wheels."""
-    wheels = shutil.copytree(_locked_wheels(), directory / "wheels")
-    shutil.copy(_LOCK, directory)
-    # From a copy: setuptools leaves a build folder beside what it builds.
-    source = directory / "source"
-    source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(_ROOT / name, source)
-    for package in ("ztna", "sidecar", "dnsd", "relay"):
-        shutil.copytree(_ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    _pip("wheel", "--wheel-dir", str(wheels), "--no-deps", "--no-build-isolation", str(source))
+    wheels = shutil.copytree(locked_wheels(), directory / "wheels")
+    shutil.copy(LOCK, directory)
+    source = copy_sources(directory / "source")
+    pip("wheel", "--wheel-dir", wheels, "--no-deps", "--no-build-isolation", source)
     shutil.rmtree(source)
     shutil.copy(_ROOT / "tests/e2e/image/Dockerfile", directory / "Dockerfile")
     return directory
-
-
-def _locked_wheels() -> Path:
-    """Return a folder with the wheels that the lock names, kept beside the other real parts."""
-    key = hashlib.sha256(sys.version.encode() + _LOCK.read_bytes()).hexdigest()[:12]
-    place = peers_folder() / f"wheels-{key}"
-    if not place.exists():
-        with tempfile.TemporaryDirectory(dir=peers_folder()) as scratch:
-            partial = Path(scratch) / "wheels"
-            _pip(
-                "download",
-                "--dest",
-                str(partial),
-                "--require-hashes",
-                "--only-binary",
-                ":all:",
-                "-r",
-                str(_LOCK),
-            )
-            partial.rename(place)
-    return place
-
-
-def _pip(verb: str, *words: str) -> None:
-    argv = [sys.executable, "-m", "pip", verb, "--quiet", *words]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    assert done.returncode == 0, f"pip {verb}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
