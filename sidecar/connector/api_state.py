@@ -6,6 +6,7 @@ written over: the connector does not start, and says what to do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,8 @@ def write(path: Path, services: Mapping[ServiceName, Definition]) -> None:
         finally:
             os.close(folder)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()  # on a full disk it would keep the room it took
         raise StateError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from None
 
 

@@ -191,7 +191,7 @@ class Network:
 
     def interpose(self, host: Host) -> tuple[str, str]:
         """Take a host off the bridge; return two devices of the switch, between which somebody must pass its frames."""
-        port = self._port(host)
+        port = self.port(host)
         pair = ("link", "add", f"{port}n", "type", "veth", "peer", "name", f"{port}f")
         run("ip", "-n", self._switch, *pair)
         for device in (f"{port}n", f"{port}f"):
@@ -202,12 +202,13 @@ class Network:
 
     def reunite(self, host: Host) -> None:
         """Put a host on the bridge again."""
-        port = self._port(host)
+        port = self.port(host)
         run("ip", "-n", self._switch, "link", "del", f"{port}n")
         run("ip", "-n", self._switch, "link", "set", port, "master", "br0")
 
     @staticmethod
-    def _port(host: Host) -> str:
+    def port(host: Host) -> str:
+        """Return the switch's device that a host is at."""
         return f"port{host.address.rpartition('.')[2]}"
 
     def close(self) -> None:
