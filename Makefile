@@ -15,7 +15,7 @@ LOCK   := uv pip compile --quiet --python $(BIN)/python --python-version 3.11 --
 # What Debian calls the things the targets need; installed as root, named otherwise.
 BASE_PACKAGES := python3-venv
 TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates conntrack curl debootstrap dnsmasq-base docker.io gcc haproxy iproute2 iptables \
-                 iputils-ping knot libc6-dev netcat-openbsd nftables nsd pipx procps strace systemd
+                 iputils-ping knot libc6-dev netcat-openbsd nftables nsd pipx procps strace systemd unbound
 BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
 
 # One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
@@ -45,12 +45,11 @@ contracts: install-tools ## Who may import whom (setup.cfg)
 unit: install-tools ## The quick tests only
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
-peers: install-tools ## Get the real Consuls, Nomad and the base image that the tests run against
-	@$(BIN)/python tests/peers/fetch.py consul consul-oldest nomad base-image \
+peers: install-tools ## Get the real Consuls, Nomad, CoreDNS and the base image that the tests run against
+	@$(BIN)/python tests/peers/fetch.py consul consul-oldest nomad coredns base-image \
 	  || if [ -n "$$CI" ]; then exit 1; else echo "going on without; the tests' last lines say what was not proved"; fi
 
 peers-bench: peers ## Get what `make bench` is measured against
-	@$(BIN)/python tests/peers/fetch.py coredns
 	@$(call debian_packages,$(BENCH_PACKAGES))
 
 bench: install-tools peers-bench ## Ours and the peers in turn, medians and ratios

@@ -240,6 +240,7 @@ class Carriers:
         """Dial through the forwarder; when nothing comes of that, take the packet link, made ready meanwhile."""
         forwarded = asyncio.ensure_future(self._dial_forwarder(session))
         linked: asyncio.Task[Carrier] | None = None
+        taken: asyncio.Task[Carrier] | None = None
         try:
             await asyncio.wait((forwarded,), timeout=LINK_AFTER_SECONDS)
             if not _has_failed(forwarded):
@@ -247,25 +248,23 @@ class Carriers:
                     linked = asyncio.ensure_future(self._dial_link(session))
                     await asyncio.wait((forwarded,))
                 if not _has_failed(forwarded):
+                    taken = forwarded
                     return forwarded.result()
             linked = linked or asyncio.ensure_future(self._dial_link(session))
             await asyncio.wait((linked,))
             if _has_failed(linked):
                 return forwarded.result()  # which raises
-            carrier, linked = linked.result(), None
+            taken = linked
             route = self._route(session.opened.connector_id)
             if route is None or route.way is not Way.LINK:
                 connector = session.opened.connector_id
                 _log.warning("tcp_blocked", connector=connector, detail=forwarded.exception())
             self._remember(session.opened.connector_id, Way.LINK)
-            return carrier
+            return linked.result()
         finally:
             for each in (forwarded, linked):
-                if each is not None and not each.done():
-                    each.cancel()
-                    await asyncio.wait((each,))
-            if linked is not None and not _has_failed(linked):
-                linked.result().close()
+                if each is not None and each is not taken:
+                    await _give_up(each)
 
     async def _dial_link(self, session: Session) -> Carrier:
         """Open a stream of the session's packet link. Raises LinkError."""
@@ -353,6 +352,15 @@ class Carriers:
             for old in [each for each, route in self._routes.items() if route.until <= now]:
                 del self._routes[old]
         self._routes[connector] = _Route(way, now + ROUTE_MEMORY_SECONDS)
+
+
+async def _give_up(dialling: asyncio.Task[Carrier]) -> None:
+    """End a dial, whatever has become of it by now: nobody waits for it any more."""
+    if not dialling.done():
+        dialling.cancel()
+        await asyncio.wait((dialling,))
+    if not dialling.cancelled() and not _has_failed(dialling):
+        dialling.result().close()
 
 
 def _has_failed(dialling: asyncio.Task[Carrier]) -> bool:

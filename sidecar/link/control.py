@@ -236,6 +236,8 @@ class RelayClient:
                     if newer is not None:
                         return newer
                     other = None
+            if other is not None and other.dialling.done():
+                return self._has_come(other, connection.identity)
             return None if other is None or other.only is not None else await other.dialling
         finally:
             if self._control is standing.control:
@@ -247,6 +249,8 @@ class RelayClient:
             if other is not None and not other.dialling.done():
                 other.dialling.cancel()
                 await asyncio.wait((other.dialling,))
+                if not other.dialling.cancelled():
+                    other.dialling.exception()  # it failed as it was given up
 
     def _look_for_another(self, standing: Dialled, pulse: Pulse) -> _Other | None:
         """Begin to dial again if another connection would be better than the one that stands."""

@@ -205,7 +205,7 @@ def test_what_is_broken_is_named_with_what_to_do(mesh: Mesh) -> None:
         found["agent certificate"]["verdict"] == "wrong"
         and "/nowhere.pem" in found["agent certificate"]["told"]
     )
-    found = broken(r"mode: listen", "mode: lisen")
+    found = broken(r"agent:\n", "agent:\n  mode: lisen\n")
     assert "lisen" in found["configuration"]["told"]
     with mesh.lab.host("laptop").dropping("udp dport 4433"):
         found = mesh.findings("agent")
