@@ -47,7 +47,7 @@ class Ground:
         broker = SimpleNamespace(
             number=lambda: next(numbers), want=self._want, release=lambda flow: None, settle=lambda flow: None
         )
-        links = SimpleNamespace(of=lambda session: self.link)
+        links = SimpleNamespace(of=lambda session, former, rode: self.link)
         self.datagrams = Datagrams(cast(Broker, broker), cast(Links, links), idle_s=60.0)
 
     def port(self, protocol: Protocol, port: int, at: str = VIP) -> PacketPort:
