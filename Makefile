@@ -32,6 +32,7 @@ demo: install ## Run a whole mesh on this machine until Ctrl-C
 
 test: install-tools test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(if $(ARGS),true,echo "a minute of 200 agents and 20 connectors amid disturbances" && $(BIN)/python -m tests.soak --seconds 60)
 
 lint: install-tools ## Ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
