@@ -50,6 +50,8 @@ class Mesh:
         for daemon in (self.dnsd, self.relay, self.connector, self.agent):
             daemon.wait_ready()
         self.vip = made.address("counting", "laptop", server=core.address)
+        # A name has its address before its connector passes, and a flow that is refused is not tried again.
+        until("it is served", lambda: self.relay.status()["srv"]["services"]["counting"]["connectors"])
 
     def connect(self) -> socket.socket:
         """Open a flow that carries its first bytes."""
