@@ -31,8 +31,8 @@ demo: install ## Run a whole mesh on this machine until Ctrl-C
 	@$(BIN)/ztna up $(ARGS)
 
 test: install-tools test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	@$(if $(ARGS),true,echo "a minute of 200 agents and 20 connectors amid disturbances" && $(BIN)/python -m tests.soak --seconds 60)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install-tools ## Ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
