@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from ztna.dns import Code, HostData, Message, Question, Record, Type, decode, encode_response
+from ztna.dns import Code, HostData, Message, Record, Type, decode, encode_response, is_reverse
 from ztna.errors import BadName, ProtocolError
 from ztna.names import ServiceName, Zone
 
 _BROWSE = ("_services", "_dns-sd", "_udp")
-_REVERSE = (("in-addr", "arpa"), ("ip6", "arpa"))
 _TYPES = frozenset(
     {Type.A, Type.AAAA, Type.TXT, Type.SRV, Type.PTR, Type.SOA, Type.NS, Type.HTTPS, Type.CNAME, Type.HINFO}
 )
@@ -48,10 +47,10 @@ def judge(data: bytes, zone: Zone, may_use: MayUse) -> Asked | bytes:
         return encode_response(query, Code.NOTIMP)
     labels = tuple(question.name.split(".")) if question.name else ()
     depth = len(tuple(str(zone).split(".")))
-    is_reverse = labels[-2:] in _REVERSE
-    if not is_reverse and not _may_ask(labels, depth, zone, may_use):
+    reverse = is_reverse(question.name)
+    if not reverse and not _may_ask(labels, depth, zone, may_use):
         return encode_response(query, Code.REFUSED)
-    filtered = is_reverse or labels[:-depth] == _BROWSE
+    filtered = reverse or labels[:-depth] == _BROWSE
     return Asked(query, question.name, Type(question.type), filtered)
 
 
@@ -61,14 +60,10 @@ def answer(asked: Asked, found: Message, zone: Zone, may_use: MayUse) -> bytes:
         return encode_response(asked.query, found.code, found.answers, found.authority, stale=found.stale)
     seen = [each for each in found.answers if _may_see(each, zone, may_use)]
     if not seen:
-        is_list = not _is_reverse(asked.query.questions[0])
+        is_list = not is_reverse(asked.name)
         # Which addresses there are is nobody's business: one that leads nowhere is refused like another's.
         return encode_response(asked.query, Code.NOERROR if is_list else Code.REFUSED)
     return encode_response(asked.query, found.code, seen, found.authority, stale=found.stale)
-
-
-def _is_reverse(question: Question) -> bool:
-    return tuple(question.name.split("."))[-2:] in _REVERSE
 
 
 def _may_ask(labels: Sequence[str], depth: int, zone: Zone, may_use: MayUse) -> bool:

@@ -336,6 +336,11 @@ _PLAIN = tuple(
 )
 
 
+def is_reverse(name: str) -> bool:
+    """Say whether a name, as decoded, is one of those that addresses have (RFC 1035 3.5, RFC 3596 2.5)."""
+    return name.endswith((".in-addr.arpa", ".ip6.arpa")) or name in ("in-addr.arpa", "ip6.arpa")
+
+
 def encode_query(message_id: int, name: str, kind: Type, udp_payload: int) -> bytes:
     """Return a query of class IN with an OPT record that offers `udp_payload` bytes (RFC 6891 6.2.3).
 

@@ -8,7 +8,18 @@ from ipaddress import IPv4Address, IPv6Address
 
 import msgspec
 
-from ztna.dns import Code, HostData, Message, Record, SoaData, SrvData, Type, decode, encode_response
+from ztna.dns import (
+    Code,
+    HostData,
+    Message,
+    Record,
+    SoaData,
+    SrvData,
+    Type,
+    decode,
+    encode_response,
+    is_reverse,
+)
 from ztna.errors import ProtocolError
 from ztna.names import Zone
 
@@ -21,7 +32,6 @@ IsOurs = Callable[[IPv4Address | IPv6Address], bool]
 _HEADER_BYTES = 12
 _TRUNCATED = 0x02
 _KEPT_CODES = frozenset({Code.NOERROR, Code.NXDOMAIN})
-_REVERSE = (("in-addr", "arpa"), ("ip6", "arpa"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +73,7 @@ class Query:
 
     def is_of(self, zone: Zone) -> bool:
         """Say whether the name is of the zone, or a reverse one."""
-        labels = tuple(self.name.split("."))
-        return _is_below(self.name, zone) or labels[-2:] in _REVERSE
+        return _is_below(self.name, zone) or is_reverse(self.name)
 
 
 def fitting(response: bytes, query: Query, zone: Zone, is_ours: IsOurs) -> bytes:

@@ -13,8 +13,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
-import msgspec
-
 from sidecar.agent.broker import Broker
 from sidecar.agent.carriers import Carriers
 from sidecar.agent.commands import Session
@@ -27,6 +25,7 @@ from ztna.errors import LinkError, Refused
 from ztna.leases import Lease, Port
 from ztna.names import ServiceName
 from ztna.reasons import Reason
+from ztna.traced import Pong, Step
 from ztna.wire.control import Address
 from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame
 
@@ -37,25 +36,6 @@ PORTS_TRIED_MAX = 16
 NO_PORT = 0
 _SOURCE = Address("127.0.0.1", 9)
 """Where the tried flow says it comes from: nobody answers there."""
-
-
-class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One step: whether it went well (None: it could not be tried), in words, and how long it took."""
-
-    step: str
-    ok: bool | None
-    told: str
-    ms: float | None = None
-    reason: Reason | None = None
-
-
-class Pong(msgspec.Struct, frozen=True):
-    """One round trip to a service's connector and back."""
-
-    connector_id: str
-    relay: str
-    path: str
-    ms: float
 
 
 class Tracer:

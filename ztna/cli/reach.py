@@ -26,32 +26,13 @@ from ztna.cli.dns import endpoint
 from ztna.config import Config, Endpoint
 from ztna.errors import BadName, ConfigError, ZtnaError
 from ztna.names import ServiceName
-from ztna.reasons import Reason
 from ztna.remedies import REMEDIES
 from ztna.resolver import Resolver
+from ztna.traced import Pong, Step
 
 PROBE_SECONDS = 35.0
 INTERVAL_SECONDS = 1.0
 DNS_SECONDS = 2.0
-
-
-class Step(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One step of a trace; `ok` is None for what could not be tried."""
-
-    step: str
-    ok: bool | None
-    told: str
-    ms: float | None = None
-    reason: Reason | None = None
-
-
-class Pong(msgspec.Struct, frozen=True):
-    """One answer to a ping."""
-
-    connector_id: str
-    relay: str
-    path: str
-    ms: float
 
 
 class _Lease(msgspec.Struct, frozen=True):
