@@ -14,8 +14,9 @@ LOCK   := uv pip compile --quiet --python $(BIN)/python --python-version 3.11 --
 
 # What Debian calls the things the targets need; installed as root, named otherwise.
 BASE_PACKAGES := python3-venv
-TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates conntrack curl debootstrap dnsmasq-base docker.io gcc haproxy iproute2 iptables \
-                 iputils-ping knot libc6-dev netcat-openbsd nftables nsd pipx procps strace systemd unbound
+TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates chromium conntrack curl debootstrap dnsmasq-base docker-compose docker.io \
+                 fonts-dejavu-core gcc haproxy iproute2 iptables iputils-ping knot libc6-dev netcat-openbsd nftables nsd pipx procps \
+                 prometheus strace systemd unbound
 BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
 
 # One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
@@ -75,7 +76,7 @@ lock: install-tools ## Lock the newest of what setup.cfg allows, with hashes, an
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 	  | $(BIN)/$(LOCK) --output-file requirements/build.txt - >/dev/null
 	@$(BIN)/$(LOCK) --output-file requirements/run.txt setup.cfg >/dev/null
-	@$(BIN)/$(LOCK) --output-file requirements/test.txt --extra test --extra dev setup.cfg \
+	@$(BIN)/$(LOCK) --output-file requirements/test.txt --extra test --extra docs --extra testing --extra dev setup.cfg \
 	  --constraint requirements/build.txt --constraint requirements/run.txt >/dev/null
 	@$(MAKE) --no-print-directory install-tools
 	@$(BIN)/python -m tests.supply table

@@ -22,7 +22,7 @@ def wanted() -> dict[Path, list[Requirement]]:
     parser = configparser.ConfigParser()
     parser.read(lock.ROOT / "setup.cfg")
     runs = parser["options"]["install_requires"]
-    tests = "".join(parser["options.extras_require"][extra] for extra in ("test", "dev"))
+    tests = "".join(parser["options.extras_require"][extra] for extra in ("test", "docs", "testing", "dev"))
     builds = tomllib.loads((lock.ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     lines = {lock.BUILD: builds, lock.RUN: runs.splitlines(), lock.TEST: (runs + tests).splitlines()}
     return {path: [Requirement(line) for line in found if line] for path, found in lines.items()}
