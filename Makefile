@@ -23,7 +23,7 @@ BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev 
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean \
-        lock sbom audit dist deb
+        lock sbom audit dist deb docs docs-serve reference
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,15 @@ dist: install-tools ## Build wheel and sdist into dist/
 deb: dist ## Build the Debian package into dist/, for this machine's Debian and Python
 	@command -v dpkg-deb >/dev/null || { echo "a Debian package is made on Debian: dpkg-deb is missing" >&2; exit 2; }
 	@ztna/host/debian/build $(abspath $(BIN)/python) dist/ztna_mesh-*.whl dist
+
+docs: install-tools ## Build the documentation's site into dist/site; what leads nowhere fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml && echo "dist/site/index.html"
+
+docs-serve: install-tools ## Show the site on http://127.0.0.1:8000 and build it anew as pages change
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --config-file docs/site/mkdocs.yml
+
+reference: install-tools ## Write docs/reference/ from the code
+	@$(BIN)/python -m tests.reference
 
 fmt: install-tools ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
