@@ -17,7 +17,7 @@ import msgspec
 import yaml
 
 from ztna import sections
-from ztna.names import ConnectorId, ServiceName, Zone
+from ztna.names import ConnectorId, RelayName, ServiceName, Zone
 from ztna.routes_config import BackendConfig as BackendConfig
 from ztna.routes_config import BackendTlsConfig as BackendTlsConfig
 from ztna.routes_config import CheckConfig as CheckConfig
@@ -172,7 +172,7 @@ class PoolConfig(Section, frozen=True, kw_only=True):
 class RelayRecordConfig(Section, frozen=True, kw_only=True):
     """A relay that DNS names to agents and connectors."""
 
-    name: Annotated[str, about("Its name, as its certificate has it.", "edge-1")]
+    name: Annotated[RelayName, about("Its name, as its certificate has it.", "edge-1")]
     address: Annotated[Address, about("Where it listens, a numeric IPv4 address.", "192.0.2.20:4433")]
 
 
@@ -253,7 +253,7 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
 class RelayConfig(Section, frozen=True, kw_only=True):
     """ztna-relay. `name` must stand in its certificate as `relay.<name>.ztna`."""
 
-    name: Annotated[str, about("Its name, which its certificate carries as relay.<name>.ztna.", "edge-1")]
+    name: Annotated[RelayName, about("Its name, which its certificate carries as relay.<name>.ztna.", "edge-1")]
     tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
     listen: Annotated[Endpoint, about("Where agents and connectors connect: UDP (QUIC) and TCP (TLS).")] = (
         Endpoint("0.0.0.0", 4433)
@@ -352,7 +352,7 @@ class RelayConfig(Section, frozen=True, kw_only=True):
     ] = 600.0
     drain_s: Annotated[Seconds, about("How long sessions may go on after SIGTERM, in seconds.")] = 25.0
     others: Annotated[
-        tuple[str, ...], about("The names of other relays, which peers are told when this one drains.")
+        tuple[RelayName, ...], about("The names of other relays, which peers are told when this one drains.")
     ] = ()
 
 
@@ -360,7 +360,7 @@ class RelayTarget(Section, frozen=True, kw_only=True):
     """A relay that an agent or connector connects to, and the name its certificate must carry."""
 
     address: Annotated[Endpoint, about("Where it listens; the host may be a name.", "relay.example.net:4433")]
-    name: Annotated[str, about("The name its certificate must carry as relay.<name>.ztna.", "edge-1")]
+    name: Annotated[RelayName, about("The name its certificate must carry as relay.<name>.ztna.", "edge-1")]
     forwarders: Annotated[
         tuple[Address, ...],
         about("Where its forwarder may be beside the relay's own host (its relay.forwarder_advertise)."),

@@ -25,7 +25,7 @@ from cryptography.x509.verification import (
 )
 
 from ztna.errors import BadName, ConfigError, IdentityError
-from ztna.names import ConnectorId, ServiceName, is_label
+from ztna.names import ConnectorId, RelayName, ServiceName, is_label
 from ztna.reasons import Reason
 from ztna.revocation import MALFORMED, Revocations
 
@@ -304,13 +304,13 @@ def _grant(name: str) -> tuple[str, str]:
     match name.split("."):
         case ["agent" | "connector" as role, "*", "ztna"] | ["*", "agent" | "connector" as role, "ztna"]:
             return role, "*"
-        case ["agent" | "connector" as role, service, "ztna"]:
+        case ["agent" | "connector" | "relay" as role, granted, "ztna"]:
             try:
-                return role, ServiceName(service)
+                return role, RelayName(granted) if role == "relay" else ServiceName(granted)
             except BadName as error:
                 raise IdentityError(Reason.NO_GRANT, f"SAN {name}: {error}") from None
-        case ["relay" | "id" as role, label, "ztna"] if is_label(label) and "--" not in label:
-            return role, label
+        case ["id", label, "ztna"] if is_label(label) and "--" not in label:
+            return "id", label
     raise IdentityError(Reason.NO_GRANT, f"SAN {name} is none that may stand under .ztna")
 
 

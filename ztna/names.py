@@ -8,6 +8,7 @@ from ztna.errors import BadName
 
 SERVICE_NAME_CHARACTERS = 62
 CONNECTOR_ID_CHARACTERS = 63
+RELAY_NAME_CHARACTERS = 63
 RESERVED_SERVICE_NAMES = frozenset({"connector", "relay", "ns"})
 SESSION_ID_BYTES = 8
 
@@ -52,6 +53,20 @@ class ConnectorId(str):
     def name(self) -> str:
         """The part before `--`, which the leaf's `id.<name>.ztna` must carry."""
         return self.partition("--")[0]
+
+
+class RelayName(str):
+    """A relay: one lower-case LDH label without `--`, as its certificate carries it in `relay.<name>.ztna`."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> RelayName:
+        if not is_label(text) or "--" in text:
+            raise BadName(
+                f"relay name {text!r}: expected the <name> of relay.<name>.ztna in its certificate, one lower-case "
+                f"label of letters, digits and single hyphens, 1 to {RELAY_NAME_CHARACTERS} characters"
+            )
+        return super().__new__(cls, text)
 
 
 class Zone(str):

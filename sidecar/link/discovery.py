@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ztna.config import Endpoint, RelayTarget
-from ztna.errors import ResolverUnavailable
-from ztna.names import Zone
+from ztna.errors import BadName, ResolverUnavailable
+from ztna.names import RelayName, Zone
 from ztna.resolver import SrvAnswer, SrvRecord
 from ztna.telemetry import dropped, logger
 
@@ -59,13 +59,15 @@ async def follow_relays(
 
 def targets_of(records: Iterable[SrvRecord]) -> tuple[RelayTarget, ...]:
     """Return the relays that SRV records name, by priority, at most RELAYS_MAX."""
-    targets = [
-        RelayTarget(
-            name=record.target.partition(".")[0].lower(),
-            address=Endpoint(record.addresses[0] if record.addresses else record.target, record.port),
-        )
-        for record in sorted(records, key=lambda record: (record.priority, -record.weight, record.target))
-    ]
+    targets = []
+    for record in sorted(records, key=lambda record: (record.priority, -record.weight, record.target)):
+        try:
+            name = RelayName(record.target.partition(".")[0].lower())
+        except BadName:
+            dropped("relay_discovery", "bad_name")
+            continue
+        host = record.addresses[0] if record.addresses else record.target
+        targets.append(RelayTarget(name=name, address=Endpoint(host, record.port)))
     if len(targets) > RELAYS_MAX:
         dropped("relay_discovery", "too_many", len(targets) - RELAYS_MAX)
     return tuple(dict.fromkeys(targets))[:RELAYS_MAX]

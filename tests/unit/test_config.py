@@ -172,6 +172,25 @@ def test_each_mistake_names_its_path(text: str, said: str, tmp_path: Path) -> No
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("where", "flags"),
+    [
+        ("relay.name", {"relay.name": "Edge-1"}),
+        ("connector.relays[0].name", {"connector.relays": "[{address: 'a:1', name: relay.edge.ztna}]"}),
+        ("agent.relays[0].name", {"agent.relays": "[{address: 'a:1', name: edge--1}]"}),
+        ("relay.others[1]", {"relay.name": "edge-1", "relay.others": "[edge-2, Edge-3]"}),
+        ("dnsd.relays[0].name", {"dnsd.relays": "[{address: '192.0.2.1:1', name: 'edge_1'}]"}),
+    ],
+)
+def test_a_relays_name_is_what_its_certificate_can_carry(where: str, flags: dict[str, str]) -> None:
+    tls = {f"{role}.tls": "{certificate: c, key: k, ca: a}" for role in ("relay", "connector", "agent")}
+    own = {key: text for key, text in tls.items() if where.startswith(key.partition(".")[0])}
+    with pytest.raises(ConfigError) as caught:
+        load(None, {}, own | {"connector.id": "c"} | flags if "connector" in where else own | flags)
+    assert str(caught.value).startswith(f"{where}: relay name ")
+    assert "expected the <name> of relay.<name>.ztna in its certificate" in str(caught.value)
+
+
 def test_a_bad_secret_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, "consul: {token: [hunter2]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ztna.errors import BadName
-from ztna.names import ConnectorId, ServiceName, SessionId, Zone, is_label
+from ztna.names import ConnectorId, RelayName, ServiceName, SessionId, Zone, is_label
 
 
 @pytest.mark.parametrize("text", ["a", "web-app", "0", "a" * 62, "x--y"])
@@ -27,6 +27,19 @@ def test_connector_id_may_have_63_characters_and_names_its_certificate() -> None
     assert ConnectorId("a" * 63) == "a" * 63
     with pytest.raises(BadName):
         ConnectorId("a" * 64)
+
+
+@pytest.mark.parametrize("text", ["a", "edge-1", "0", "a" * 63])
+def test_good_relay_names(text: str) -> None:
+    assert RelayName(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Edge-1", "a" * 64, "-a", "edge--1", "relay.edge-1.ztna", "a b", "a_b", "a\n"]
+)
+def test_bad_relay_names(text: str) -> None:
+    with pytest.raises(BadName, match=r"expected the <name> of relay\.<name>\.ztna in its certificate"):
+        RelayName(text)
 
 
 def test_zone_is_lower_case_without_trailing_dot() -> None:

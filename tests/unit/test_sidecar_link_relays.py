@@ -33,6 +33,9 @@ class TestTargets:
     def test_the_first_label_is_the_relays_name(self) -> None:
         assert targets_of([record("East")]) == (target("east"),)
 
+    def test_what_no_certificate_can_carry_is_no_relay(self) -> None:
+        assert targets_of([record("a--b"), record("_x"), record("east")]) == (target("east"),)
+
     def test_by_priority_and_weight(self) -> None:
         found = targets_of([record("c", 1), record("b", 0, 1), record("a", 0, 9), record("a", 0, 9)])
         assert [each.name for each in found] == ["a", "b", "c"]

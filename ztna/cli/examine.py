@@ -33,11 +33,11 @@ from ztna.config import (
 from ztna.consul.client import ConsulClient, Right
 from ztna.credentials import Credentials
 from ztna.dns_keys import load_key
-from ztna.errors import ConfigError, ConsulAclsOff, ConsulError, ProtocolError, ZtnaError
+from ztna.errors import BadName, ConfigError, ConsulAclsOff, ConsulError, ProtocolError, ZtnaError
 from ztna.findings import Finding, Verdict
 from ztna.identity import require_relay
 from ztna.jsontypes import from_json
-from ztna.names import Zone
+from ztna.names import RelayName, Zone
 from ztna.quic import Client, Connection, Settings
 from ztna.resolver import Resolver
 from ztna.sections import Server
@@ -264,11 +264,14 @@ async def _targets(config: Config, daemon: str) -> Sequence[RelayTarget]:
         answer = await Resolver(section.resolvers, timeout_s=QAD_SECONDS).srv(f"{RELAY_SRV}.{config.domain}")
     except ZtnaError:
         return ()
-    return [
-        RelayTarget(name=record.target.partition(".")[0], address=Endpoint(host, record.port))
-        for record in sorted(answer.records)
-        for host in record.addresses[:1]
-    ]
+    targets = []
+    for record in sorted(answer.records):
+        with suppress(BadName):  # the sidecars pass it over, too
+            name = RelayName(record.target.partition(".")[0].lower())
+            targets += [
+                RelayTarget(name=name, address=Endpoint(host, record.port)) for host in record.addresses[:1]
+            ]
+    return targets
 
 
 async def _relays(

@@ -40,7 +40,7 @@ from ztna.consul.client import ConsulClient
 from ztna.errors import ConsulUnavailable, ZtnaError
 from ztna.jsontypes import from_json
 from ztna.leases import SERVICE_PREFIX, Lease
-from ztna.names import ConnectorId, ServiceName
+from ztna.names import ConnectorId, RelayName, ServiceName
 from ztna.sections import Backend, Server
 from ztna.wire.control import Address
 
@@ -49,7 +49,7 @@ POLL_SECONDS = 0.05
 STOP_EACH_SECONDS = 0.8
 CONSUL_SECONDS = 3.0
 CERTIFICATE_DAYS = 2
-RELAY_NAME = "demo"
+RELAY_NAME = RelayName("demo")
 CONNECTOR_ID = "demo"
 
 ECHO, WEB, DATABASE = ServiceName("echo-service"), ServiceName("web-app"), ServiceName("db")
