@@ -74,17 +74,29 @@ class Balancer:
     ) -> None:
         """A backend that `priorities` does not name has 0."""
         self._standings: dict[Endpoint, Standing] = {}
+        self._leaving: dict[Endpoint, Standing] = {}
+        """Those that the route has no more, and that flows run on."""
         self.update(weights, policy, priorities)
 
     def update(
         self, weights: Mapping[Endpoint, int], policy: Policy, priorities: Mapping[Endpoint, int] = _NONE
     ) -> None:
-        """Go on with other backends, weights, priorities or another policy; what stays keeps its standing."""
-        known, self._policy = self._standings, policy
+        """Go on with other backends, weights, priorities or another policy; what stays keeps its standing.
+
+        So does what comes back while flows run on it from before: they end on the count that they began on.
+        """
+        known, self._policy = self._leaving | self._standings, policy
         self._standings = {}
         for address, weight in weights.items():
-            standing = self._standings[address] = known.get(address) or Standing(address, weight)
+            standing = known.pop(address) if address in known else Standing(address, weight)
+            self._standings[address] = standing
             standing.weight, standing.priority = weight, priorities.get(address, 0)
+        self._leaving = {address: standing for address, standing in known.items() if standing.flows}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no flow runs that it counts."""
+        return not self._leaving and not any(each.flows for each in self._standings.values())
 
     def standings(self) -> Collection[Standing]:
         """Return how each is doing, as configured."""
@@ -115,10 +127,12 @@ class Balancer:
         return chosen.address
 
     def ended(self, address: Endpoint) -> None:
-        """Take back what pick counted."""
-        standing = self._standings.get(address)
+        """Take back what pick counted, on a backend that has left since, too."""
+        standing = self._standings.get(address) or self._leaving.get(address)
         if standing is not None and standing.flows:
             standing.flows -= 1
+            if not standing.flows:
+                self._leaving.pop(address, None)
 
     def succeeded(self, address: Endpoint) -> None:
         """The backend answered a flow."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from sidecar.connector.balance import Balancer, Standing
+from sidecar.connector.balance import Balancer, Policy, Standing
 from sidecar.connector.checks import Check
 from sidecar.connector.health import CheckHealth, CheckKey, Outcome, ServiceHealth, Verdict, next_delay
 from sidecar.connector.probes import Prober
@@ -34,19 +34,20 @@ class Claim:
 
     route: Route
     backend: Endpoint
+    _balancer: Balancer
     _fronting: Fronting
 
     def succeeded(self) -> None:
         """It answered."""
-        self._fronting.balancer(self.route).succeeded(self.backend)
+        self._balancer.succeeded(self.backend)
 
     def failed(self) -> None:
         """It could not be reached."""
-        self._fronting.failed(self)
+        self._fronting.failed(self.route, self._balancer, self.backend)
 
     def release(self) -> None:
         """The flow has ended."""
-        self._fronting.balancer(self.route).ended(self.backend)
+        self._balancer.ended(self.backend)
 
 
 class Delegate(Protocol):
@@ -121,21 +122,16 @@ class Fronting:
         return None if host is None else (host, backend.port)
 
     def choose(self, route: Route, agent: str, tried: Collection[Endpoint] = ()) -> Claim | None:
-        """Choose a backend that was not tried yet for a flow of an agent (by name); None when all were."""
-        backend = self.balancer(route).pick(agent, self._loop.time(), tried)
-        return None if backend is None else Claim(route, backend, self)
+        """Choose a backend that was not tried yet for a flow of an agent (by name); None when all were, or left."""
+        balancer = self._balancers.get((route.service, route.port))
+        backend = None if balancer is None else balancer.pick(agent, self._loop.time(), tried)
+        return None if balancer is None or backend is None else Claim(route, backend, balancer, self)
 
-    def balancer(self, route: Route) -> Balancer:
-        """Return what chooses among a route's backends; of a route that is gone, what nothing comes of."""
-        known = self._balancers.get((route.service, route.port))
-        return known if known is not None else Balancer(route.weights, route.policy, route.priorities)
-
-    def failed(self, claim: Claim) -> None:
+    def failed(self, route: Route, balancer: Balancer, backend: Endpoint) -> None:
         """Count a failure of a backend against it, and pass it over when it fails too often."""
-        route, balancer = claim.route, self.balancer(claim.route)
-        if balancer.failed(claim.backend, self._loop.time()):
-            _log.warning("backend_ejected", service=route.service, backend=str(claim.backend))
-            self._tell_lost(route, balancer, claim.backend)
+        if balancer.failed(backend, self._loop.time()):
+            _log.warning("backend_ejected", service=route.service, backend=str(backend))
+            self._tell_lost(route, balancer, backend)
 
     def status(self, service: ServiceName) -> list[dict[str, object]]:
         """Return how each backend of a service is doing, for the admin page."""
@@ -161,7 +157,7 @@ class Fronting:
                 ],
             }
             for route in self.table.services[service].routes
-            for standing in self.balancer(route).standings()
+            for standing in self._balancers[service, route.port].standings()
         ]
 
     def follow(self, service: ServiceName, key: CheckKey, verdict: Verdict, output: str) -> None:
@@ -192,11 +188,16 @@ class Fronting:
         for routes in table.services.values():
             for route in routes.routes:
                 key = (route.service, route.port)
-                balancer = self._balancers[key] = balancers.get(key) or Balancer({}, route.policy)
+                balancer = balancers.pop(key) if key in balancers else Balancer({}, route.policy)
+                self._balancers[key] = balancer
                 balancer.update(route.weights, route.policy, route.priorities)
                 for backend in route.backends:
                     verdict = self._health[route.service].backend(route.port, backend.address)
                     balancer.judge(backend.address, verdict)
+        for key, balancer in balancers.items():
+            balancer.update({}, Policy())
+            if not balancer.is_idle:
+                self._balancers[key] = balancer  # its flows go on, and count when the route comes back
         return changed
 
     def _check_all(self) -> None:
@@ -261,7 +262,7 @@ class Fronting:
     def _judge(self, service: ServiceName, key: CheckKey, verdict: Verdict) -> None:
         route = self.table.pick(service, key.port.protocol, key.port.port)
         assert route is not None, "checks of routes that are gone are cancelled"
-        balancer = self.balancer(route)
+        balancer = self._balancers[service, key.port]
         if balancer.judge(key.backend, verdict):
             log = _log.info if verdict == "passing" else _log.warning
             log("backend_health", service=service, backend=str(key.backend), verdict=verdict)

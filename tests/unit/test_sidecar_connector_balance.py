@@ -139,6 +139,34 @@ def test_what_stays_keeps_its_standing() -> None:
     assert not made.failed(ONE, 0.0)
 
 
+def test_flows_count_on_a_backend_that_left_and_came_back() -> None:
+    made = balancer(1, 1, method="least_connections")
+    assert {made.pick("ann", 0.0), made.pick("bob", 0.0), made.pick("cem", 0.0, [TWO])} == {ONE, TWO}
+    made.update({TWO: 1}, Policy("least_connections"))
+    made.ended(ONE)
+    made.update({ONE: 1, TWO: 1}, Policy("least_connections"))
+    made.judge(ONE, "passing")
+    assert {each.address: each.flows for each in made.standings()} == {ONE: 1, TWO: 1}
+    # What began on it anew is not taken back by the end of what ran before.
+    assert made.pick("dan", 0.0, [TWO]) == ONE
+    made.ended(ONE)
+    assert {each.address: each.flows for each in made.standings()} == {ONE: 1, TWO: 1}
+
+
+def test_who_left_is_forgotten_with_its_last_flow() -> None:
+    made = balancer(1)
+    assert made.is_idle
+    made.pick("ann", 0.0)
+    assert not made.is_idle
+    made.failed(ONE, 0.0)
+    made.update({}, Policy())
+    assert not made.is_idle and not made.standings()
+    made.ended(ONE)
+    assert made.is_idle
+    made.update({ONE: 1}, Policy())
+    assert [(each.flows, each.failures) for each in made.standings()] == [(0, 0)]
+
+
 def test_no_flow_is_taken_back_twice() -> None:
     made = balancer(1)
     made.ended(ONE)

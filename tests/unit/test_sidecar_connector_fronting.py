@@ -146,6 +146,27 @@ async def test_another_table_keeps_what_stays() -> None:
             assert [each["flows"] for each in front.status(WEB)] == [1]
 
 
+async def test_flows_count_through_the_removal_and_return_of_their_route() -> None:
+    one, at_one = listening()
+    with closing(one):
+        async with fronting(table((WEB, (at_one,)))) as (front, _changed):
+            route = only(front, WEB)
+            old = front.choose(route, "ann")
+            assert old is not None
+            front.replace(table())
+            assert front.choose(route, "bob") is None, "nothing is begun on a route that is gone"
+            front.replace(table((WEB, (at_one,))))
+            assert [each["flows"] for each in front.status(WEB)] == [1]
+            new = front.choose(only(front, WEB), "bob")
+            assert new is not None
+            old.release()
+            assert [each["flows"] for each in front.status(WEB)] == [1], "the new one runs"
+            front.replace(table())
+            new.release()
+            front.replace(table((WEB, (at_one,))))
+            assert [each["flows"] for each in front.status(WEB)] == [0]
+
+
 async def test_one_backend_for_another_is_no_outage() -> None:
     one, at_one = listening()
     two, at_two = listening()
