@@ -253,7 +253,9 @@ class DnsdConfig(Section, frozen=True, kw_only=True):
 class RelayConfig(Section, frozen=True, kw_only=True):
     """ztna-relay. `name` must stand in its certificate as `relay.<name>.ztna`."""
 
-    name: Annotated[RelayName, about("Its name, which its certificate carries as relay.<name>.ztna.", "edge-1")]
+    name: Annotated[
+        RelayName, about("Its name, which its certificate carries as relay.<name>.ztna.", "edge-1")
+    ]
     tls: Annotated[TlsConfig, about("Its own certificate and whom it trusts.")]
     listen: Annotated[Endpoint, about("Where agents and connectors connect: UDP (QUIC) and TCP (TLS).")] = (
         Endpoint("0.0.0.0", 4433)
