@@ -145,20 +145,35 @@ class Authority:
         usages = _extended_usages(bool(agent), bool(connector), relay is not None)
         return self._sign(name, names, usages, public, days, now)
 
-    def renew(self, chain_pem: bytes, *, days: float | None = None, now: datetime | None = None) -> bytes:
-        """Return a new chain for a leaf of this CA: same key, name and grants; by default as long as before.
+    def renew(
+        self,
+        chain_pem: bytes,
+        *,
+        agent: Sequence[str] = (),
+        connector: Sequence[str] = (),
+        days: float | None = None,
+        now: datetime | None = None,
+    ) -> bytes:
+        """Return a new chain for a leaf of this CA: same key and name, its grants and those given; as long as before.
 
-        Raises ConfigError for a leaf of another CA, or one that was revoked.
+        Raises ConfigError for a leaf of another CA, or a connector grant for one without a connector's id.
         """
         leaf = _leaf(chain_pem)
         if not self.issued(leaf):
             raise ConfigError("the certificate is not of this CA")
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        names = list(leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        usages = list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+        if connector and not any(str(each.value).startswith("id.") for each in names):
+            raise ConfigError("the certificate has no connector's id: issue a new one with --connector-id")
+        further = [x509.DNSName(each) for each in _grant_names(agent, connector)]
+        names += [each for each in further if each not in names]
+        usages += [
+            each for each in _extended_usages(bool(agent), bool(connector), False) if each not in usages
+        ]
         common = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
         lifetime = leaf.not_valid_after_utc - leaf.not_valid_before_utc - BACKDATE
         wanted = days if days is not None else lifetime / timedelta(days=1)
-        return self._sign(str(common), list(names), list(usages), _leaf_key(leaf.public_key()), wanted, now)
+        return self._sign(str(common), names, usages, _leaf_key(leaf.public_key()), wanted, now)
 
     def issued(self, leaf: x509.Certificate) -> bool:
         """Say whether this CA signed the certificate."""
@@ -279,8 +294,7 @@ def _alternative_names(
         )
     if bool(connector) != (connector_id is not None):
         raise ConfigError(f"certificate {name!r}: connector grants and a connector id go together")
-    names = [f"agent.{_granted(service)}.ztna" for service in agent]
-    names += [f"connector.{_granted(service)}.ztna" for service in connector]
+    names = _grant_names(agent, connector)
     if relay is not None:
         if not is_label(relay) or "--" in relay:
             raise ConfigError(f"relay name {relay!r}: expected one lower-case label without `--`")
@@ -289,6 +303,11 @@ def _alternative_names(
         names.append(f"id.{ConnectorId(connector_id).name}.ztna")
     uri = x509.UniformResourceIdentifier(f"spiffe://{TRUST_DOMAIN}/{name}")
     return [*(x509.DNSName(each) for each in names), uri]
+
+
+def _grant_names(agent: Sequence[str], connector: Sequence[str]) -> list[str]:
+    names = [f"agent.{_granted(service)}.ztna" for service in agent]
+    return names + [f"connector.{_granted(service)}.ztna" for service in connector]
 
 
 def _granted(service: str) -> str:

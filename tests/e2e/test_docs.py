@@ -36,12 +36,45 @@ DISCOVERY = ROOT / "docs/discovery.md"
 HOSTS = ROOT / "docs/hosts.md"
 SECURITY = ROOT / "docs/security.md"
 V1 = ROOT / "docs/v1.md"
-TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"  # tests/e2e/test_troubleshooting.py runs its commands
+HERE = "tests/e2e/test_docs.py"
+RUN_BY = {
+    "docs/certificates.md": HERE,
+    "docs/discovery.md": HERE,
+    "docs/hosts.md": HERE,
+    "docs/operations.md": HERE,
+    "docs/secondaries.md": HERE,
+    "docs/troubleshooting.md": "tests/e2e/test_troubleshooting.py",
+    "docs/tutorial.md": "tests/e2e/test_tutorial.py",
+    "docs/v1.md": HERE,
+}
+"""Which test runs the `sh` blocks of a page, in its order."""
 ELSEWHERE = {
     "make demo": "tests/e2e/test_up.py",
     "make test": "this run",
 }
-"""Commands of the pages that other tests run, and which."""
+"""Commands of other pages, and which tests run them."""
+CANNOT_BE_RUN = {
+    "$ vault write": "no Vault; tests/unit/test_foreign_certificates.py has certificates such as its roles make",
+    "$ apt install ./dist/ztna-mesh_": "tests/e2e/test_debian_package.py does by dpkg what apt does",
+}
+"""What `console` blocks begin with, and what is tested of it."""
+SHELLS = {"bash", "shell", "shellsession", "shell-session", "zsh", "ksh", "terminal", "cmd", "powershell"}
+PROGRAMS = (
+    "$ ",
+    "ztna ",
+    "ztna-",
+    "make ",
+    "consul ",
+    "nomad ",
+    "curl ",
+    "dig ",
+    "docker ",
+    "pip ",
+    "pipx ",
+    "systemctl ",
+    "apt",
+)
+"""What a line begins with that somebody may type."""
 
 
 def commands(page: Path) -> list[str]:
@@ -52,12 +85,58 @@ def commands(page: Path) -> list[str]:
     ]
 
 
+def fences(page: Path) -> list[tuple[str, list[str]]]:
+    """Return language and lines of each fenced block of a page."""
+    found = re.findall(r"^ *```([^\n`]*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [(language.strip(), text.splitlines()) for language, text in found]
+
+
 def test_every_command_of_every_page_is_run_by_a_test() -> None:
-    known = set(ELSEWHERE) | set(commands(ROOT / "docs/operations.md"))
-    known |= set(commands(HOSTS)) | set(commands(SECONDARIES)) | set(commands(CERTIFICATES))
-    known |= set(commands(V1)) | set(commands(TROUBLESHOOTING)) | set(commands(DISCOVERY))
-    unknown = {page.name: line for page in PAGES for line in commands(page) if line not in known}
-    assert unknown == {}
+    unknown = {
+        f"{page.name}: {line}"
+        for page in PAGES
+        for line in commands(page)
+        if str(page.relative_to(ROOT)) not in RUN_BY and line not in ELSEWHERE
+    }
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("name", RUN_BY)
+def test_the_test_that_runs_a_page_is_there_and_the_page_has_something_to_run(name: str) -> None:
+    assert commands(ROOT / name), f"{name} has no `sh` block any more"
+    assert Path(name).name in (ROOT / RUN_BY[name]).read_text()
+
+
+def test_no_command_passes_by_as_something_else_than_sh() -> None:
+    for page in PAGES:
+        assert "~~~" not in page.read_text(), page.name
+        for language, lines in fences(page):
+            assert language, f"{page.name}: a block without a language: {lines[:1]}"
+            assert language not in SHELLS, f"{page.name}: {language}: write `sh`, and run it"
+            if language == "console":
+                told = [line for line in lines if line.startswith("$ ")]
+                assert all(line.startswith(tuple(CANNOT_BE_RUN)) for line in told) and told, (
+                    f"{page.name}: {told}"
+                )
+            elif language != "sh":
+                assert not [line for line in lines if line.startswith(PROGRAMS)], f"{page.name}: {language}"
+        outside = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        indented = [
+            line
+            for line in outside.splitlines()
+            if line.startswith(tuple(f"    {each}" for each in PROGRAMS))
+        ]
+        assert not indented, f"{page.name}: {indented}"
+
+
+def test_what_cannot_be_run_says_what_is_tested_of_it() -> None:
+    told = [
+        line for page in PAGES for language, lines in fences(page) if language == "console" for line in lines
+    ]
+    for begins, what in CANNOT_BE_RUN.items():
+        assert any(line.startswith(begins) for line in told), f"no page has {begins!r} any more"
+        (test,) = re.findall(r"tests/[\w/]+\.py", what)
+        assert (ROOT / test).exists()
 
 
 @pytest.mark.parametrize("page", [SECONDARIES, V1], ids=lambda page: page.stem)

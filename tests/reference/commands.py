@@ -52,7 +52,7 @@ def _leaves(
 
 def _described(name: str, command: click.Command, context: click.Context) -> Iterator[str]:
     yield f"## `{name}`"
-    yield f"```text\n{' '.join([context.command_path, *command.collect_usage_pieces(context)])}\n```"
+    yield f"```text\nUsage: {' '.join([context.command_path, *command.collect_usage_pieces(context)])}\n```"
     for paragraph in (command.help or "").split("\n\n"):
         if paragraph.strip():
             yield markdown.text(" ".join(paragraph.split()))

@@ -179,6 +179,33 @@ def test_a_certificate_is_renewed_in_place_for_the_same_key_and_grants(tmp_path:
     assert refused.exit_code == 1 and "not of this CA" in refused.output
 
 
+def test_renewing_adds_grants_and_takes_none_away(tmp_path: Path) -> None:
+    directory = made(tmp_path)
+    issue = ("issue", "--ca", directory, "--out", tmp_path)
+    run(*issue, "edge", "--connector", "web", "--connector-id", "edge")
+    run(*issue, "laptop", "--agent", "web")
+    run(*issue, "gate", "--relay", "gate")
+    for name, added in (
+        ("edge", ("--connector", "db", "--agent", "web")),
+        ("laptop", ("--agent", "db", "--agent", "web")),
+        ("gate", ("--agent", "web")),
+    ):
+        done = run("renew", "--ca", directory, tmp_path / f"{name}.pem", *added)
+        assert done.exit_code == 0, done.output
+
+    def shown(name: str) -> dict[str, object]:
+        return json.loads(run("show", "--ca", directory, "--json", tmp_path / f"{name}.pem").output)
+
+    assert (shown("edge")["connector"], shown("edge")["agent"]) == (["db", "web"], ["web"])
+    assert shown("laptop")["agent"] == ["db", "web"]
+    assert (shown("gate")["relay"], shown("gate")["agent"]) == ("gate", ["web"])
+    assert shown("gate")["accepted_as"] == ["client", "server"]
+    refused = run("renew", "--ca", directory, tmp_path / "laptop.pem", "--connector", "web")
+    assert refused.exit_code == 1 and "no connector's id" in refused.output
+    bad = run("renew", "--ca", directory, tmp_path / "laptop.pem", "--agent", "Not A Name")
+    assert bad.exit_code == 1 and shown("laptop")["agent"] == ["db", "web"]
+
+
 def test_a_revoked_certificate_is_in_the_crl_and_is_not_renewed(tmp_path: Path) -> None:
     directory = made(tmp_path)
     for name in ("good", "bad", "worse"):

@@ -145,9 +145,24 @@ def sign_csr(directory: Path, request: Path, name: str, out: Path | None, **gran
 @ca.command()
 @_DIRECTORY
 @click.argument("certificates", nargs=-1, required=True, type=_FILE)
+@click.option(
+    "--agent", multiple=True, metavar="SERVICE", help="May use this service from now on. Repeatable."
+)
+@click.option(
+    "--connector", multiple=True, metavar="SERVICE", help="May serve this service from now on. Repeatable."
+)
 @click.option("--days", type=click.IntRange(1), help="Valid for so long (default: as long as before).")
-def renew(directory: Path, certificates: tuple[Path, ...], days: int | None) -> None:
-    """Replace each of CERTIFICATES by a new one for the same key, name and grants; daemons take it up by themselves."""
+def renew(
+    directory: Path,
+    certificates: tuple[Path, ...],
+    agent: tuple[str, ...],
+    connector: tuple[str, ...],
+    days: int | None,
+) -> None:
+    """Replace each of CERTIFICATES by a new one for the same key, name and grants; daemons take it up by themselves.
+
+    What it grants can be added to. To take a grant away, issue another certificate and revoke this one.
+    """
     with _told():
         authority = Authority.load(directory)
         revoked = _serials(directory)
@@ -155,7 +170,7 @@ def renew(directory: Path, certificates: tuple[Path, ...], days: int | None) -> 
             chain = file.read_bytes()
             if x509.load_pem_x509_certificates(chain)[0].serial_number in revoked:
                 raise ConfigError(f"{file} was revoked")
-            replace_file(file, authority.renew(chain, days=days))
+            replace_file(file, authority.renew(chain, agent=agent, connector=connector, days=days))
             click.echo(f"Renewed {file}.")
 
 

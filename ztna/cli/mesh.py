@@ -206,6 +206,8 @@ class Mesh:
             routes=self._routes(),
             link=Endpoint("127.0.0.1", self.link_port),
             link_advertise=Address("127.0.0.1", self.link_port),
+            api=str(self.options.directory / "connector.sock"),
+            api_state=str(self.options.directory / "services.json"),
             admin=self._admin("connector"),
             drain_s=0.2,
         )
