@@ -11,7 +11,7 @@ import yaml
 
 from tests.reference import markdown
 from ztna.config import Config
-from ztna.names import ConnectorId, ServiceName, Zone
+from ztna.names import ConnectorId, RelayName, ServiceName, Zone
 from ztna.sections import Backend, Endpoint, Section, Server, plain
 from ztna.wire.control import Address
 
@@ -32,6 +32,7 @@ WORDS: dict[type, str] = {
     Address: "IP:port",
     ServiceName: "service name",
     ConnectorId: "connector id",
+    RelayName: "relay name",
     Zone: "domain name",
     IPv4Address: "IPv4 address",
     IPv4Network: "IPv4 network",
