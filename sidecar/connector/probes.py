@@ -12,17 +12,18 @@ import re
 import select
 import signal
 import socket
-import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
 
 from sidecar.connector.backends import connect_tcp, connected_udp, ping_problem, resolve
+from sidecar.connector.check_files import CheckTls
 from sidecar.connector.checks import Check, Kind
 from sidecar.connector.grpc_health import GrpcFailed, ask_health
 from sidecar.connector.health import Outcome
+from ztna.errors import ConfigError
 from ztna.udp import SockAddr
 
 CHECKS_AT_ONCE = 64
@@ -47,7 +48,7 @@ class Prober:
     def __init__(self) -> None:
         self.addresses: dict[str, str] = {}
         self._room = asyncio.Semaphore(CHECKS_AT_ONCE)
-        self._contexts: dict[Check, ssl.SSLContext] = {}
+        self._tls = CheckTls()
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=CHECKS_AT_ONCE, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -73,7 +74,7 @@ class Prober:
                     return await self._kinds[check.kind](check, address)
             except TimeoutError:
                 return Outcome(False, f"{check.kind} {check.target}: no answer in {timeout_s:g} s")
-            except (OSError, aiohttp.ClientError, GrpcFailed, ValueError) as error:
+            except (OSError, aiohttp.ClientError, GrpcFailed, ConfigError, ValueError) as error:
                 return Outcome(False, f"{check.kind} {check.target}: {_said(error)}")
 
     async def locate(self, check: Check) -> None:
@@ -81,6 +82,10 @@ class Prober:
         with suppress(TimeoutError, OSError):
             async with self._room, asyncio.timeout(check.config.timeout_s):
                 self.addresses[check.target.host] = (await resolve(check.target))[0]
+
+    def keep_only(self, checks: Iterable[Check]) -> None:
+        """Forget what was made for checks that are no more."""
+        self._tls.keep_only(checks)
 
     async def close(self) -> None:
         """Close what checks have open."""
@@ -93,7 +98,7 @@ class Prober:
             check.url,
             headers=check.headers,
             allow_redirects=False,
-            ssl=self._context(check) if config.tls else False,
+            ssl=self._tls.context(check) if config.tls else False,
             server_hostname=config.tls_name if config.tls else None,
         ) as response:
             text = f"{config.method} {config.path}: {response.status}"
@@ -108,7 +113,7 @@ class Prober:
 
     async def _ask_grpc(self, check: Check, address: SockAddr) -> Outcome:
         config = check.config
-        context = self._context(check) if config.tls else None
+        context = self._tls.context(check) if config.tls else None
         status = await ask_health(
             address,
             config.grpc_service,
@@ -117,18 +122,6 @@ class Prober:
             server_name=config.tls_name or check.target.host,
         )
         return Outcome(status == "SERVING", f"grpc {config.grpc_service or check.target}: {status}")
-
-    def _context(self, check: Check) -> ssl.SSLContext:
-        """Return the check's TLS context. Raises OSError when the file of authorities cannot be read."""
-        known = self._contexts.get(check)
-        if known is None:
-            known = self._contexts[check] = ssl.create_default_context(cafile=check.config.ca)
-            if check.config.kind == "grpc":
-                known.set_alpn_protocols(["h2"])
-            if check.config.tls_skip_verify:
-                known.check_hostname = False
-                known.verify_mode = ssl.CERT_NONE
-        return known
 
 
 def _said(error: Exception) -> str:

@@ -17,6 +17,7 @@ import pytest
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from sidecar.connector.check_files import CheckTls
 from sidecar.connector.checks import parse
 from sidecar.connector.health import Outcome
 from sidecar.connector.probes import OUTPUT_BYTES_MAX, Prober
@@ -159,6 +160,56 @@ async def test_https_believes_only_whom_it_is_told_to(serving_tls: tuple[ssl.SSL
             assert not (await probe(backend, "http", tls=True, **distrusted)).ok, distrusted
         assert (await probe(backend, "http", tls=True, tls_skip_verify=True)).ok
         assert not (await probe(backend, "http", tls=True, ca="/nonexistent.pem")).ok
+
+
+async def test_a_backends_new_authority_is_believed_without_a_restart(
+    serving_tls: tuple[ssl.SSLContext, str], tmp_path: Path
+) -> None:
+    context, ca = serving_tls
+    (tmp_path / "next").mkdir()
+    presented, next_ca = backend_certificate(tmp_path / "next")
+    (tmp_path / "next" / "key.pem").write_bytes(presented.key_pem)
+    follows = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    follows.load_cert_chain(next_ca, tmp_path / "next" / "key.pem")
+    believed = tmp_path / "believed.pem"
+    believed.write_bytes(Path(ca).read_bytes())
+    config = CheckConfig(
+        kind="http", tls=True, ca=str(believed), tls_name="web.internal", timeout_s=WAIT_SECONDS
+    )
+    prober = Prober()
+
+    async def passes(backend: Endpoint) -> bool:
+        return (await prober.probe(parse(config, "tcp", backend, "check"))).ok
+
+    try:
+        async with (
+            server(http("200 OK"), context=context) as old,
+            server(http("200 OK"), context=follows) as new,
+        ):
+            assert (await passes(old), await passes(new)) == (True, False)
+            fresh = tmp_path / "fresh.pem"
+            fresh.write_bytes(Path(next_ca).read_bytes())
+            fresh.replace(believed)
+            assert (await passes(old), await passes(new)) == (False, True)
+            believed.write_text("no certificate")
+            assert await passes(new), "a broken file keeps the one before"
+            believed.unlink()
+            assert (await passes(old), await passes(new)) == (False, True), "so does one that is gone"
+    finally:
+        await prober.close()
+
+
+def test_contexts_are_shared_and_only_those_of_checks_that_are_kept() -> None:
+    made = CheckTls()
+    checks = [
+        parse(CheckConfig(kind=kind, tls=True, tls_skip_verify=skip), "tcp", Endpoint(host, 1), "check")
+        for host in ("127.0.0.1", "127.0.0.2")
+        for kind, skip in (("http", False), ("http", True), ("grpc", False))
+    ]
+    assert len({id(made.context(each)) for each in checks}) == len(made) == 3
+    kept = made.context(checks[0])
+    made.keep_only([checks[0], parse(CheckConfig(), "tcp", Endpoint("127.0.0.1", 1), "check")])
+    assert len(made) == 1 and made.context(checks[0]) is kept
 
 
 @contextmanager
