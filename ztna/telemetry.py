@@ -140,7 +140,8 @@ SRV_AGE = Gauge(
 
 SERVICES_DEFINED = Gauge(
     "ztna_connector_services",
-    "Services of a connector: fronted, refused (defined, but not usable), shadowed (defined again elsewhere).",
+    "Services of a connector: fronted, kept (fronted as before: what they have now is not usable), refused (defined, "
+    "but not usable), shadowed (defined again elsewhere).",
     ("state",),
     registry=REGISTRY,
 )

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
-from sidecar.connector import local_api
+from sidecar.connector import check_files, local_api
 from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.backends import ping_problem, resolve
 from sidecar.connector.delegation import Delegation
@@ -111,7 +111,7 @@ class _Connector:
         self._consul = consul
         self._loop = asyncio.get_running_loop()
         self._backend_tls = BackendTls()
-        self._discovery = Discovery(daemon, credentials, consul, check=self._backend_tls.check, tasks=tasks)
+        self._discovery = Discovery(daemon, credentials, consul, check=self._require_files, tasks=tasks)
         self._pushes = Pushes()
         self._fronting = Fronting(
             self._discovery.table, prober, self._pushes, changed=self._health_changed, tasks=tasks
@@ -164,6 +164,7 @@ class _Connector:
             ),
             lambda: self._fronting.table.services.keys(),
             self._desired,
+            lambda: self._discovery.has_heard_all,
         )
         delegation = self._fronting.delegate = self._delegation = Delegation(
             self._consul,
@@ -225,6 +226,11 @@ class _Connector:
         self._serving.close()
 
     # Services
+
+    def _require_files(self, table: RouteTable) -> None:
+        """Raise ConfigError, naming the service and the file, when this host lacks one that a table's routes name."""
+        self._backend_tls.check(table)
+        check_files.require(table)
 
     def _front(self, table: RouteTable) -> None:
         """Front what another table says; who is not concerned does not notice."""

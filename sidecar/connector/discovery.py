@@ -16,9 +16,9 @@ from sidecar.connector import api_state
 from sidecar.connector.consul_services import local_definitions
 from sidecar.connector.route_files import RouteFiles
 from sidecar.connector.routes import RouteTable
-from sidecar.connector.sources import Definition, Entry, Settled, chosen, lacks_grant, settle
+from sidecar.connector.sources import NOTHING, Definition, Entry, Settled, chosen, lacks_grant, settle
 from sidecar.connector.srv import SrvNames
-from sidecar.connector.srv_records import names_of, resolved, sound
+from sidecar.connector.srv_records import NotYetKnown, names_of, resolved, sound
 from ztna import sections
 from ztna.config import ConnectorConfig, RouteConfig
 from ztna.consul.client import ConsulClient
@@ -36,6 +36,8 @@ from ztna.telemetry import SERVICES_DEFINED, logger, refused
 API_SERVICES_MAX = 2_000
 CONSUL_SERVICES_SECONDS = 2.0
 """How often the local Consul agent is asked for services that others registered; only it answers, no server."""
+FIRST_WORD_SECONDS = 60.0
+"""How long places may take to say for the first time what they define, before what nobody defines is thought gone."""
 LACKING_SECONDS = 2.0
 """How often it is seen whether a file that a service's routes need is there by now."""
 RESOLVER_SECONDS = 3.0
@@ -78,16 +80,20 @@ class Discovery:
         self._tasks = tasks
         self._identity = credentials.identity
         self._check = check
-        self._is_lacking = False
-        """Whether this host lacked a file that some service needs when all was settled."""
+        self._lacking: set[ServiceName] = set()
+        """Services for which this host lacked something when all was settled."""
         self._files = RouteFiles(daemon, config, self._settle)
         check(self._files.own_table)
         self._state = None if config.api_state is None else Path(config.api_state)
         self._api = {} if self._state is None else api_state.read(self._state)
         self._local: tuple[Definition, ...] = ()
         self._local_problem: str | None = None
+        self._is_local_heard = not config.consul_services
+        self._loop = asyncio.get_running_loop()
+        self._began_at = self._loop.time()
+        self._has_heard_all = False
         self._srv = SrvNames(_resolver(config), config.srv_keep_s, tasks, self._settle)
-        self._settled = Settled({}, RouteTable.of({}))
+        self._settled = NOTHING
         self._told: dict[ServiceName, str] = {}
         for each in self._files.definitions:
             if not self._identity.may_serve(each.service):
@@ -112,6 +118,19 @@ class Discovery:
                 if settled.entries[service].definition.origin.kind == "config"
             }
         )
+
+    @property
+    def has_heard_all(self) -> bool:
+        """Whether every place has said what it defines, or had FIRST_WORD_SECONDS for it.
+
+        Before that it cannot be told what a crashed predecessor left behind from what will be defined in a moment.
+        """
+        if not self._has_heard_all:
+            unheard = self._unheard()
+            self._has_heard_all = not unheard or self._loop.time() - self._began_at >= FIRST_WORD_SECONDS
+            if unheard and self._has_heard_all:
+                _log.warning("never_heard", places=" ".join(unheard), seconds=FIRST_WORD_SECONDS)
+        return self._has_heard_all
 
     async def begin(self) -> None:
         """Read what there is to read, for the first table; and keep it up to date from now on."""
@@ -176,6 +195,7 @@ class Discovery:
     def status(self) -> dict[str, object]:
         """Return what /status shows: the places, and what became of each name."""
         return {
+            "unheard": [] if self._has_heard_all else self._unheard(),
             "files": self._files.status(),
             "srv": self._srv.status(),
             "consul_services": {"enabled": self._config.consul_services, "problem": self._local_problem},
@@ -188,6 +208,15 @@ class Discovery:
                 for service, entry in self._settled.entries.items()
             },
         }
+
+    def _unheard(self) -> list[str]:
+        """Return the places that did not say yet what they define, and the services of which it is not known."""
+        places = [*self._files.unheard] if self._is_local_heard else [*self._files.unheard, "consul"]
+        return places + [
+            service
+            for service, entry in self._settled.entries.items()
+            if entry.used is None and (entry.is_awaited or service in self._lacking)
+        ]
 
     def _shown(self, service: ServiceName) -> dict[str, object]:
         entry = self._settled.entries[service]
@@ -219,16 +248,16 @@ class Discovery:
         before = self.table
         entries = chosen((*self._files.definitions, *self._api.values(), *self._local))
         self._srv.follow(names_of(each.definition for each in entries.values()))
-        self._is_lacking = False
+        self._lacking.clear()
         settled = settle(
             {service: self._resolved(entry) for service, entry in entries.items()},
             self._identity,
-            self.table,
+            self._settled,
             self._check_host,
         )
         self._settled = Settled(
             {
-                service: replace(entry, problem=settled.entries[service].problem)
+                service: replace(settled.entries[service], definition=entry.definition)
                 for service, entry in entries.items()
             },
             settled.table,
@@ -241,21 +270,21 @@ class Discovery:
         try:
             self._check(table)
         except ConfigError:
-            self._is_lacking = True
+            self._lacking.update(table.services)
             raise
 
     async def _keep_looking_for_lacking(self) -> None:
         """Who writes routes may write the certificates that they need a moment later."""
         while True:
             await asyncio.sleep(LACKING_SECONDS)
-            if self._is_lacking:
+            if self._lacking:
                 self._settle()
 
     def _resolved(self, entry: Entry) -> Entry:
         try:
             return replace(entry, definition=resolved(entry.definition, self._srv.backends))
         except ConfigError as error:
-            return replace(entry, problem=str(error))
+            return replace(entry, problem=str(error), is_awaited=isinstance(error, NotYetKnown))
 
     def _tell(self) -> None:
         """Say once what cannot be fronted, and which names are defined more than once."""
@@ -271,10 +300,11 @@ class Discovery:
                 if self._settled.entries[service].problem and not self._identity.may_serve(service):
                     refused(_WHERE, Reason.NO_GRANT)
         self._told = told
-        counts = {"fronted": len(self.table.services), "shadowed": 0, "refused": 0}
+        counts = {"fronted": len(self.table.services), "shadowed": 0, "refused": 0, "kept": 0}
         for entry in self._settled.entries.values():
             counts["shadowed"] += len(entry.shadowed)
-            counts["refused"] += entry.problem is not None
+            counts["refused"] += entry.problem is not None and not entry.is_kept
+            counts["kept"] += entry.is_kept
         for state, count in counts.items():
             SERVICES_DEFINED.labels(state).set(count)
         if told:
@@ -305,7 +335,7 @@ class Discovery:
                 _log.warning("consul_services_not_read", error=error)
             self._local_problem = str(error)
             return
-        self._local_problem = None
+        self._local_problem, self._is_local_heard = None, True
         # An instance without an address is where its agent is.
         host = urlsplit(self._consul.address).hostname
         assert host is not None, "or there would be no client"

@@ -209,6 +209,7 @@ class Fronting:
             for routes in self.table.services.values()
             for key, check in checks_of_service(routes).items()
         }
+        self._prober.keep_only(wanted.values())
         for place, (check, task) in list(self._checking.items()):
             if wanted.get(place) != check:
                 task.cancel()

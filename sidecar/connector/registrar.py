@@ -108,12 +108,14 @@ def plan(
     now: float,
     *,
     anew: Container[ServiceName] = (),
+    is_all: bool = True,
 ) -> Plan:
     """Return the steps that bring the local Consul agent's services to what we want.
 
     A service that is missing is registered, except one that Consul had reason to reap: it was critical for
     `deregister_after_s`, and registering it again would make it flap. That one waits until its backend passes.
-    Those `anew` are registered again though they look as they should: their checks or their token do not.
+    Those `anew` are registered again though they look as they should: their checks or their token do not. While what is
+    wanted `is_all` that we will want it is known what a predecessor left for good, and only then removed.
     """
     wanted = {instance_id(each.routes.service, registrant.connector_id): each for each in desired}
     register: list[Registration] = []
@@ -130,7 +132,7 @@ def plan(
     zombies = [
         each.instance_id
         for each in known.values()
-        if each.instance_id not in wanted and _is_ours(each, registrant.connector_id)
+        if is_all and each.instance_id not in wanted and _is_ours(each, registrant.connector_id)
     ]
     return Plan(tuple(sorted(zombies)), tuple(register), tuple(waiting))
 

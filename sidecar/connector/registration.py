@@ -45,7 +45,10 @@ _log = logger(__name__)
 
 
 class Registrar:
-    """Carries out plans. `services` gives the names of our services, `desired` one of them as it stands now."""
+    """Carries out plans. `services` gives the names of our services, `desired` one of them as it stands now.
+
+    `are_all` says whether these are all services, or only those that are known so soon after the start.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Registrar:
         registrant: Registrant,
         services: Callable[[], Collection[ServiceName]],
         desired: Callable[[ServiceName], Desired],
+        are_all: Callable[[], bool] = lambda: True,
     ) -> None:
         self.problem: str | None = None
         self.waiting: tuple[ServiceName, ...] = ()
@@ -61,6 +65,7 @@ class Registrar:
         self._registrant = registrant
         self._services = services
         self._desired = desired
+        self._are_all = are_all
         self._loop = asyncio.get_running_loop()
         self._registered: set[ServiceName] = set()
         self._generations: dict[ServiceName, int] = {}
@@ -201,12 +206,13 @@ class Registrar:
 
     async def _compare(self) -> None:
         known = await self._client.agent_services()
+        is_all = self._are_all()
         desired = {service: self._desired(service) for service in self._services()}
         generation = self._client.token_generation
         anew = {each for each in desired if self._generations.get(each) != generation}
         anew |= self._unchecked
         anew |= {each for each, want in desired.items() if _probe_ids(want.probes) != self._probes.get(each)}
-        planned = plan(desired.values(), known, self._registrant, self._loop.time(), anew=anew)
+        planned = plan(desired.values(), known, self._registrant, self._loop.time(), anew=anew, is_all=is_all)
         own = {service: instance_id(service, self._registrant.connector_id) for service in desired}
         self._registered = {service for service, own_id in own.items() if own_id in known}
         self.waiting = planned.waiting

@@ -39,6 +39,8 @@ class _File:
     definitions: tuple[Definition, ...] = ()
     seen: Stamp = None
     is_unread: bool = True
+    is_heard: bool = False
+    """Whether it could ever be read."""
     looks_bad: int = 0
     problem: str | None = None
 
@@ -57,10 +59,13 @@ class RouteFiles:
         self.own_table = sound(config.routes)
         """The configuration's own routes as they were at the start."""
         path = daemon.file if daemon.reread is not None else None
-        self._own = _File(_CONFIG, path, own, None if path is None else stamp(path), is_unread=False)
+        self._own = _File(
+            _CONFIG, path, own, None if path is None else stamp(path), is_unread=False, is_heard=True
+        )
         self._folder = None if config.routes_dir is None else Path(config.routes_dir)
         self._files: dict[str, _File] = {}
         self._folder_problem: str | None = None
+        self._is_folder_heard = self._folder is None
         if self._folder is not None and not self._folder.is_dir():
             raise ConfigError(f"connector.routes_dir: {self._folder}: expected a directory")
 
@@ -68,6 +73,12 @@ class RouteFiles:
     def definitions(self) -> tuple[Definition, ...]:
         """What all files define now."""
         return tuple(each for file in self._all() for each in file.definitions)
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """What could never be read: what it defined when we ran before is not known."""
+        files = tuple(str(file.origin) for file in self._files.values() if not file.is_heard)
+        return files if self._is_folder_heard else (*files, "routes_dir")
 
     def reload(self) -> None:
         """Look now, and take what is there at its word: SIGHUP."""
@@ -123,6 +134,7 @@ class RouteFiles:
             self._tell_folder(str(error))
             return
         self._tell_folder(None)
+        self._is_folder_heard = True
         for name in self._files.keys() - set(found):
             file = self._files[name]
             file.looks_bad += 1
@@ -153,7 +165,7 @@ class RouteFiles:
                 file.looks_bad = 0
                 self._tell(file, _legible(str(error)))
             return
-        file.looks_bad = 0
+        file.looks_bad, file.is_heard = 0, True
         self._tell(file, None)
         if found != file.definitions:
             file.definitions = found

@@ -9,7 +9,7 @@ sidecar.connector.discovery.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from sidecar.connector.routes import RouteTable, ServiceRoutes
@@ -20,6 +20,8 @@ from ztna.names import ServiceName
 
 SERVICES_MAX = 5_000
 """How many services one connector fronts, whatever they come from."""
+
+KEPT = "what it had before is in use"
 
 Kind = Literal["config", "file", "api", "consul"]
 
@@ -48,19 +50,40 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What became of a name: the definition that counts, those that do not, and why it is not fronted, if so."""
+    """What became of a name: the definition that counts, those that do not, and why it cannot be used, if so.
+
+    `used` is the place whose routes are in use, None while there are none. While it `is_awaited`, DNS has not yet said
+    for the first time where its backends are, and the problem is no more than that.
+    """
 
     definition: Definition
     shadowed: tuple[Origin, ...] = ()
     problem: str | None = None
+    is_awaited: bool = False
+    used: Origin | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is in use is what it had before, as what it has now cannot be used."""
+        return self.problem is not None and self.used is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """All names that are defined, and the routes of those that can be fronted."""
+    """All names that are defined, and the routes of those that are fronted."""
 
     entries: Mapping[ServiceName, Entry]
     table: RouteTable
+
+    def kept(self, entry: Entry) -> tuple[ServiceRoutes | None, Origin | None]:
+        """Return what a service has in use and from where, if the place that it came from still defines it."""
+        known = self.entries.get(entry.definition.service)
+        if known is None or known.used not in (entry.definition.origin, *entry.shadowed):
+            return None, None
+        return self.table.services[entry.definition.service], known.used
+
+
+NOTHING = Settled({}, RouteTable.of({}))
 
 
 def definitions(routes: Iterable[RouteConfig], origin: Origin) -> tuple[Definition, ...]:
@@ -85,32 +108,50 @@ def chosen(found: Iterable[Definition]) -> dict[ServiceName, Entry]:
 def settle(
     entries: Mapping[ServiceName, Entry],
     identity: Identity,
-    before: RouteTable,
+    before: Settled,
     check: Callable[[RouteTable], None],
 ) -> Settled:
-    """Return what can be fronted: granted by our certificate, its routes in order, and within SERVICES_MAX.
+    """Return what is fronted: granted by our certificate, its routes in order, and within SERVICES_MAX.
 
-    One that cannot be has a problem and keeps no other out. What is as it was in `before` is the very same object;
-    of what is not, `check` raises ConfigError when this host lacks what it needs.
+    One that cannot be has a problem and keeps no other out. What is as it was `before` is the very same object; of
+    what is not, `check` raises ConfigError when this host lacks what it needs, a file most often: then what was in use
+    stays in use, and the problem says so.
     """
     settled: dict[ServiceName, Entry] = {}
     services: dict[ServiceName, ServiceRoutes] = {}
     for service, entry in entries.items():
-        problem = entry.problem
+        problem, routes = entry.problem, None
         if problem is None:
             try:
                 routes = usable(entry.definition, identity)
                 if len(services) >= SERVICES_MAX:
                     raise ConfigError(f"{service}: expected at most {SERVICES_MAX} services")
-                known = before.services.get(service)
-                if known is None or known != routes:
-                    check(RouteTable.of({service: routes}))
-                    known = routes
-                services[service] = known
             except ConfigError as error:
-                problem = str(error)
-        settled[service] = Entry(entry.definition, entry.shadowed, problem)
+                problem, routes = str(error), None
+        if routes is not None and before.table.services.get(service) == routes:
+            routes = before.table.services[service]
+        elif routes is not None:
+            problem = _lacking(check, routes)
+        if problem is None and routes is not None:
+            used: Origin | None = entry.definition.origin
+        else:
+            may_keep = routes is not None or (entry.is_awaited and identity.may_serve(service))
+            may_keep &= len(services) < SERVICES_MAX
+            routes, used = before.kept(entry) if may_keep else (None, None)
+            problem = f"{problem}; {KEPT}" if routes is not None else problem
+        if routes is not None:
+            services[service] = routes
+        settled[service] = replace(entry, problem=problem, used=used)
     return Settled(settled, RouteTable.of(services))
+
+
+def _lacking(check: Callable[[RouteTable], None], routes: ServiceRoutes) -> str | None:
+    """Return what this host lacks for a service, in words."""
+    try:
+        check(RouteTable.of({routes.service: routes}))
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def usable(definition: Definition, identity: Identity) -> ServiceRoutes:

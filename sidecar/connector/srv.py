@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sidecar.connector.srv_records import backends_of
+from sidecar.connector.srv_records import NotYetKnown, backends_of
 from sidecar.link.discovery import (
     FAILURE_SECONDS_MAX,
     FAILURE_SECONDS_MIN,
@@ -69,10 +69,15 @@ class SrvNames:
             )
 
     def backends(self, name: str) -> tuple[BackendConfig, ...]:
-        """Return the backends of a name that is followed. Raises ConfigError saying why there are none."""
+        """Return the backends of a name that is followed.
+
+        Raises ConfigError saying why there are none; NotYetKnown while somebody is asked who has not answered yet.
+        """
         entry = self._names.get(name)
         if entry is None or not entry.backends:
-            raise ConfigError(f"srv://{name}: {entry.problem if entry is not None else 'not followed'}")
+            text = f"srv://{name}: {entry.problem if entry is not None else 'not followed'}"
+            is_awaited = entry is not None and entry.task is not None and entry.answered_at is None
+            raise NotYetKnown(text) if is_awaited else ConfigError(text)
         return entry.backends
 
     def status(self) -> dict[str, object]:

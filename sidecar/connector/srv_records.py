@@ -16,7 +16,11 @@ from ztna.errors import ConfigError
 from ztna.resolver import SrvRecord
 
 Known = Callable[[str], tuple[BackendConfig, ...]]
-"""Returns the backends that a name has now. Raises ConfigError saying why it has none."""
+"""Returns the backends of a name now. Raises ConfigError saying why it has none, NotYetKnown before any answer."""
+
+
+class NotYetKnown(ConfigError):
+    """DNS has not answered yet, not even that there is no such name."""
 
 
 def backends_of(records: Iterable[SrvRecord]) -> tuple[BackendConfig, ...]:

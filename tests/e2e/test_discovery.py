@@ -316,3 +316,41 @@ def test_a_record_that_is_gone_gets_no_new_flow_and_those_it_has_go_on() -> None
         until("gone from Consul", lambda: mesh.ids() == {"shell@alpha"})
         serve((1, 1, ECHO_PORT))
         until("back", lambda: "db@alpha" in mesh.ids())
+
+
+@pytest.mark.parametrize("kind", REAL_KINDS)
+def test_what_a_killed_connector_had_stays_in_consul_until_all_places_have_spoken(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    """Only then it is known what of it is a zombie, and that is removed."""
+    note_version(request, kind)
+    with lab("core") as made:
+        made.start_consul(kind)
+        records = made.directory / "records.json"
+        records.write_text(json.dumps({"shell": [(10, 1, ECHO_PORT)]}))
+        argv = ("-m", "tests.support.dns_server", str(DNS_PORT), str(records))
+        dns = made.python("dns", made.host("core"), *argv)
+        mesh = Mesh(made, srv_resolvers=(Endpoint("127.0.0.1", DNS_PORT),))
+        mesh.write("db.yaml", f"routes: [{{service: db, port: 80, backend: 'srv://shell.{ZONE}'}}]")
+        mesh.write("web.yaml", f"routes: [{{service: web-app, port: 80, backend: '127.0.0.1:{HTTP_PORT}'}}]")
+        everything = {"shell@alpha", "db@alpha", "web-app@alpha"}
+        until("all are registered", lambda: mesh.ids() == everything)
+
+        mesh.connector.kill()
+        (mesh.routes / "web.yaml").unlink()
+        dns.signal(signal.SIGSTOP)
+        rounds = len(mesh.connector.events("registered"))
+        mesh.connector.start()
+        # A comparing removes first and registers then.
+        until("it has compared", lambda: len(mesh.connector.events("registered")) > rounds)
+        assert mesh.ids() == everything
+        assert mesh.connector.status()["discovery"]["unheard"] == ["db"]
+        dns.signal(signal.SIGCONT)
+
+        def is_settled() -> bool:
+            found = mesh.ids()
+            assert {"shell@alpha", "db@alpha"} <= found, "never gone, not for a moment"
+            return found == {"shell@alpha", "db@alpha"} and made.check_states("db") == ["passing"]
+
+        until("the zombie is removed, what was waited for is not", is_settled)
+        assert [each["ids"] for each in mesh.connector.events("zombies_removed")] == ["web-app@alpha"]

@@ -11,19 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 from sidecar.connector import api_state, local_api
 from sidecar.connector import discovery as module
 from sidecar.connector.backend_tls import BackendTls
+from sidecar.connector.check_files import require
 from sidecar.connector.discovery import Discovery
 from sidecar.connector.pushes import Pushes
 from sidecar.connector.routes import RouteTable, ServiceRoutes
 from sidecar.connector.sources import Settled
 from tests.support.certificates import Pki
 from tests.support.dns_server import ZONE, DnsServer
+from ztna import sections
 from ztna.catalog import Registration
-from ztna.config import Config, ConnectorConfig, ConsulConfig, Endpoint, RelayTarget, RouteConfig
+from ztna.config import (
+    BackendTlsConfig,
+    Config,
+    ConnectorConfig,
+    ConsulConfig,
+    Endpoint,
+    RelayTarget,
+    RouteConfig,
+)
 from ztna.config import load as load_config
 from ztna.consul.client import ConsulClient
 from ztna.consul.embedded import EmbeddedConsul
@@ -34,7 +45,7 @@ from ztna.leases import Port
 from ztna.names import ConnectorId, ServiceName
 from ztna.runtime import Daemon
 from ztna.sections import Backend
-from ztna.telemetry import ROUTE_FILES_BROKEN
+from ztna.telemetry import ROUTE_FILES_BROKEN, SERVICES_DEFINED
 
 WAIT_SECONDS = 15.0
 WEB, DB, PAY = ServiceName("web"), ServiceName("db"), ServiceName("pay")
@@ -120,9 +131,7 @@ async def place(pki: Pki, folder: Path, *routes: RouteConfig, **keys: Any) -> As
         asked = ConsulConfig(address=consul.address.replace("http://127.0.0.1:", "localhost:"))
         async with ConsulClient(asked) as client, asyncio.TaskGroup() as tasks:
             daemon = Daemon("test", Config(consul=asked, connector=config), tasks)
-            discovery = Discovery(
-                daemon, Credentials.load(tls), client, check=BackendTls().check, tasks=tasks
-            )
+            discovery = Discovery(daemon, Credentials.load(tls), client, check=check_files, tasks=tasks)
             made = Place(discovery, daemon, folder / "routes.d", client)
             made.dns = dns
             discovery.apply = made.tables.append
@@ -134,6 +143,12 @@ async def place(pki: Pki, folder: Path, *routes: RouteConfig, **keys: Any) -> As
     finally:
         dns.close()
         await consul.stop()
+
+
+def check_files(table: RouteTable) -> None:
+    """Look for all files that routes name, as the daemon does."""
+    BackendTls().check(table)
+    require(table)
 
 
 def own(service: ServiceName = WEB, backend: str = "127.0.0.1") -> RouteConfig:
@@ -195,6 +210,91 @@ async def test_a_file_that_a_route_needs_may_come_later(pki: Pki, tmp_path: Path
         authorities.write_bytes(Path(pki.connector("c2", [WEB]).ca).read_bytes())
         await until("all is there", lambda: made.fronted == {"db", "web"})
         assert made.shown()["problem"] is None and not made.warning("services")
+
+
+async def test_a_route_that_worked_stays_in_use_while_its_successor_lacks_a_file(
+    pki: Pki, tmp_path: Path
+) -> None:
+    async with place(pki, tmp_path) as made:
+        authorities = tmp_path / "later.pem"
+        for number, lacking in enumerate(
+            (
+                {"backend_tls": {"ca": str(authorities)}},
+                {"checks": [{"kind": "http", "tls": True, "ca": str(authorities)}]},
+                {"checks": [{"kind": "script", "command": [str(authorities)]}]},
+            )
+        ):
+            backend = f"127.0.0.1:{9000 + number}"
+            put(made.folder / "a.yaml", route(backend=backend), route("db", 5432))
+            await until("fronted", lambda at=backend: made.backends() == [(at, 1, 0)])
+            put(made.folder / "a.yaml", route(backend="127.0.0.1:9", **lacking), route("db", 5433))
+            await until(
+                "another one", lambda: made.discovery.table.services[DB].ports == (Port("tcp", 5433),)
+            )
+            assert made.backends() == [(backend, 1, 0)], "it works as before"
+            said = made.shown()["problem"]
+            assert "later.pem" in said and said.endswith("; what it had before is in use"), said
+            assert made.shown()["fronted"] and f"web: {said}" in made.warning("services")
+            assert SERVICES_DEFINED.labels("kept")._value.get() == 1
+            assert SERVICES_DEFINED.labels("refused")._value.get() == 0
+        put(made.folder / "a.yaml", route(backend="127.0.0.1:9", backend_tls={"ca": str(authorities)}))
+        await until("told", lambda: "backend_tls" in made.shown()["problem"])
+        authorities.write_bytes(Path(pki.connector("c2", [WEB]).ca).read_bytes())
+        await until("it has come", lambda: made.backends() == [("127.0.0.1:9", 1, 0)])
+        assert made.shown()["problem"] is None and SERVICES_DEFINED.labels("kept")._value.get() == 0
+
+
+async def test_a_route_that_is_led_to_dns_works_as_before_until_that_has_answered(
+    pki: Pki, tmp_path: Path
+) -> None:
+    async with place(pki, tmp_path) as made:
+        put(made.folder / "a.yaml", route())
+        await until("fronted", lambda: made.fronted == {"web"})
+        made.dns.silent = True
+        put(made.folder / "a.yaml", route(backend=NAMED))
+        await until("told", lambda: made.shown()["problem"])
+        assert made.backends() == [("127.0.0.1:8080", 1, 0)]
+        made.dns.backends["named"] = [(10, 5, 1000)]
+        made.dns.silent = False
+        await until("answered", lambda: made.backends() == [("127.0.0.1:1000", 5, 10)])
+        assert made.shown()["problem"] is None
+
+
+async def test_what_every_place_defines_is_known_after_its_first_word(pki: Pki, tmp_path: Path) -> None:
+    (tmp_path / "routes.d").mkdir()
+    (tmp_path / "routes.d" / "broken.yaml").write_text("[")
+    lacking = own(DB, backend="127.0.0.1")
+    lacking = msgspec.structs.replace(lacking, backend_tls=BackendTlsConfig(ca=str(tmp_path / "ca.pem")))
+    put(tmp_path / "routes.d" / "db.yaml", sections.plain(lacking, secrets=True))
+    async with place(pki, tmp_path, own(backend=NAMED), consul_services=True) as made:
+        made.dns.silent = True
+
+        def unheard() -> object:
+            return made.discovery.status()["unheard"]
+
+        await until("Consul has said", lambda: unheard() == ["broken.yaml", "web", "db"])
+        assert not made.discovery.has_heard_all
+        (made.folder / "broken.yaml").unlink()
+        await until("gone is a word, too", lambda: unheard() == ["web", "db"])
+        (tmp_path / "ca.pem").write_bytes(Path(pki.connector("c2", [WEB]).ca).read_bytes())
+        await until("the file has come", lambda: unheard() == ["web"])
+        assert not made.discovery.has_heard_all
+        made.dns.silent = False
+        await until("no such name is a word, too", lambda: made.discovery.has_heard_all)
+        (made.folder / "later.yaml").write_text("[")
+        made.discovery.reload()
+        await until("told", lambda: made.warning("routes later.yaml"))
+        assert made.discovery.has_heard_all and unheard() == [], "that was the start"
+
+
+async def test_the_first_word_is_not_waited_for_for_ever(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_WORD_SECONDS", 0.2)
+    async with place(pki, tmp_path, own(backend=NAMED)) as made:
+        made.dns.silent = True
+        await until("given up", lambda: made.discovery.has_heard_all)
+        assert made.fronted == set()
 
 
 async def test_what_is_no_file_holds_up_no_other(pki: Pki, tmp_path: Path) -> None:

@@ -132,4 +132,5 @@ def test_removes_only_its_own_zombies() -> None:
     for other in others:
         services |= other
     assert plan([], services, ME, 0.0).deregister == ("old@c1",)
+    assert plan([], services, ME, 0.0, is_all=False).deregister == (), "it may be wanted in a moment"
     assert own_ids(services | known(), ME.connector_id) == ("old@c1", "web@c1")
