@@ -84,7 +84,10 @@ def _consul() -> Callable[[int], Sequence[str]]:
     binary = peers_folder() / f"consul-{NEWEST}"
     if not binary.exists():
         raise CannotMeasure("no Consul: run `make peers`")
-    return lambda port: dev_consul_argv(str(binary), NEWEST, port, free_port(), free_port())
+    # In dev mode it logs a line of each service at each check's report, gigabytes of them in a minute, which leaves it
+    # no time for the reports. And one host may hold 200 connections to it: here all agents are on one.
+    settings = ("-log-level=warn", "-hcl", "limits { http_max_conns_per_client = 2000 }")
+    return lambda port: [*dev_consul_argv(str(binary), NEWEST, port, free_port(), free_port()), *settings]
 
 
 def _measured(mesh: BenchMesh) -> list[Daemon]:
