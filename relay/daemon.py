@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar, assert_never
 
@@ -146,7 +147,7 @@ class Relay:
         self.config = config
         self._advertised = advertised(config)
         self._doorkeeper = Doorkeeper()
-        self._sessions = Sessions(rules(config), os.urandom)
+        self._sessions = Sessions(rules(config), os.urandom, version("ztna-mesh"))
         self.reports = Reports(AuditLog(Path(config.audit_log)) if config.audit_log else None)
         self._peers: dict[ConnectionKey, Peer] = {}
         self._legs = v1_peers.Legs(self._sessions, self._peers)

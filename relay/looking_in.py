@@ -60,6 +60,7 @@ def connections(relay: Relay) -> list[dict[str, object]]:
             "peer": peer.identity.name,
             "address": "{}:{}".format(*relay.peers[key].connection.peer_address),
             "transport": "tls" if isinstance(relay.peers[key].connection, TlsConnection) else "quic",
+            "version": peer.software or None,
             "connector_id": peer.connector_id,
             "services": sorted(peer.services),
             "sessions": len(peer.sessions),

@@ -94,7 +94,10 @@ class ControlPeer:
         """Take bytes of the control stream, the only one there is."""
         if stream_id != CONTROL_STREAM:
             raise ProtocolError(f"stream {stream_id}: only the control stream 0 is used")
-        for message in self._frames.feed(data):
+        messages = self._frames.feed(data)
+        if unknown := self._frames.take_unknown_fields():
+            dropped(WHERE, "unknown_field", unknown)
+        for message in messages:
             self.message_received(message)
         if end and self.connection.is_open:
             self.connection.close(quic.CLOSE_OK, "control stream ended")

@@ -56,9 +56,10 @@ BY_RELAY, BY_OPERATOR = "relay", "operator"
 class Sessions:
     """All connections, registrations and sessions of one relay."""
 
-    def __init__(self, rules: Rules, random: Callable[[int], bytes]) -> None:
-        """`random(n)` returns n unpredictable bytes."""
+    def __init__(self, rules: Rules, random: Callable[[int], bytes], software: str = "") -> None:
+        """`random(n)` returns n unpredictable bytes; `software` is the release to name to peers."""
         self._rules, self._random = rules, random
+        self._greeting = control.Hello(software=software)
         self._table = policy.EMPTY_TABLE
         self._known_fresh: frozenset[str] = frozenset()
         self._draining = False
@@ -257,14 +258,15 @@ class Sessions:
             raise ProtocolError(f"{_type(message)}: expected hello first, and once")
         if message.version != control.PROTOCOL_VERSION:
             raise ProtocolError(f"hello: version {message.version}, expected {control.PROTOCOL_VERSION}")
-        peer.features = message.features & control.FEATURES
-        out.append(Send(peer.key, control.Hello()))
+        peer.features, peer.software = message.features & control.FEATURES, message.software
+        out.append(Send(peer.key, self._greeting))
         if "health" in peer.features:
             self._news.listen(peer.key, peer.identity, self._known_services())
 
     def _register(self, peer: Peer, message: control.Register, now: float, out: list[Command]) -> None:
         if peer.connector_id not in (None, message.connector_id):
             raise ProtocolError("register: a connection has one connector id")
+        peer.software = message.software or peer.software
         self._withdraw(peer, message.withdrawn, now, out)
         accepted: set[ServiceName] = set()
         paced = peer.pace.allows(Kind.REGISTER, now, len(message.services))

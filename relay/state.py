@@ -28,6 +28,8 @@ class Peer:
     """The forwarder's address as this peer reaches it, None for one that only speaks to the relay (`ztna-v1`)."""
     features: frozenset[str] | None = None
     """None before its `hello`."""
+    software: str = ""
+    """Its release, as it says; empty for one that does not."""
     connector_id: ConnectorId | None = None
     link_address: Address | None = None
     services: set[ServiceName] = field(default_factory=set)

@@ -142,7 +142,10 @@ class TlsConnection:
             size = self._tls.read_into(_SCRATCH)
             if size:
                 self.heard_at = time.monotonic()
-                for message in self._reader.feed_tls(_SCRATCH[:size]):
+                messages = self._reader.feed_tls(_SCRATCH[:size])
+                if unknown := self._reader.take_unknown_fields():
+                    dropped(self._where, "unknown_field", unknown)
+                for message in messages:
                     self._take(message)
         except ProtocolError as error:
             refused(self._where, Reason.MALFORMED)

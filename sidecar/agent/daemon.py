@@ -257,6 +257,7 @@ class Agent:
                     "state": self._broker.sessions.relays.state(label),
                     "preferred": self._broker.sessions.relays.preferred == label,
                     "transport": client.transport,
+                    "version": client.software or None,
                     "rtt_ms": _milliseconds(client.rtt_s),
                     "problem": client.problem,
                 }

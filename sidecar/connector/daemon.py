@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from importlib.metadata import version
 
 from sidecar.connector import check_files, local_api
 from sidecar.connector.backend_tls import BackendTls
@@ -143,6 +144,7 @@ class _Connector:
             accept=self._use_credentials,
         )
         self._link_address: Address | None = None
+        self._software = version("ztna-mesh")
         self._registrar: Registrar | None = None
         self._delegation: Delegation | None = None
 
@@ -263,7 +265,9 @@ class _Connector:
         for start in range(0, max(len(services), len(gone)), SERVICES_PER_REGISTER):
             part = slice(start, start + SERVICES_PER_REGISTER)
             offerings = tuple(Offering(each.service, each.ports) for each in services[part])
-            client.send(Register(self._config.id, offerings, self._link_address, tuple(gone[part])))
+            client.send(
+                Register(self._config.id, offerings, self._link_address, tuple(gone[part]), self._software)
+            )
 
     def _health_changed(self, service: ServiceName) -> None:
         if self._registrar is not None:
@@ -418,6 +422,7 @@ class _Connector:
                     "address": str(relay.target.address),
                     "connected": relay.connected,
                     "transport": relay.transport,
+                    "version": relay.software or None,
                     "problem": relay.problem,
                     "refused": self._refusals.get(self._relays.label(relay), {}),
                 }

@@ -135,6 +135,11 @@ class RelayClient:
         """What the connection goes over, None while there is none."""
         return self._control.transport if self._control is not None else None
 
+    @property
+    def software(self) -> str:
+        """The relay's release, empty while not connected or when it does not say."""
+        return "" if self._control is None else self._control.software
+
     def dial_at(self, forwarder: Address) -> SockAddr:
         """Return where to dial in for TCP flows: at the one port that is known to be open, while UDP is blocked."""
         if self._control is not None and self.transport is Transport.TLS:

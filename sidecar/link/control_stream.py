@@ -6,6 +6,7 @@ The handler that ztna.quic and ztna.tls_control call; what a message means is it
 from __future__ import annotations
 
 import asyncio
+from importlib.metadata import version
 from typing import Protocol
 
 from sidecar.link.transports import Transport
@@ -69,6 +70,8 @@ class Control:
         self._connection = connection
         self._reader = FrameReader()
         self._types: frozenset[str] = frozenset()
+        self.software = ""
+        """The relay's release, as it says."""
 
     def greet(self) -> None:
         """Say our hello, on the first stream a client opens."""
@@ -76,7 +79,7 @@ class Control:
             stream_id = self._connection.open_stream()
             if stream_id != _CONTROL_STREAM:
                 raise LinkError(f"the control stream has id {stream_id}, expected {_CONTROL_STREAM}")
-        self._connection.send_stream(_CONTROL_STREAM, encode(Hello()))
+        self._connection.send_stream(_CONTROL_STREAM, encode(Hello(software=version("ztna-mesh"))))
 
     def send(self, message: AnyMessage) -> bool:
         """Send a message; False when the relay's features lack its type, or it takes nothing more."""
@@ -116,7 +119,10 @@ class Control:
         """Take bytes of the control stream. Raises ProtocolError for any other."""
         if stream_id != _CONTROL_STREAM:
             raise ProtocolError(f"data on stream {stream_id}; the control stream is {_CONTROL_STREAM}")
-        for message in self._reader.feed(data):
+        messages = self._reader.feed(data)
+        if unknown := self._reader.take_unknown_fields():
+            dropped(WHERE, "unknown_field", unknown)
+        for message in messages:
             self.message_received(message)
         if end:
             raise ProtocolError("the control stream ended")
@@ -144,5 +150,6 @@ class Control:
         if message.version != PROTOCOL_VERSION:
             raise ProtocolError(f"control version {message.version}, expected {PROTOCOL_VERSION}")
         self._types = message.features & FEATURES
+        self.software = message.software
         self.greeted.set_result(None)
         self._owner.greeted(self)

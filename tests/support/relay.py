@@ -45,7 +45,7 @@ class Peer:
         """Connect and exchange hellos."""
         self.connection = await self._dialling.client.connect(WAIT_SECONDS)
         self.say(hello or control.Hello())
-        await self.expect(control.Hello)
+        self.hello = await self.expect(control.Hello)
         return self
 
     @property

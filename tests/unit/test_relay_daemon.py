@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -372,11 +373,24 @@ async def test_another_stream_than_the_control_stream_is_a_protocol_error(mesh: 
     assert (await agent.expect_close())[0] == 0x02
 
 
-async def test_unknown_messages_and_datagrams_are_ignored(mesh: RunningRelay) -> None:
+async def test_what_is_unknown_is_ignored_and_counted(mesh: RunningRelay) -> None:
     agent = await mesh.agent()
+    before = {why: drops(why) for why in ("unknown_message", "unknown_field")}
     agent.say_bytes(b'\0\0\0\x11{"type":"future"}')
+    future = b'{"type":"open","request":7,"service":"nobody-has-it","since":1}'
+    agent.say_bytes(len(future).to_bytes(4) + future)
+    await agent.expect(control.Denied, request=7)
     agent.connection.send_datagram(b"hello")
     await agent.nothing_of(control.Closed)
+    assert {why: drops(why) - count for why, count in before.items()} == dict.fromkeys(before, 1)
+
+
+async def test_releases_are_told_and_shown(mesh: RunningRelay) -> None:
+    agent = Peer(mesh.address, mesh.pki.credentials(mesh.pki.agent()))
+    await agent.connect(control.Hello(software="0.0.9"))
+    assert agent.hello.software == version("ztna-mesh")
+    assert [each["version"] for each in looking_in.connections(mesh.relay)] == ["0.0.9"]
+    agent.close()
 
 
 async def test_a_type_outside_the_common_features_is_not_sent(mesh: RunningRelay) -> None:

@@ -48,9 +48,9 @@ T = TypeVar("T")
 class World:
     """Sessions with a clock, and what each connection was sent."""
 
-    def __init__(self, rules: Rules = RULES) -> None:
+    def __init__(self, rules: Rules = RULES, software: str = "") -> None:
         numbers = itertools.count(1)
-        self.sessions = Sessions(rules, lambda n: next(numbers).to_bytes(n))
+        self.sessions = Sessions(rules, lambda n: next(numbers).to_bytes(n), software)
         self.now = 100.0
         self.requests = itertools.count(1)
         self.inbox: dict[int, list[control.AnyMessage]] = {}
@@ -174,6 +174,18 @@ def test_hello_comes_first_and_once() -> None:
     assert world.take(ALICE, control.Hello).version == 2
     with pytest.raises(ProtocolError):
         world.say(ALICE, control.Hello())
+
+
+def test_releases_are_told_both_ways() -> None:
+    world = World(software="0.2.0")
+    world.join(ALICE, hello=False, agent=["web"])
+    world.say(ALICE, control.Hello(software="0.1.0"))
+    assert world.take(ALICE, control.Hello).software == "0.2.0"
+    world.join(X, connector=["web"], id_name="con-x")
+    assert [each.software for each in world.sessions.peers.values()] == ["0.1.0", ""]
+    for said in ("0.3.0", ""):
+        world.say(X, control.Register(ConnectorId("con-x"), (), software=said))
+        assert world.sessions.peers[X].software == "0.3.0"
 
 
 def test_what_only_a_relay_sends_is_a_protocol_error(world: World) -> None:

@@ -85,6 +85,17 @@ async def test_pings_are_answered_and_shown(mesh: RunningRelay) -> None:
     await until(lambda: not mesh.relay.door.connections)
 
 
+async def test_fields_that_are_unknown_are_counted(mesh: RunningRelay) -> None:
+    unknown = DROPS.labels("relay_tls", "unknown_field")._value
+    before = unknown.get()
+    agent = await peer(mesh)
+    future = b'{"type":"open","request":7,"service":"not-granted","since":1}'
+    agent.say_bytes(len(future).to_bytes(4) + future)
+    assert (await agent.expect(control.Denied)).request == 7
+    assert unknown.get() == before + 1
+    agent.close()
+
+
 async def test_who_says_nothing_has_gone(mesh: RunningRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls_control, "SILENCE_SECONDS", 0.3)
     agent = await peer(mesh)

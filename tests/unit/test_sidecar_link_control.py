@@ -26,7 +26,7 @@ from ztna.jsontypes import Binary, Secret
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.quic import Connection
 from ztna.reasons import Reason
-from ztna.telemetry import REFUSALS
+from ztna.telemetry import DROPS, REFUSALS
 from ztna.wire.control import (
     Accepted,
     Address,
@@ -226,15 +226,28 @@ async def test_sends_only_common_features(pki: Pki) -> None:
             await peer.heard(Closed)
 
 
-async def test_ignores_unknown_messages(pki: Pki) -> None:
+async def test_ignores_and_counts_what_is_unknown(pki: Pki) -> None:
+    counts = [DROPS.labels("relay_client", why)._value for why in ("unknown_message", "unknown_field")]
+    before = [each.get() for each in counts]
     async with fake_relay(pki) as relay, running(pki, relay.target) as owner:
         peer = await relay.peer()
         await owner.next()
-        body = b'{"type": "from_the_future"}'
-        peer.say_bytes(struct.pack(">I", len(body)) + body)
         message = Health(ServiceName("web"), "critical")
-        peer.say(message)
+        new = b'{"type": "health", "service": "web", "state": "critical", "since": 1, "by": "check"}'
+        for body in (b'{"type": "from_the_future"}', new):
+            peer.say_bytes(struct.pack(">I", len(body)) + body)
         assert await owner.next() == ("message", message)
+    assert [each.get() - count for each, count in zip(counts, before, strict=True)] == [1, 2]
+
+
+async def test_knows_the_release_of_a_relay_that_tells(pki: Pki) -> None:
+    async with fake_relay(pki) as relay:
+        relay.hello = Hello(software="0.2.0")
+        async with running(pki, relay.target) as owner:
+            assert owner.client.software == ""
+            await relay.peer()
+            await owner.next()
+            assert owner.client.software == "0.2.0"
 
 
 @pytest.mark.parametrize("says", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x02{}"])

@@ -162,8 +162,37 @@ def test_without_a_forwarder_no_probe_key_is_needed() -> None:
         assert FrameReader().feed(encode(message)) == [message]
 
 
-def test_unknown_fields_are_ignored() -> None:
-    assert FrameReader().feed(frame({"type": "dial", "session": SESSION, "new": [1]})) == [Dial(SESSION)]
+def test_unknown_fields_are_ignored_and_counted() -> None:
+    reader = FrameReader()
+    assert reader.feed(frame({"type": "dial", "session": SESSION, "new": [1]})) == [Dial(SESSION)]
+    assert (reader.take_unknown_fields(), reader.take_unknown_fields()) == (1, 0)
+
+
+def test_unknown_fields_are_counted_wherever_they_lie() -> None:
+    offering = {"name": "web", "ports": [{"protocol": "tcp", "port": 80, "since": 1}], "weight": {"of": 2}}
+    address = {"ip": "192.0.2.7", "port": 1, "zone": "b"}
+    register = {"type": "register", "connector_id": "con-1", "services": [offering], "link_address": address}
+    reader = FrameReader()
+    for feed in (reader.feed, reader.feed_tls):
+        (message,) = feed(frame(register))
+        assert isinstance(message, Register)
+        assert reader.take_unknown_fields() == 3
+
+
+def test_a_field_that_is_called_otherwise_here_is_known() -> None:
+    reader = FrameReader()
+    reader.feed(frame({"type": "conflict", "cidr": "10.0.0.0/8", "with": "10.1.0.0/16"}))
+    reader.feed(frame({"type": "next_year", "new": 1}))
+    assert reader.take_unknown_fields() == 0
+
+
+def test_a_release_is_told_in_few_words() -> None:
+    for kind, fields in (("hello", {}), ("register", {"connector_id": "con-1", "services": []})):
+        (message,) = FrameReader().feed(frame({"type": kind, "software": "0.2.0", **fields}))
+        assert isinstance(message, Hello | Register)
+        assert message.software == "0.2.0"
+        with pytest.raises(ProtocolError, match="software"):
+            FrameReader().feed(frame({"type": kind, "software": "0" * 65, **fields}))
 
 
 def test_unknown_types_are_told_apart_and_cut() -> None:

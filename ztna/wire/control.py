@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from ipaddress import IPv4Address, ip_address
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -41,6 +41,7 @@ FEATURES = frozenset(
 )  # fmt: skip
 
 UNKNOWN_TYPE_CHARACTERS = 64
+SOFTWARE_CHARACTERS_MAX = 64
 PHRASE_CHARACTERS_MAX = 256
 DNS_HEADER_BYTES = 12
 DNS_QUERY_BYTES_MAX = 1024
@@ -48,9 +49,12 @@ DNS_RESPONSE_BYTES_MAX = 45_000
 """What fits a frame as base64url."""
 
 _LENGTH = struct.Struct(">I")
+_TAG = "type"
 
 Counter = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Software = Annotated[str, msgspec.Meta(max_length=SOFTWARE_CHARACTERS_MAX)]
+"""A release (`0.1.0`), empty from one that does not say: shown to operators, and nothing is decided by it."""
 
 
 class Address(msgspec.Struct, frozen=True, order=True):
@@ -109,7 +113,7 @@ class ForwarderBind(msgspec.Struct, frozen=True):
         _expect_secret("bind_secret", self.bind_secret)
 
 
-class Message(msgspec.Struct, frozen=True, tag_field="type"):
+class Message(msgspec.Struct, frozen=True, tag_field=_TAG):
     """The root of all messages; the tag is the class name in snake case."""
 
 
@@ -122,6 +126,7 @@ class Hello(Message, frozen=True, tag=_snake):
 
     version: int = PROTOCOL_VERSION
     features: frozenset[str] = FEATURES
+    software: Software = ""
 
 
 class Register(Message, frozen=True, tag=_snake):
@@ -131,6 +136,7 @@ class Register(Message, frozen=True, tag=_snake):
     services: tuple[Offering, ...]
     link_address: Address | None = None
     withdrawn: tuple[ServiceName, ...] = ()
+    software: Software = ""
 
 
 class Registered(Message, frozen=True, tag=_snake):
@@ -363,6 +369,9 @@ class UnknownMessage(msgspec.Struct, frozen=True):
     type: str
 
 
+Read = TypeVar("Read", bound=AnyMessage | LifeMessage | UnknownMessage)
+
+
 def encode(message: AnyMessage | LifeMessage) -> bytes:
     """Return the message as one whole frame. Raises ProtocolError when it is over MESSAGE_BYTES_MAX."""
     body = to_json(message)
@@ -376,6 +385,7 @@ class FrameReader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._unknown_fields = 0
 
     def feed(self, data: bytes | memoryview) -> list[AnyMessage | UnknownMessage]:
         """Return the messages that these bytes complete, in order.
@@ -384,12 +394,22 @@ class FrameReader:
         for a body that is no message. Unknown fields are ignored, unknown types are UnknownMessage.
         """
         self._buffer += data
-        return [_decode(body) for body in self._bodies()]
+        return [self._counted(_decode(body), body) for body in self._bodies()]
 
     def feed_tls(self, data: bytes | memoryview) -> list[AnyMessage | LifeMessage | UnknownMessage]:
         """Return the messages that these bytes of a TLS connection complete, as `feed`."""
         self._buffer += data
-        return [_decode_tls(body) for body in self._bodies()]
+        return [self._counted(_decode_tls(body), body) for body in self._bodies()]
+
+    def take_unknown_fields(self) -> int:
+        """Return how many fields that we do not have came in messages that we do have, since the last call."""
+        count, self._unknown_fields = self._unknown_fields, 0
+        return count
+
+    def _counted(self, message: Read, body: bytes) -> Read:
+        if not isinstance(message, UnknownMessage):
+            self._unknown_fields += _unknown_fields(message, msgspec.json.decode(body))
+        return message
 
     def _bodies(self) -> Iterator[bytes]:
         start = 0
@@ -403,6 +423,19 @@ class FrameReader:
             yield bytes(self._buffer[start + _LENGTH.size : end])
             start = end
         del self._buffer[:start]
+
+
+def _unknown_fields(value: object, raw: object) -> int:
+    """Count the fields of a value's JSON that its type does not have, whatever they lie in."""
+    if isinstance(value, msgspec.Struct) and isinstance(raw, dict):
+        own = dict(zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True))
+        fields = ((own.get(key), each) for key, each in raw.items() if key != _TAG)
+        return sum(
+            1 if name is None else _unknown_fields(getattr(value, name), each) for name, each in fields
+        )
+    if isinstance(value, tuple) and isinstance(raw, list):
+        return sum(map(_unknown_fields, value, raw))
+    return 0
 
 
 class _Typed(msgspec.Struct, frozen=True):
