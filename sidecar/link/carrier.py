@@ -7,7 +7,6 @@ sidecar.link.stream's.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from ipaddress import ip_address
 from typing import Protocol
@@ -108,7 +107,7 @@ class FrameStream:
         self._tls = tls
         self._reader = FrameReader()
         # The first may be half written: TLS wants the same bytes again. True marks the DATA frame of the flow.
-        self._unsent: deque[tuple[memoryview, bool]] = deque()
+        self._unsent: list[tuple[memoryview, bool]] = []
         self._is_finishing = False
         self._end_reason = Reason.CLOSED_BY_PEER
         self._on_frame = on_frame
@@ -240,7 +239,7 @@ class FrameStream:
             if written < len(rest):
                 unsent[0] = (rest[written:], is_piece)
                 return
-            unsent.popleft()
+            unsent.pop(0)
             if is_piece and self.flow is not None:
                 self.flow.piece_written()
         if self._is_finishing:
