@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support import messages
@@ -20,6 +21,7 @@ from ztna.wire import control, datagram, forwarder, stream
 from ztna.wire.control import Address, AnyMessage, Binary, ForwarderBind, LeaseRef, PeerIdentity, Secret
 
 thorough = settings(max_examples=2000, deadline=None)
+usual = settings(max_examples=300, deadline=None)
 
 ips = st.one_of(
     st.integers(0, 2**32 - 1).map(lambda n: str(IPv4Address(n))),
@@ -43,7 +45,7 @@ counters = st.integers(0, 2**63 - 1)
 published = st.builds(Port, st.sampled_from(["tcp", "udp", "icmp"]), st.integers(1, 65535))
 
 control_messages: st.SearchStrategy[AnyMessage] = st.one_of(
-    st.builds(control.Hello, st.integers(0, 99), st.frozensets(texts, max_size=5)),
+    st.builds(control.Hello, st.integers(0, 99), st.frozensets(texts, max_size=5), texts),
     st.builds(
         control.Register,
         connectors,
@@ -126,16 +128,30 @@ forwarder_packets: st.SearchStrategy[forwarder.ForwarderPacket] = st.one_of(
 
 flows = st.binary(min_size=16, max_size=16).map(bytes.hex)
 windows = st.integers(stream.WINDOW_BYTES_MIN, stream.WINDOW_BYTES_MAX)
+opens = st.builds(stream.OpenFrame, sessions, flows, services, leases, addresses, addresses, windows)
+resumes = st.builds(stream.ResumeFrame, sessions, flows, st.integers(1, 2**31 - 1), counters, windows)
 stream_frames: st.SearchStrategy[stream.Frame] = st.one_of(
-    st.builds(stream.OpenFrame, sessions, flows, services, leases, addresses, addresses, windows),
+    opens,
     st.builds(stream.OpenedFrame, st.sampled_from(stream.OpenStatus), windows),
     st.builds(stream.Data, st.binary(max_size=300)),
     st.builds(stream.Fin),
     st.builds(stream.ResetFrame, st.integers(0, 255)),
     st.builds(stream.Ack, st.integers(0, 2**64 - 1)),
-    st.builds(stream.ResumeFrame, sessions, flows, st.integers(1, 2**31 - 1), counters, windows),
+    resumes,
     st.builds(stream.ResumedFrame, st.integers(0, 2**64 - 1), windows),
 )
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.text(st.characters(codec="ascii"), max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+of_the_next_release = st.dictionaries(st.from_regex(r"new_[a-z]{1,8}", fullmatch=True), anything, max_size=3)
 
 
 @thorough
@@ -160,6 +176,34 @@ def test_control_messages_are_read_as_they_were_written_in_any_pieces(
     whole = b"".join(map(control.encode, values))
     reader = control.FrameReader()
     assert [value for piece in pieces(whole, data) for value in reader.feed(piece)] == values
+
+
+@usual
+@given(control_messages, of_the_next_release)
+def test_unknown_fields_change_no_control_message_and_are_counted(
+    message: AnyMessage, new: dict[str, object]
+) -> None:
+    body = json.dumps(json.loads(control.encode(message)[4:]) | new).encode()
+    reader = control.FrameReader()
+    assert reader.feed(len(body).to_bytes(4) + body) == [message]
+    assert reader.take_unknown_fields() == len(new)
+
+
+@usual
+@given(st.text(st.characters(exclude_categories=("Cs",))), of_the_next_release)
+def test_unknown_types_of_control_messages_end_nothing(kind: str, new: dict[str, object]) -> None:
+    assume(kind not in control.FEATURES | {"hello"})
+    body = json.dumps({"type": kind, **new}).encode()
+    (message,) = control.FrameReader().feed(len(body).to_bytes(4) + body)
+    assert isinstance(message, control.UnknownMessage)
+
+
+@usual
+@given(st.one_of(opens, resumes), of_the_next_release)
+def test_unknown_fields_change_no_stream_frame(frame: stream.Frame, new: dict[str, object]) -> None:
+    head, body = stream.encode(frame)[:1], stream.encode(frame)[4:]
+    more = json.dumps(json.loads(body) | new).encode()
+    assert stream.FrameReader().feed(head + len(more).to_bytes(3) + more) == [frame]
 
 
 @thorough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 from ztna.catalog import KvPair
@@ -57,6 +58,12 @@ def test_what_did_not_change_is_not_read_again() -> None:
     assert same.leases[WEB] is before.leases[WEB]
     newer = read_table(pairs(*good(), index=6), before)
     assert newer.leases[WEB].index == 6
+
+
+def test_fields_of_the_next_release_are_ignored() -> None:
+    newer = [(key, json.dumps(json.loads(to_json(value)) | {"since": 1}).encode()) for key, value in good()]
+    table = read_table(pairs(*newer))
+    assert (table.leases, table.unreadable) == (read_table(pairs(*good())).leases, {})
 
 
 def test_unreadable_records_are_told_and_left_out() -> None:
