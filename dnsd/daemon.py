@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from dnsd import local
+from dnsd import local, seen
 from dnsd.answer import Options
 from dnsd.cookies import SECRET_BYTES
 from dnsd.feed import Setup
@@ -140,6 +140,8 @@ class _Dnsd:
         daemon.status_sources["keeper"] = self._keeper_status
         daemon.status_sources["secondaries"] = secondaries.status
         daemon.status_sources["pool"] = self._pool_status
+        daemon.status_sources["names"] = lambda: seen.names(self._zone)
+        daemon.status_sources["leases"] = lambda: seen.leases(self._keeping.table, time.time())
         daemon.on_reload.append(self._reload)
 
     async def run(self) -> None:

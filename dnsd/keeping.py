@@ -96,6 +96,8 @@ class Keeping:
         """Why this one could not be elected, or had to stop, the last time; None while it works."""
         self.pool: PoolUse | None = None
         """How full the pool is; None while somebody else is the keeper."""
+        self.table = Table()
+        """Who has which address, as of the last plan; empty while somebody else is the keeper."""
         catalog.subscribe(self._see_catalog)
 
     def follow(self, leases: KvWatch) -> None:
@@ -111,8 +113,9 @@ class Keeping:
         self.rules = rules
         self.work.set()
 
-    def hear(self, decided: Plan) -> None:
-        """Remember and pass on what a plan said that was carried out."""
+    def hear(self, decided: Plan, table: Table) -> None:
+        """Remember and pass on what a plan said that was carried out, and the table that it led to."""
+        self.table = table
         self.epoch_floor = decided.epoch_floor
         self.pool = decided.pool
         self._report(decided.problems)
@@ -159,7 +162,7 @@ class Keeping:
             finally:
                 KEEPER.set(0)
                 self._report(())
-                self.pool = None
+                self.pool, self.table = None, Table()
                 await self._step_down()
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -284,7 +287,7 @@ class _TableKeeper:
                     decided = self._plan()
                 await self._carry_out(decided.changes)
                 self.has_succeeded = True
-                keeping.hear(decided)
+                keeping.hear(decided, self._table)
                 await self._pause(decided, reread_at)
 
     async def _pause(self, decided: Plan, reread_at: float) -> None:

@@ -21,11 +21,16 @@ import msgspec
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from ztna import admin_page, telemetry
+from ztna import telemetry
 from ztna.config import Endpoint
 from ztna.errors import ZtnaError
 from ztna.jsontypes import Secret, encode_hook
 from ztna.listening import bind_error, unix_socket
+from ztna.pages import seen, views
+from ztna.pages.document import HEADERS
+from ztna.pages.live import Json, Page
+from ztna.pages.mesh import mesh_of
+from ztna.pages.parts import View
 
 if TYPE_CHECKING:
     from ztna.runtime import Daemon
@@ -44,13 +49,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @asynccontextmanager
 async def serving(daemon: Daemon, admin: Endpoint, socket_path: str | None) -> AsyncIterator[None]:
     """Serve for as long as the context lasts. Raises ZtnaError for an address or path that cannot be had."""
-    app = web.Application(middlewares=[_guard])
+    app = web.Application(middlewares=[guard])
     pages = _Pages(daemon)
-    app.router.add_get("/", pages.page)
+    Page(pages.read, shown).add_to(app)
     app.router.add_get("/metrics", pages.metrics)
     app.router.add_get("/healthz", pages.healthz)
     app.router.add_get("/readyz", pages.readyz)
     app.router.add_get("/status", pages.status)
+    app.router.add_get("/mesh", pages.mesh)
     app.router.add_post("/{action}/{subject}", pages.act)
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
     with ExitStack() as made:
@@ -81,14 +87,16 @@ def _is_unix(request: web.Request) -> bool:
 
 
 @web.middleware
-async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse who is elsewhere, or was led here by a name; nothing but the unix socket takes actions."""
     if not _is_unix(request):
         if request.method not in ("GET", "HEAD"):
             return _said("only the admin socket takes actions", 403)
         if request.path not in _OPEN_PATHS and not (_is_loopback(request.remote) and _names_address(request)):
             return _said("this is for http://127.0.0.1 of the host itself, or the admin socket", 403)
     response = await handler(request)
-    response.headers.update(admin_page.HEADERS)
+    if not response.prepared:
+        response.headers.update(HEADERS)
     return response
 
 
@@ -127,10 +135,13 @@ class _Pages:
     async def status(self, request: web.Request) -> web.Response:
         return _json(self._state(), 200)
 
-    async def page(self, request: web.Request) -> web.Response:
-        state = msgspec.json.decode(msgspec.json.encode(self._state(), enc_hook=_shown))
-        text = admin_page.page(self._daemon.name, state)
-        return web.Response(text=text, content_type="text/html", charset="utf-8")
+    async def mesh(self, request: web.Request) -> web.Response:
+        return _json(mesh_of([seen.read(await self.read())]), 200)
+
+    async def read(self) -> Json:
+        """Return the state as JSON has it."""
+        state: Json = msgspec.json.decode(msgspec.json.encode(self._state(), enc_hook=_shown))
+        return state
 
     async def act(self, request: web.Request) -> web.Response:
         name, subject = request.match_info["action"], request.match_info["subject"]
@@ -165,8 +176,14 @@ class _Pages:
             "uptime_s": round(time.monotonic() - daemon.started_at, 1),
             "tasks_running": len(asyncio.all_tasks()),
             "readiness": daemon.readiness.report(),
+            "counted": telemetry.counted(),
         }
         return own | {name: source() for name, source in daemon.status_sources.items()}
+
+
+def shown(state: Json, earlier: Json | None) -> View:
+    """Return the page of a daemon's state."""
+    return views.view(seen.read(state), None if earlier is None else seen.read(earlier))
 
 
 def _said(text: str, status: int) -> web.Response:

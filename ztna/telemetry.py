@@ -187,6 +187,20 @@ def dropped(where: str, why: str, count: int = 1) -> None:
     DROPS.labels(where, why).inc(count)
 
 
+def counted() -> dict[str, dict[str, int]]:
+    """Return what was refused and dropped since the start, `{"refused": {"where reason": count}, ...}`."""
+    return {"refused": _counts(REFUSALS), "dropped": _counts(DROPS)}
+
+
+def _counts(counter: Counter) -> dict[str, int]:
+    return {
+        " ".join(sample.labels.values()): int(sample.value)
+        for family in counter.collect()
+        for sample in family.samples
+        if sample.name.endswith("_total") and sample.value
+    }
+
+
 class Logger:
     """Writes one event with its fields; the event is a snake_case name, never a sentence."""
 

@@ -91,6 +91,7 @@ class Mesh:
         self.link_port = choose("connector link", 4435)
         for name, preferred in (("relay", 9431), ("dnsd", 9432), ("connector", 9433), ("agent", 9434)):
             self.admin[name] = choose(f"{name} admin", preferred)
+        self.page_port = choose("mesh page", 9430)
         self.backend_ports = {service: choose(f"sample backend {service}", 0) for service in SERVICES}
 
     @property

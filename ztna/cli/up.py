@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ztna.cli import mesh_page
 from ztna.cli.check import ZONE, Step, as_objects, check
 from ztna.cli.mesh import DATABASE, ECHO, VIRTUAL_PORTS, WEB, Mesh, MeshOptions
 from ztna.config import ConsulConfig
@@ -151,7 +152,8 @@ async def _body(mesh: Mesh, console: Console, check_only: bool, as_json: bool) -
     async with ConsulClient(ConsulConfig(address=mesh.consul_address)) as client:
         if check_only:
             return await _check(mesh, client, console, as_json)
-        await _view(mesh, client, console)
+        async with mesh_page.serving(mesh):
+            await _view(mesh, client, console)
         return 0
 
 
@@ -256,6 +258,8 @@ def commands(mesh: Mesh, rows: list[dict[str, object]]) -> list[str]:
     address = {str(row["service"]): row["address"] for row in rows}
     dig = f"dig @127.0.0.1 -p {mesh.dns_port}"
     return [
+        "",
+        f"Look, in a browser: http://127.0.0.1:{mesh.page_port}/",
         "",
         "Try, from another terminal:",
         f"  {dig} {WEB}.{ZONE}",
