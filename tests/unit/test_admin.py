@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 
-from ztna import admin
+from ztna import admin, telemetry
 from ztna.admin import serving
 from ztna.config import Config, Endpoint
 from ztna.errors import ConfigError, Refused, ZtnaError
@@ -22,9 +23,9 @@ FREE = Endpoint("127.0.0.1", 0)
 
 
 @asynccontextmanager
-async def running(path: Path | None) -> AsyncIterator[tuple[Daemon, str]]:
+async def running(path: Path | None, name: str = "ztna-test") -> AsyncIterator[tuple[Daemon, str]]:
     async with asyncio.TaskGroup() as tasks:
-        daemon = Daemon("ztna-test", Config(), tasks)
+        daemon = Daemon(name, Config(), tasks)
         daemon.status_sources["things"] = lambda: [{"name": "<b>thing</b>"}]
         daemon.actions["close-session"] = lambda subject: subject == "there"
         async with serving(daemon, FREE, str(path) if path else None):
@@ -37,16 +38,44 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def test_the_page_shows_the_sections_and_forbids_everything_else(client: aiohttp.ClientSession) -> None:
-    async with running(None) as (_, url), client.get(f"{url}/") as answer:
-        text = await answer.text()
-        assert answer.status == 200 and answer.content_type == "text/html"
-        assert "<h2>things</h2>" in text and "&lt;b&gt;thing" in text and "<h2>readiness</h2>" in text
-        assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+async def test_the_page_shows_the_state_and_forbids_everything_else(client: aiohttp.ClientSession) -> None:
+    async with running(None) as (daemon, url):
+        daemon.readiness.awaiting("catalog", "<i>no leader</i>")
+        async with client.get(f"{url}/") as answer:
+            text = await answer.text()
+            assert answer.status == 200 and answer.content_type == "text/html"
+            assert "ztna-test</h1>" in text and "Waits for catalog: &lt;i&gt;no leader" in text
+            assert "&lt;b&gt;thing" in text and "<b>" not in text and "<i>" not in text
+            assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", ["/", "/status"])
+async def test_the_names_that_peers_choose_are_text_on_the_page_and_in_its_events(
+    client: aiohttp.ClientSession,
+) -> None:
+    evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    async with running(None, "ztna-relay") as (daemon, url):
+        session = {"session": "1", "service": evil, "agent": evil, "connector_id": evil}
+        daemon.status_sources["sessions"] = lambda: [session]
+        async with client.get(f"{url}/") as answer:
+            text = await answer.text()
+            assert "<img" not in text and text.count("<script") == 1 and "&lt;img src=x" in text
+        async with client.get(f"{url}/events") as answer, asyncio.timeout(10):
+            while not (line := await answer.content.readline()).startswith(b"data:"):
+                pass
+            cell = ["td", {"role": "cell", "data-label": "Service"}, evil]
+            assert cell in msgspec.json.decode(line[5:])["sessions"][3][2][4][2]
+        async with client.get(f"{url}/mesh") as answer:
+            assert (await answer.json())["edges"][-1]["services"] == [evil]
+
+
+async def test_what_was_refused_is_in_the_status(client: aiohttp.ClientSession) -> None:
+    telemetry.refused("test.admin", Reason.NO_GRANT)
+    async with running(None) as (_, url), client.get(f"{url}/status") as answer:
+        assert (await answer.json())["counted"]["refused"]["test.admin no_grant"] >= 1
+
+
+@pytest.mark.parametrize("path", ["/", "/status", "/events", "/mesh", "/page.js"])
 async def test_a_name_that_leads_here_shows_nothing(client: aiohttp.ClientSession, path: str) -> None:
     async with running(None) as (_, url):
         for host, status in (("evil.example", 403), ("localhost:1", 200), ("127.0.0.1", 200)):
@@ -59,7 +88,8 @@ async def test_others_than_this_host_see_no_more_than_metrics_and_health(
 ) -> None:
     monkeypatch.setattr(admin, "_is_loopback", lambda remote: False)
     async with running(None) as (_, url):
-        for path, status in (("/", 403), ("/status", 403), ("/metrics", 200), ("/healthz", 200)):
+        hidden = dict.fromkeys(("/", "/status", "/events", "/mesh"), 403)
+        for path, status in (hidden | {"/metrics": 200, "/healthz": 200}).items():
             async with client.get(url + path) as answer:
                 assert answer.status == status, path
 

@@ -24,6 +24,8 @@ LISTENERS_MAX = 16
 """Open event streams of one daemon: each is a browser's page."""
 TICK_SECONDS = 1.0
 """What has changed is told no more often than this."""
+FRESH_PART = 0.9
+"""Of a tick: a state that is younger is what every other listener gets too."""
 HEARTBEAT_SECONDS = 15.0
 """How long a stream says nothing at most, so that both ends notice when the other has gone."""
 SLOW_SECONDS = 10.0
@@ -123,7 +125,7 @@ class Page:
     async def _refresh(self) -> None:
         """Read the state and make the sections anew, unless that was done just now for another listener."""
         async with self._reading:
-            if time.monotonic() - self._read_at < TICK_SECONDS / 2:
+            if time.monotonic() - self._read_at < FRESH_PART * TICK_SECONDS:
                 return
             state = await self._read()
             view = self._show(state, self._state or None)

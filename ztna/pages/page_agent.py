@@ -44,11 +44,11 @@ def view(seen: Agent) -> View:
     held = facts({f"Not listened at {at}": why for at, why in own.held_ports.items()})
     carriers = ", ".join(f"to {connector} {way}" for connector, way in own.streams.routes.items())
     told = f"{plural(own.streams.carriers, 'stream carrier')}{': ' + carriers if carriers else ''}"
-    name = seen.certificate.name if seen.certificate else ""
+    title = f"Agent {peer_name(seen.certificate.name)}" if seen.certificate else "Agent"
     return View(
-        f"Agent {peer_name(name)}",
+        title,
         {
-            "head": head(seen, f"Agent {peer_name(name)}", tiles, f"mode {own.mode}", f"pool {own.pool}"),
+            "head": head(seen, title, tiles, f"mode {own.mode}", f"pool {own.pool}"),
             "picture": section("picture", "What this agent reaches", picture(mesh)),
             "services": section("services", "Services", _services(seen), held),
             "links": section("links", "Links: UDP and ICMP", _links(seen)),

@@ -129,8 +129,8 @@ def _boxes(mesh: Mesh, kind: str) -> list[Box]:
     nodes = [node for node in mesh.nodes if node.kind == kind]
     if kind == "backend":
         # Beside the service that it is behind, so that lines do not cross.
-        order = [id_ for service in mesh.services for id_ in service.backends]
-        nodes.sort(key=lambda node: order.index(node.id) if node.id in order else len(order))
+        order = {id_: at for at, service in enumerate(mesh.services) for id_ in service.backends}
+        nodes.sort(key=lambda node: order.get(node.id, len(order)))
     return [_node_box(node) for node in nodes]
 
 

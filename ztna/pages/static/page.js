@@ -10,12 +10,12 @@ const TAGS = new Set(["a", "caption", "code", "dd", "details", "div", "dl", "dt"
 const ATTRIBUTES = new Set(["aria-hidden", "aria-label", "aria-labelledby", "class", "cx", "cy", "d", "data-label",
   "height", "high", "href", "id", "low", "max", "min", "optimum", "r", "role", "rx", "scope", "tabindex", "value",
   "viewBox", "width", "x", "y"]);
-const LINKS = ["http://127.0.0.1:", "/", "#"];
+const LINK = /^http:\/\/127\.0\.0\.1:\d+\/$/;
 const SVG = "http://www.w3.org/2000/svg";
 const HTML = "http://www.w3.org/1999/xhtml";
 
 function isAllowed(name, value) {
-  return ATTRIBUTES.has(name) && (name !== "href" || LINKS.some((link) => value.startsWith(link)));
+  return ATTRIBUTES.has(name) && (name !== "href" || LINK.test(value));
 }
 
 function built(node, parent) {
