@@ -38,6 +38,7 @@ SECURITY = ROOT / "docs/security.md"
 V1 = ROOT / "docs/v1.md"
 HERE = "tests/e2e/test_docs.py"
 RUN_BY = {
+    "docs/backup.md": "tests/e2e/test_backup.py",
     "docs/certificates.md": HERE,
     "docs/discovery.md": HERE,
     "docs/hosts.md": HERE,

@@ -59,8 +59,8 @@ META = (
     (META_VIRTUAL_IP, "the virtual address it asks for (`virtual_ip` of a route)"),
     (META_WILDCARD, "`true`: every name under the service's leads to it (`wildcard` of a route)"),
 )
-INTRODUCTION = """Consul is the only shared state. [Consul](../consul.md) says what becomes of it and why. The relay is
-not here: it has no token and never talks to Consul."""
+INTRODUCTION = """Consul is the only shared state. [Consul](../consul.md) says what becomes of it and why,
+[backup](../backup.md) how to keep it. The relay is not here: it has no token and never talks to Consul."""
 
 
 def page() -> str:
