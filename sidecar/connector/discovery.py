@@ -85,6 +85,7 @@ class Discovery:
         self._files = RouteFiles(daemon, config, self._settle)
         check(self._files.own_table)
         self._state = None if config.api_state is None else Path(config.api_state)
+        self._changing_api = asyncio.Lock()
         self._api = {} if self._state is None else api_state.read(self._state)
         self._local: tuple[Definition, ...] = ()
         self._local_problem: str | None = None
@@ -154,23 +155,30 @@ class Discovery:
 
     # The local API
 
-    def put(self, service: ServiceName, routes: tuple[RouteConfig, ...]) -> None:
-        """Add or change a service. Raises ConfigError, Refused or StateError, and then nothing has changed."""
+    async def put(self, service: ServiceName, routes: tuple[RouteConfig, ...]) -> None:
+        """Add or change a service, and return when that would outlive a crash.
+
+        Raises ConfigError, Refused or StateError, and then nothing has changed.
+        """
         table, definition = sound(routes), Definition(service, api_state.ORIGIN, routes)
-        if not self._identity.may_serve(service):
-            raise Refused(Reason.NO_GRANT, lacks_grant(service))
-        if service not in self._api and len(self._api) >= API_SERVICES_MAX:
-            raise Refused(Reason.LIMIT_REACHED, f"expected at most {API_SERVICES_MAX} services from the API")
-        self._check(table)
-        self._keep({**self._api, service: definition})
+        async with self._changing_api:
+            if not self._identity.may_serve(service):
+                raise Refused(Reason.NO_GRANT, lacks_grant(service))
+            if service not in self._api and len(self._api) >= API_SERVICES_MAX:
+                raise Refused(
+                    Reason.LIMIT_REACHED, f"expected at most {API_SERVICES_MAX} services from the API"
+                )
+            self._check(table)
+            await self._keep({**self._api, service: definition})
         _log.info("service_put", service=service, routes=len(routes))
 
-    def remove(self, service: ServiceName) -> None:
+    async def remove(self, service: ServiceName) -> None:
         """Remove a service that came by the API. Raises Refused, NotFromHere or StateError."""
-        if service not in self._api:
-            where = self._entry(service).definition.origin
-            raise NotFromHere(f"{service} comes from {where}: remove it there")
-        self._keep({name: each for name, each in self._api.items() if name != service})
+        async with self._changing_api:
+            if service not in self._api:
+                where = self._entry(service).definition.origin
+                raise NotFromHere(f"{service} comes from {where}: remove it there")
+            await self._keep({name: each for name, each in self._api.items() if name != service})
         _log.info("service_removed", service=service)
 
     def require_ttl(self, service: ServiceName) -> None:
@@ -235,9 +243,10 @@ class Discovery:
             raise Refused(Reason.NO_SUCH_SERVICE, f"{service} is defined nowhere")
         return entry
 
-    def _keep(self, services: dict[ServiceName, Definition]) -> None:
+    async def _keep(self, services: dict[ServiceName, Definition]) -> None:
+        """Write, then take into use. A disk may take its time: not in the loop; one at a time, as they came."""
         assert self._state is not None  # or there would be no API
-        api_state.write(self._state, services)
+        await asyncio.to_thread(api_state.write, self._state, services)
         self._api = services
         self._settle()
 

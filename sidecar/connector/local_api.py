@@ -101,12 +101,12 @@ class _Api:
 
     async def put(self, request: web.Request) -> web.Response:
         service = _name(request)
-        self._discovery.put(service, _routes(service, await request.read()))
+        await self._discovery.put(service, _routes(service, await request.read()))
         return _json(self._discovery.shown_one(service))
 
     async def delete(self, request: web.Request) -> web.Response:
         service = _name(request)
-        self._discovery.remove(service)
+        await self._discovery.remove(service)
         return _json({"removed": service})
 
     async def check(self, request: web.Request) -> web.Response:

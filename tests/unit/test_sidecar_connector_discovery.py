@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -655,6 +656,34 @@ async def test_there_is_a_bound(pki: Pki, tmp_path: Path, monkeypatch: pytest.Mo
         assert (await local.put())[0] == 200, "the same one again is no other one"
         status, said = await local.put("db")
         assert (status, said["reason"]) == (429, "limit_reached")
+
+
+async def test_a_slow_disk_holds_up_nothing_else_and_changes_keep_their_order(
+    pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_sync, syncing = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        syncing.set()
+        assert may_sync.wait(WAIT_SECONDS)
+        fsync(descriptor)
+
+    async with api(pki, tmp_path) as local, asyncio.TaskGroup() as tasks:
+        monkeypatch.setattr(api_state.os, "fsync", slow)
+        first = tasks.create_task(local.put("web", without_service(backend="127.0.0.1:1")))
+        await until("it waits for the disk", syncing.is_set)
+        second = tasks.create_task(local.put("web", without_service(backend="127.0.0.1:2")))
+        third = tasks.create_task(local.put("db"))
+        status, every = await local.ask("GET", "/v1/services")
+        assert (status, every["services"]) == (200, []), "the loop runs, and nothing counts that is not kept"
+        assert not first.done() and not local.state.exists()
+        may_sync.set()
+        for each in (first, second, third):
+            assert (await each)[0] == 200
+        assert local.made.backends() == [("127.0.0.1:2", 1, 0)] and local.made.fronted == {"db", "web"}
+        kept = api_state.read(local.state)
+        assert kept.keys() == {"web", "db"} and kept[WEB].routes[0].backend == Backend("127.0.0.1", 2)
 
 
 async def test_a_state_file_grows_no_larger_than_is_read(
