@@ -152,6 +152,15 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
         def read() -> Config:
             return configuration.load(file, os.environ, dict(_pairs(settings, log_level)), section)
 
+        def reread() -> Config:
+            if not is_kept:
+                raise ConfigError(
+                    f"{file}: no file but a pipe or device, whose text is gone once it was read; to have changes "
+                    "taken while it runs, start with --config and a file"
+                )
+            return read()
+
+        is_kept = file is None or file.is_file()
         try:
             config = read()
             own = getattr(config, section)
@@ -170,7 +179,7 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
                 config=config,
                 admin=own.admin,
                 admin_socket=admin_socket,
-                reread=read,
+                reread=reread,
                 file=file,
             )
         )

@@ -76,6 +76,8 @@ async def act(daemon, word):
         def bad():
             raise LinkError("unreadable certificate")
         daemon.on_reload.insert(0, bad)
+    elif word == "rereading":
+        daemon.on_reload.insert(0, daemon.reread)
     elif word == "leave":
         daemon.tasks.create_task(asyncio.Event().wait())
         daemon.stopping.set()
@@ -205,6 +207,23 @@ def test_a_reload_is_told_to_all_and_a_bad_one_is_survived(start: Start) -> None
     assert [line.get("error") for line in log if line["event"] == "reload_failed"] == [
         "unreadable certificate"
     ]
+
+
+def test_a_configuration_out_of_a_pipe_is_kept_and_why_is_said(start: Start, tmp_path: Path) -> None:
+    """As with `--config <(...)`: to open it again would wait for somebody to write, with the whole daemon."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    process = start("--config", str(pipe))
+    pipe.write_text("dnsd: {ttl_s: 7}")
+    process.started().tell("rereading")
+    assert process.line() == "did rereading"
+    process.child.send_signal(signal.SIGHUP)
+    assert process.line() == "reloaded", "the others are told all the same"
+    assert process.get("/healthz")[0] == 200
+    process.child.send_signal(signal.SIGTERM)
+    code, log = process.ended()
+    (said,) = [line["error"] for line in log if line["event"] == "reload_failed"]
+    assert code == 0 and said.startswith(f"{pipe}: no file but a pipe or device, whose text is gone")
 
 
 def test_a_port_that_is_taken_is_named(start: Start) -> None:
