@@ -145,6 +145,12 @@ SERVICES_DEFINED = Gauge(
     ("state",),
     registry=REGISTRY,
 )
+CONSUL_REFUSED = Gauge(
+    "ztna_consul_refused",
+    "Instances that Consul does not let a connector register, report or remove.",
+    ("what",),
+    registry=REGISTRY,
+)
 ROUTE_FILES_BROKEN = Gauge(
     "ztna_route_files_broken",
     "Files of routes whose newest content cannot be used, and what they had before is.",

@@ -307,9 +307,10 @@ class _Connector:
         if registrar is None:
             return
         if registrar.complete.is_set():
-            readiness.show("consul", registrar.problem)
+            # It serves as before: whoever takes it out of use for that would lose more than is lost.
+            readiness.show("consul", registrar.trouble)
         else:
-            readiness.awaiting("consul", registrar.lacking)
+            readiness.awaiting("consul", registrar.trouble or "services are not yet registered")
 
     # Relays
 
@@ -415,7 +416,7 @@ class _Connector:
             "link_address": self._link_address,
             "services": {service: self._service_status(service) for service in self._fronting.table.services},
             "flow_log": self._flow_log.status(),
-            "consul": {"problem": self._registrar.problem if self._registrar is not None else None},
+            "consul": self._registrar.status() if self._registrar is not None else {"problem": None},
             "relays": [
                 {
                     "name": relay.target.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Container, Iterable
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from ztna.catalog import CheckDefinition, ProbeDefinition, Registration
 from ztna.consul.client import ConsulClient
 from ztna.errors import ConsulError, ConsulUnavailable
 from ztna.names import ServiceName
-from ztna.telemetry import logger
+from ztna.telemetry import CONSUL_REFUSED, logger
 from ztna.watching import wait
 
 CALLS_AT_ONCE = 16
@@ -36,6 +36,7 @@ RECONCILE_SECONDS = 5.0
 RECONCILE_SECONDS_MIN = 0.25
 BACKOFF_SECONDS = 1.0
 LEAVE_SECONDS = 5.0
+REMEDY = "give the connector's token that rule (docs/policies/connector.hcl): it is tried again by itself"
 LEAVING = "its connector is stopping"
 """Why a service is in maintenance, for who looks at Consul."""
 
@@ -78,6 +79,8 @@ class Registrar:
         self._noted_generation = -1
         self._note = ""
         self._refused: dict[ServiceName, str] = {}
+        self._unreported: dict[ServiceName, str] = {}
+        """Services whose check Consul does not let us report, and why."""
         self._kept: dict[str, str] = {}
         """Instances that Consul does not let us remove, and why."""
         self._urgent: dict[ServiceName, None] = {}
@@ -94,14 +97,29 @@ class Registrar:
         return self._refused.get(service)
 
     @property
-    def lacking(self) -> str:
-        """Why not everything is registered, for people."""
+    def trouble(self) -> str | None:
+        """What is wrong between Consul and us, and what to do, for people; None when nothing is."""
         if self.problem is not None:
             return self.problem
-        for service, why in self._refused.items():
-            more = f" (and {len(self._refused) - 1} more)" if len(self._refused) > 1 else ""
-            return f"{service}: {why}{more}"
-        return "services are not yet registered"
+        for what, refused in self._refusals().items():
+            for name, why in refused.items():
+                more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+                return f"Consul does not let us {what} {name}: {why}{more}; {REMEDY}"
+        return None
+
+    def status(self) -> dict[str, object]:
+        """Return what /status shows."""
+        return {
+            "problem": self.problem,
+            "refused": {each: dict(why) for each, why in self._refusals().items()},
+        }
+
+    def _refusals(self) -> dict[str, Mapping[ServiceName, str] | Mapping[str, str]]:
+        return {"register": self._refused, "report": self._unreported, "remove": self._kept}
+
+    def _count_refusals(self) -> None:
+        for what, refused in self._refusals().items():
+            CONSUL_REFUSED.labels(what).set(len(refused))
 
     def verdict_changed(self, service: ServiceName) -> None:
         """Report the service's check at once, and see whether it should be registered now."""
@@ -198,6 +216,7 @@ class Registrar:
                 continue
             try:
                 await _each(self._report_check, batch)
+                self._count_refusals()
                 self._succeeded()
             except ConsulError as error:
                 self._urgent.update(dict.fromkeys(batch))
@@ -224,11 +243,13 @@ class Registrar:
             _log.info("zombies_removed", ids=" ".join(removed))
         if planned.register:
             _log.info("registered", services=len(planned.register))
+        self._count_refusals()
         if len(self._registered) == len(desired):
             self.complete.set()
 
     def _forget_all_but(self, desired: Container[ServiceName]) -> None:
         self._refused = {service: why for service, why in self._refused.items() if service in desired}
+        self._unreported = {service: why for service, why in self._unreported.items() if service in desired}
         self._generations = {
             service: each for service, each in self._generations.items() if service in desired
         }
@@ -290,12 +311,28 @@ class Registrar:
         desired = self._desired(service)
         own_check = check_id(service, self._registrant.connector_id)
         output = desired.output[:OUTPUT_CHARACTERS]
-        if not await self._client.update_check(own_check, desired.ttl_verdict, output):
+        try:
+            is_known = await self._client.update_check(own_check, desired.ttl_verdict, output)
+        except ConsulUnavailable:
+            raise
+        except ConsulError as error:
+            # One service that we may not report must not keep the others from being reported.
+            self._not_reported(service, error)
+            return
+        self._unreported.pop(service, None)
+        if not is_known:
             # Reaped, or Consul has forgotten everything, or the check alone: find out what is there.
             self._registered.discard(service)
             self._unchecked.add(service)
             self._reconcile.set()
         elif self._generations.get(service) != self._client.token_generation:
+            self._reconcile.set()
+
+    def _not_reported(self, service: ServiceName, error: ConsulError) -> None:
+        if not self._unreported:
+            _log.error("report_refused", service=service, error=error)
+        self._unreported[service] = str(error)
+        if self._generations.get(service) != self._client.token_generation:
             self._reconcile.set()
 
     def _succeeded(self) -> None:

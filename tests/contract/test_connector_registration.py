@@ -12,7 +12,7 @@ from typing import TypeVar
 from sidecar.connector.health import Verdict
 from sidecar.connector.leasebook import LeaseBook
 from sidecar.connector.registrar import Desired, Registrant
-from sidecar.connector.registration import Registrar
+from sidecar.connector.registration import CALLS_AT_ONCE, Registrar
 from sidecar.connector.routes import RouteTable
 from tests.support.consul import ConsulUnderTest
 from ztna.catalog import Instance, Registration, TaggedAddress
@@ -265,7 +265,7 @@ async def test_survives_a_consul_that_stops(own_consul: ConsulUnderTest, unique:
             async with asyncio.timeout(WAIT_SECONDS):
                 while connector.registrar.problem is None:
                     await asyncio.sleep(0.02)
-            assert connector.registrar.lacking == connector.registrar.problem
+            assert connector.registrar.trouble == connector.registrar.problem is not None
             await asyncio.to_thread(own_consul.start)
 
             async def back() -> list[str]:
@@ -297,7 +297,7 @@ async def test_one_service_that_consul_refuses_keeps_no_other_out(
             assert refusal is not None and db in refusal
             assert connector.registrar.is_registered(ServiceName(web))
             assert not connector.registrar.is_registered(ServiceName(db))
-            assert connector.registrar.lacking == f"{db}: {refusal}"
+            assert f"does not let us register {db}: {refusal}; give the" in str(connector.registrar.trouble)
             assert not connector.registrar.complete.is_set()
         await connector.registrar.leave()
         assert await client.agent_services() == {}
@@ -323,10 +323,57 @@ async def test_an_instance_that_may_not_be_removed_keeps_no_other_out_or_in(
                     await connector.registrar.complete.wait()
                 assert set(await client.agent_services()) == {f"{web}@c6", f"{old}@c6"}
                 assert connector.registrar.problem is None
+                assert f"does not let us remove {old}@c6: " in str(connector.registrar.trouble)
             await connector.registrar.leave()
             assert set(await client.agent_services()) == {f"{old}@c6"}
         await predecessor.registrar.leave()
         assert await manager.agent_services() == {}
+
+
+async def test_services_that_a_later_token_may_not_report_keep_no_other_out_and_are_told(
+    acl_consul: ConsulUnderTest, unique: str, tmp_path: Path
+) -> None:
+    web, others = f"web-{unique}", [f"a{number}-{unique}" for number in range(CALLS_AT_ONCE + 1)]
+    narrow, wide, file = tmp_path / "web.hcl", tmp_path / "all.hcl", tmp_path / "token"
+    reads = 'service_prefix "" { policy = "read" }\nnode_prefix "" { policy = "read" }\n'
+    narrow.write_text(f'service "{web}" {{ policy = "write" }}\n{reads}')
+    wide.write_text(f'service_prefix "" {{ policy = "write" }}\n{reads}')
+    file.write_text(acl_consul.token_for(wide))
+    config = ConsulConfig(address=acl_consul.address, token_file=str(file))
+    async with ConsulClient(config) as client:
+        connector = Connector(client, "c13", *others, web)
+        connector.verdicts = dict.fromkeys(connector.verdicts, "passing")
+        registrar = connector.registrar
+
+        async def status() -> list[str]:
+            return status_of(await client.service_instances(web))
+
+        async def trouble() -> str | None:
+            return registrar.trouble
+
+        async with running(connector):
+            async with asyncio.timeout(WAIT_SECONDS):
+                await registrar.complete.wait()
+            await until(status, lambda found: found == ["passing"])
+            assert registrar.trouble is None
+            file.write_text(acl_consul.token_for(narrow))
+            for each in others:
+                connector.turn(each, "critical")
+            told = await until(trouble, lambda found: "does not let us" in str(found))
+            assert 'policy = "write"' in str(told) and "more); give the connector's token that rule" in str(
+                told
+            )
+            for verdict in ("critical", "passing", "warning"):
+                connector.turn(web, verdict)
+                await until(status, lambda found, verdict=verdict: found == [verdict])
+            assert registrar.problem is None and registrar.is_registered(ServiceName(web))
+            file.write_text(acl_consul.token_for(wide))
+            await until(trouble, lambda found: found is None)
+            assert registrar.status() == {
+                "problem": None,
+                "refused": {"register": {}, "report": {}, "remove": {}},
+            }
+        await registrar.leave()
 
 
 async def test_leaving_a_consul_that_is_away_does_not_hang(own_consul: ConsulUnderTest, unique: str) -> None:

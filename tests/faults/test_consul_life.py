@@ -125,11 +125,14 @@ def test_revoked_tokens_are_said_and_new_ones_in_their_files_taken_up(made: Lab)
         said = until(f"{role} says it", lambda role=role: mesh.warning(role), BACK_SECONDS + 25)
         assert "ACL not found" in said and f"write a valid one to {file}" in said
     assert mesh.is_served(), "who has a session goes on"
+    until("what is wrong is named", lambda: "ACL not found" in str(mesh.warning("connector", "consul")))
+    assert mesh.daemons["connector"].get("/readyz")[0] == 200, "and nobody takes it out of use for that"
 
     for role, file in files.items():
         rewrite(file, made.token_for(rules[role]))
     for role in ROLES:
         until(f"{role} is well", lambda role=role: mesh.warning(role) is None, BACK_SECONDS)
+    until("nothing is wrong", lambda: mesh.warning("connector", "consul") is None, BACK_SECONDS)
     mesh.flips()
 
 
