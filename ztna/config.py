@@ -23,6 +23,7 @@ from ztna.routes_config import BackendTlsConfig as BackendTlsConfig
 from ztna.routes_config import CheckConfig as CheckConfig
 from ztna.routes_config import RouteConfig as RouteConfig
 from ztna.routes_config import RoutesFile as RoutesFile
+from ztna.routes_config import shown_in_consul as shown_in_consul
 from ztna.sections import Count, Seconds, Section, Server, about
 from ztna.sections import Endpoint as Endpoint
 from ztna.wire.control import Address

@@ -5,6 +5,8 @@ Part of ztna.config. What does not go together is sidecar.connector.routes' to f
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from ipaddress import IPv4Address
 from typing import Annotated, Literal
 
@@ -20,6 +22,10 @@ TCP_IDLE_SECONDS = 7_440.0
 """RFC 5382, REQ-5: an established connection lives for at least two hours and four minutes."""
 
 
+SECRET_HEADER = re.compile(r"auth|cookie|token|secret|key|passw|credential", re.IGNORECASE)
+"""Names of headers whose values are worth to be kept: Authorization, Cookie, X-Api-Key and their like."""
+
+
 class CheckConfig(Section, frozen=True, kw_only=True):
     """How a backend's health is found out. Texts to send and to expect may be `hex:00ff...`."""
 
@@ -33,7 +39,8 @@ class CheckConfig(Section, frozen=True, kw_only=True):
     runner: Annotated[
         Literal["sidecar", "consul"],
         about(
-            "Who asks: sidecar, the connector itself, or consul, its agent, where it can (docs/consul.md)."
+            "Who asks: sidecar, the connector itself, or consul, its agent, where it can (docs/consul.md): headers, "
+            "paths and commands can then be read in Consul."
         ),
     ] = "sidecar"
     port: Annotated[
@@ -202,3 +209,26 @@ class RoutesFile(Section, frozen=True, kw_only=True):
     """A file of connector.routes_dir, and what the local API takes."""
 
     routes: Annotated[tuple[RouteConfig, ...], about("The services it fronts.")] = ()
+
+
+def shown_in_consul(routes: Iterable[RouteConfig]) -> dict[ServiceName, str]:
+    """Return the services whose checks of `runner: consul` put secrets into Consul, and what of them, in words.
+
+    Consul keeps a check's definition where whoever may read the service, or its node, reads it too.
+    """
+    found: dict[ServiceName, str] = {}
+    for route in routes:
+        checks = [*route.checks, *(check for each in route.backends for check in each.checks or ())]
+        names = {
+            name
+            for check in checks
+            if check.runner == "consul"
+            for name in (header.partition(":")[0].strip() for header in check.headers)
+            if SECRET_HEADER.search(name)
+        }
+        if names:
+            found[route.service] = (
+                f"{route.service}: checks.headers: {', '.join(sorted(names))} can be read in Consul by whoever may "
+                "read the service there, as Consul runs the check; use runner: sidecar to keep it here"
+            )
+    return found

@@ -7,7 +7,7 @@ everything is settled anew (sidecar.connector.sources), and what can be fronted 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from sidecar.connector.sources import NOTHING, Definition, Entry, Settled, chose
 from sidecar.connector.srv import SrvNames
 from sidecar.connector.srv_records import NotYetKnown, names_of, resolved, sound
 from ztna import sections
-from ztna.config import ConnectorConfig, RouteConfig
+from ztna.config import ConnectorConfig, RouteConfig, shown_in_consul
 from ztna.consul.client import ConsulClient
 from ztna.credentials import Credentials
 from ztna.errors import ConfigError, ConsulError, Refused, ZtnaError
@@ -96,6 +96,7 @@ class Discovery:
         self._srv = SrvNames(_resolver(config), config.srv_keep_s, tasks, self._settle)
         self._settled = NOTHING
         self._told: dict[ServiceName, str] = {}
+        self._shown_in_consul: dict[ServiceName, str] = {}
         for each in self._files.definitions:
             if not self._identity.may_serve(each.service):
                 raise ConfigError(f"connector.routes: {lacks_grant(each.service)}")
@@ -309,6 +310,7 @@ class Discovery:
                 if self._settled.entries[service].problem and not self._identity.may_serve(service):
                     refused(_WHERE, Reason.NO_GRANT)
         self._told = told
+        self._tell_shown_in_consul()
         counts = {"fronted": len(self.table.services), "shadowed": 0, "refused": 0, "kept": 0}
         for entry in self._settled.entries.values():
             counts["shadowed"] += len(entry.shadowed)
@@ -316,12 +318,17 @@ class Discovery:
             counts["kept"] += entry.is_kept
         for state, count in counts.items():
             SERVICES_DEFINED.labels(state).set(count)
-        if told:
-            shown = [f"{service}: {text}" for service, text in list(told.items())[:TOLD_MAX]]
-            more = len(told) - len(shown)
-            self._daemon.readiness.warn("services", "; ".join(shown) + (f"; and {more} more" if more else ""))
-        else:
-            self._daemon.readiness.unwarn("services")
+        in_short = _in_short(f"{service}: {text}" for service, text in told.items())
+        self._daemon.readiness.show("services", in_short)
+
+    def _tell_shown_in_consul(self) -> None:
+        """Warn of secrets that go into Consul with the checks that it is to run, once each."""
+        routes = (route for entry in self._settled.entries.values() for route in entry.definition.routes)
+        before, self._shown_in_consul = self._shown_in_consul, shown_in_consul(routes)
+        for service, text in self._shown_in_consul.items():
+            if before.get(service) != text:
+                _log.warning("secret_shown_in_consul", service=service, detail=text)
+        self._daemon.readiness.show("secrets_in_consul", _in_short(self._shown_in_consul.values()))
 
     # The local Consul agent
 
@@ -349,6 +356,13 @@ class Discovery:
         host = urlsplit(self._consul.address).hostname
         assert host is not None, "or there would be no client"
         self._local = local_definitions(known, health, host, self._identity.may_serve)
+
+
+def _in_short(texts: Iterable[str]) -> str | None:
+    """Return some of them as one line, None when there is none."""
+    every = list(texts)
+    more = len(every) - TOLD_MAX
+    return "; ".join(every[:TOLD_MAX]) + (f"; and {more} more" if more > 0 else "") if every else None
 
 
 def _conflict(entry: Entry) -> str:

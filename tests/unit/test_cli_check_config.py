@@ -39,6 +39,7 @@ def test_a_good_one_is_fine(tmp_path: Path, pki: Pki) -> None:
         "ok": True,
         "file": str(file),
         "sections": ["relay", "agent"],
+        "warnings": [],
     }
     assert "sessions_per_identity" in run(file, "--show").output
 
@@ -71,3 +72,38 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     done = run(file)
     assert done.exit_code == 2 and "relay.nmae" in done.output
     assert json.loads(run(file, "--json").output)["ok"] is False
+
+
+CHECKED = """
+connector:
+  id: c1
+  tls: {{certificate: c, key: k, ca: a}}
+  routes:
+    - service: web
+      port: 80
+      backend: 127.0.0.1:8080
+      checks:
+        - {{kind: http, runner: {runner}, headers: ["{header}: hunter2", "Host: web.internal"]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("runner", "header", "warns"),
+    [
+        ("consul", "Authorization", True),
+        ("consul", "x-api-key", True),
+        ("consul", "Accept", False),
+        ("sidecar", "Authorization", False),
+    ],
+)
+def test_secrets_that_go_into_consul_are_a_warning(
+    tmp_path: Path, runner: str, header: str, warns: bool
+) -> None:
+    file = tmp_path / "connector.yaml"
+    file.write_text(CHECKED.format(runner=runner, header=header))
+    done = run(file, "--no-files")
+    said = f"{file}: warning: connector.routes: web: checks.headers: {header} can be read in Consul"
+    assert done.exit_code == 0 and (said in done.output) == warns
+    assert "hunter2" not in done.output and "Host" not in done.output
+    told = json.loads(run(file, "--no-files", "--json").output)
+    assert told["ok"] and len(told["warnings"]) == warns

@@ -298,6 +298,17 @@ async def test_the_first_word_is_not_waited_for_for_ever(
         assert made.fronted == set()
 
 
+async def test_secrets_that_go_into_consul_are_told_of(pki: Pki, tmp_path: Path) -> None:
+    async with place(pki, tmp_path) as made:
+        check: dict[str, Any] = {"kind": "http", "headers": ["Authorization: Bearer hunter2"]}
+        backends = [{"address": "127.0.0.1:8080", "checks": [{**check, "runner": "consul"}]}]
+        put(made.folder / "a.yaml", {"service": "web", "port": 80, "backends": backends})
+        await until("told", lambda: "web: checks.headers: Authorization" in made.warning("secrets_in_consul"))
+        assert "hunter2" not in made.warning("secrets_in_consul") and made.fronted == {"web"}
+        put(made.folder / "a.yaml", route(checks=[check]))
+        await until("kept here", lambda: not made.warning("secrets_in_consul"))
+
+
 async def test_what_is_no_file_holds_up_no_other(pki: Pki, tmp_path: Path) -> None:
     async with place(pki, tmp_path) as made:
         os.mkfifo(made.folder / "a.yaml")

@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from ztna import config as configuration
-from ztna.config import DAEMON_SECTIONS, Config
+from ztna.config import DAEMON_SECTIONS, Config, shown_in_consul
 from ztna.credentials import Credentials
 from ztna.crl_fetch import check_url
 from ztna.errors import ConfigError
@@ -35,10 +35,18 @@ def check_config(file: Path, as_json: bool, show: bool, files: bool) -> None:
     wrong = _wrong_files(config) if files else []
     if wrong:
         _refuse(file, wrong, as_json)
+    connector = config.connector
+    risks = (
+        []
+        if connector is None
+        else [f"connector.routes: {each}" for each in shown_in_consul(connector.routes).values()]
+    )
     sections = [name for name in DAEMON_SECTIONS if getattr(config, name) is not None]
     if as_json:
-        click.echo(json.dumps({"ok": True, "file": str(file), "sections": sections}))
+        click.echo(json.dumps({"ok": True, "file": str(file), "sections": sections, "warnings": risks}))
     else:
+        for risk in risks:
+            click.echo(f"{file}: warning: {risk}", err=True)
         click.echo(f"{file}: fine; for {', '.join(sections) or 'no daemon'}")
     if show:
         click.echo(configuration.dump(config))
