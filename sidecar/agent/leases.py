@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address
 
+from sidecar.agent.rereading import Rereading
 from ztna.catalog import KvPair, KvSnapshot
 from ztna.consul.client import ConsulClient
 from ztna.consul.watch import KvWatch
@@ -19,7 +20,6 @@ from ztna.leases import SCHEMA_KEY, SCHEMA_VERSION, SERVICE_PREFIX, Lease, Table
 from ztna.names import ServiceName
 from ztna.telemetry import dropped, logger
 
-READS_WAITING_MAX = 64
 RETRY_SECONDS = 1.0
 
 _WHERE = "agent_leases"
@@ -48,7 +48,7 @@ class LeaseFollower:
         self._is_ours = is_ours
         self._changed = changed
         self._read = read
-        self._wanted: asyncio.Queue[ServiceName] = asyncio.Queue(READS_WAITING_MAX)
+        self._rereading = Rereading(self._reread)
         self._odd: dict[str, str] = {}
         self._table = Table()
         self.leases: Mapping[ServiceName, Lease] = {}
@@ -64,17 +64,14 @@ class LeaseFollower:
             self._publish(self.watch.latest)
 
     def read_again(self, service: ServiceName) -> None:
-        """Read one lease now; beyond READS_WAITING_MAX at once the asker's own deadline answers."""
-        try:
-            self._wanted.put_nowait(service)
-        except asyncio.QueueFull:
-            dropped(_WHERE, "reads_full")
+        """Read one lease now, and tell `read`."""
+        self._rereading.want(service)
 
     async def run(self) -> None:
         """Follow until cancelled. Raises LeaseError when the KV has a schema that is newer than this program."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.watch.run(), name="leases watch")
-            tasks.create_task(self._read_wanted(), name="leases read again")
+            tasks.create_task(self._rereading.run(), name="leases read again")
             snapshot = await self.watch.changed()
             await self._check_schema()
             self._publish(snapshot)
@@ -100,15 +97,13 @@ class LeaseFollower:
                 "upgrade it"
             )
 
-    async def _read_wanted(self) -> None:
-        while True:
-            service = await self._wanted.get()
-            try:
-                pair = await self._client.kv_get(service_key(service))
-            except ConsulError as error:
-                _log.warning("lease_unreadable", service=service, detail=error)
-                continue
-            self._read(service, self._lease(service, pair) if pair is not None else None)
+    async def _reread(self, service: ServiceName) -> None:
+        try:
+            pair = await self._client.kv_get(service_key(service))
+        except ConsulError as error:
+            _log.warning("lease_unreadable", service=service, detail=error)
+            return
+        self._read(service, self._lease(service, pair) if pair is not None else None)
 
     def _publish(self, snapshot: KvSnapshot) -> None:
         self._table = read_table(snapshot.pairs, self._table)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address
 from typing import Protocol
 
+from sidecar.agent.rereading import Rereading
 from sidecar.agent.told_leases import listed, told
 from ztna.dns import Message, Type
 from ztna.errors import ResolverUnavailable
@@ -21,7 +22,6 @@ from ztna.leases import Lease
 from ztna.names import ServiceName, Zone
 from ztna.telemetry import dropped, logger
 
-READS_WAITING_MAX = 64
 READS_AT_ONCE_MAX = 16
 SERVICES_MAX = 5_000
 ROUND_SECONDS = 20.0
@@ -65,7 +65,7 @@ class RelayedLeases:
         self._is_ours = is_ours
         self._changed = changed
         self._read = read
-        self._wanted: asyncio.Queue[ServiceName] = asyncio.Queue(READS_WAITING_MAX)
+        self._rereading = Rereading(self._reread)
         self._unanswered: dict[ServiceName, float] = {}  # and since when, the longest not asked for first
         self._newer: dict[ServiceName, Lease | None] = {}
         self._again = asyncio.Event()
@@ -87,17 +87,14 @@ class RelayedLeases:
         self._again.set()
 
     def read_again(self, service: ServiceName) -> None:
-        """Ask for one lease now; beyond READS_WAITING_MAX at once the asker's own deadline answers."""
-        try:
-            self._wanted.put_nowait(service)
-        except asyncio.QueueFull:
-            dropped(_WHERE, "reads_full")
+        """Ask for one lease now, and tell `read`."""
+        self._rereading.want(service)
 
     async def run(self) -> None:
         """Follow until cancelled."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read_wanted(), name="leases read again")
+            tasks.create_task(self._rereading.run(), name="leases read again")
             while True:
                 self._again.clear()
                 is_listed = await self._round()
@@ -173,22 +170,20 @@ class RelayedLeases:
             return None
         return lease
 
-    async def _read_wanted(self) -> None:
-        while True:
-            service = await self._wanted.get()
-            if not self._grants.allows(service):
-                continue
-            try:
-                lease = await self._ask(service)
-            except ResolverUnavailable as error:
-                _log.warning("lease_unreadable", service=service, detail=error)
-                continue
-            self._unanswered.pop(service, None)
-            self._newer[service] = lease
-            if self.leases.get(service) != lease:
-                kept = {name: each for name, each in self.leases.items() if name != service}
-                self._publish(kept | ({service: lease} if lease is not None else {}))
-            self._read(service, lease)
+    async def _reread(self, service: ServiceName) -> None:
+        if not self._grants.allows(service):
+            return
+        try:
+            lease = await self._ask(service)
+        except ResolverUnavailable as error:
+            _log.warning("lease_unreadable", service=service, detail=error)
+            return
+        self._unanswered.pop(service, None)
+        self._newer[service] = lease
+        if self.leases.get(service) != lease:
+            kept = {name: each for name, each in self.leases.items() if name != service}
+            self._publish(kept | ({service: lease} if lease is not None else {}))
+        self._read(service, lease)
 
     def _publish(self, found: Mapping[ServiceName, Lease]) -> None:
         if not self._unanswered:

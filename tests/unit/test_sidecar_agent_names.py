@@ -14,6 +14,7 @@ from sidecar.agent import names as names_module
 from sidecar.agent import relayed_leases
 from sidecar.agent.names import RelayedNames
 from sidecar.agent.relayed_leases import RelayedLeases
+from sidecar.agent.rereading import READS_WAITING_MAX
 from sidecar.agent.relays import Relays, RelayState
 from tests.support.identities import grants
 from ztna.dns import Code, HostData, Message, Record, Type, decode, encode_query, encode_response
@@ -192,7 +193,7 @@ async def test_one_is_read_again_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         made.told.away = False
         made.leases.read_again(WEB)
         await until(lambda: made.changes[-1] == {})
-        for _ in range(relayed_leases.READS_WAITING_MAX + 1):
+        for _ in range(READS_WAITING_MAX + 1):
             made.leases.read_again(WEB)
 
 

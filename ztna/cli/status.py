@@ -188,61 +188,22 @@ def _defaults() -> list[tuple[str, str]]:
 
 def _agent(status: Json) -> list[Table]:
     agent = status.get("agent", {})
+    streams = agent.get("streams", {})
+    services = [each | {"ports": _ports(each.get("ports", ()))} for each in agent.get("services", ())]
+    links = [each | {"tried": _candidates(each.get("candidates", ()))} for each in agent.get("links", ())]
+    running = [{"service": name, **own} for name, own in streams.get("running", {}).items()]
+    carried = streams | {"udp_flows": agent.get("udp_flows")}
     return [
-        _table(
-            "relays",
-            agent.get("relays", ()),
-            relay="relay",
-            state="state",
-            transport="transport",
-            version="version",
-            **{"rtt ms": "rtt_ms"},
-            preferred="preferred",
-            problem="problem",
-        ),
-        _table(
-            "services",
-            [
-                each
-                | {"listens": ", ".join(each.get("listening", ())), "ports": _ports(each.get("ports", ()))}
-                for each in agent.get("services", ())
-            ],
-            service="service",
-            address="ip",
-            ports="ports",
-            health="health",
-            session="state",
-            connector="connector",
-            reason="reason",
-        ),
+        _table("relays", agent.get("relays", ()), "relay state transport version rtt_ms preferred problem"),
+        _table("services", services, "service address=ip ports health session=state connector reason"),
         _table(
             "links",
-            [each | {"tried": _candidates(each.get("candidates", ()))} for each in agent.get("links", ())],
-            connector="connector",
-            path="path",
-            relay="relay",
-            carrier="carrier",
-            **{"rtt ms": "rtt_ms", "direct paths": "tried"},
-            sent="sent_bytes",
-            received="received_bytes",
+            links,
+            "connector path relay carrier rtt_ms direct_paths=tried sent=sent_bytes received=received_bytes",
         ),
+        _table("running TCP flows", running, "service flows sent=sent_bytes received=received_bytes"),
         _table(
-            "running TCP flows",
-            [{"service": name, **own} for name, own in agent.get("streams", {}).get("running", {}).items()],
-            service="service",
-            flows="flows",
-            sent="sent_bytes",
-            received="received_bytes",
-        ),
-        _table(
-            "",
-            [agent.get("streams", {}) | {"udp_flows": agent.get("udp_flows")}],
-            **{
-                "TCP flows": "flows",
-                "UDP flows": "udp_flows",
-                "stream carriers": "carriers",
-                "their ways": "routes",
-            },
+            "", [carried], "TCP_flows=flows UDP_flows=udp_flows stream_carriers=carriers their_ways=routes"
         ),
     ]
 
@@ -274,69 +235,42 @@ def _connector(status: Json) -> list[Table]:
         for name, each in own.get("services", {}).items()
     ]
     return [
-        _table(
-            "services",
-            services,
-            service="service",
-            verdict="verdict",
-            registered="registered",
-            address="address",
-            refused="refused",
-            checks="checks",
-            ejected="ejected",
-        ),
-        _table(
-            "relays",
-            own.get("relays", ()),
-            relay="name",
-            address="address",
-            version="version",
-            connected="connected",
-            problem="problem",
-        ),
+        _table("services", services, "service verdict registered address refused checks ejected"),
+        _table("relays", own.get("relays", ()), "relay=name address version connected problem"),
     ]
 
 
 def _relay(status: Json) -> list[Table]:
+    connections, sessions = status.get("connections", ()), status.get("sessions", ())
     return [
         _table(
             "connections",
-            status.get("connections", ()),
-            peer="peer",
-            address="address",
-            version="version",
-            connector="connector_id",
-            sessions="sessions",
-            **{"certificate days": "certificate_days"},
+            connections,
+            "peer address version connector=connector_id sessions certificate_days",
         ),
-        _table(
-            "sessions",
-            status.get("sessions", ()),
-            agent="agent",
-            service="service",
-            connector="connector_id",
-            path="path",
-            bytes="bytes",
-            link="link_bytes",
-            **{"age s": "age_s"},
-        ),
+        _table("sessions", sessions, "agent service connector=connector_id path bytes link=link_bytes age_s"),
     ]
 
 
 def _dnsd(status: Json) -> list[Table]:
     row = status.get("dns", {}) | status.get("pool", {}) | status.get("keeper", {})
-    columns = ("zone", "serial", "services", "leases", "stale", "elected", "trouble", "free", "resting")
-    return [_table("names and leases", [row], **{each: each for each in columns})]
+    columns = "zone serial services leases stale elected trouble free resting"
+    return [_table("names and leases", [row], columns)]
 
 
 _TABLES = {"agent": _agent, "connector": _connector, "relay": _relay, "dnsd": _dnsd}
 
 
-def _table(title: str, rows: Iterable[Mapping[str, Any]], **columns: str) -> Table:
-    """Return a table with the columns, `head="key of a row"`, that at least one row has something for."""
+def _table(title: str, rows: Iterable[Mapping[str, Any]], columns: str) -> Table:
+    """Return a table with the columns that at least one row has something for.
+
+    A column is the key of a row, or `head=key` where its head is another; a `_` is shown as a space.
+    """
     rows = list(rows)
     shown = {
-        head: key for head, key in columns.items() if any(row.get(key) not in (None, "", {}) for row in rows)
+        head.replace("_", " "): key or head
+        for head, _, key in (each.partition("=") for each in columns.split())
+        if any(row.get(key or head) not in (None, "", {}) for row in rows)
     }
     table = Table(*shown, title=title, title_justify="left", title_style="")
     for row in rows if shown else ():
