@@ -14,8 +14,8 @@ from sidecar.agent import names as names_module
 from sidecar.agent import relayed_leases
 from sidecar.agent.names import RelayedNames
 from sidecar.agent.relayed_leases import RelayedLeases
-from sidecar.agent.rereading import READS_WAITING_MAX
 from sidecar.agent.relays import Relays, RelayState
+from sidecar.agent.rereading import READS_WAITING_MAX
 from tests.support.identities import grants
 from ztna.dns import Code, HostData, Message, Record, Type, decode, encode_query, encode_response
 from ztna.errors import ResolverUnavailable
