@@ -47,6 +47,7 @@ RUN_BY = {
     "docs/troubleshooting.md": "tests/e2e/test_troubleshooting.py",
     "docs/tutorial.md": "tests/e2e/test_tutorial.py",
     "docs/v1.md": HERE,
+    "docs/virtual.md": "tests/e2e/test_beside_virtual.py",
 }
 """Which test runs the `sh` blocks of a page, in its order."""
 ELSEWHERE = {
