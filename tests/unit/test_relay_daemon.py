@@ -603,7 +603,7 @@ async def mesh_sees(mesh: RunningRelay, service: str, priorities: tuple[int, ...
     """Wait until the relay has read the new records."""
     async with asyncio.timeout(10):
         while True:
-            entry = mesh.relay.sessions._table.entries.get(ServiceName(service))
+            entry = mesh.relay.sessions._held.table.entries.get(ServiceName(service))
             if entry and tuple(route.priority for route in entry.routes) == priorities:
                 return
             await asyncio.sleep(0.02)

@@ -1,10 +1,6 @@
-"""Who opens, who serves, and whose messages count: events in, commands out."""
+"""Who serves, and whose messages count: events in, commands out."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Iterable
-from typing import TypeVar
 
 import msgspec
 import pytest
@@ -13,151 +9,39 @@ from relay import book
 from relay import sessions as module
 from relay.commands import (
     AddLink,
-    AdmitAgent,
     AdmitConnector,
     AskDns,
-    Command,
     EndSession,
     Event,
     Refusal,
     RemoveLink,
-    Send,
-    SendHealth,
-    Told,
 )
 from relay.pace import Kind
-from relay.policy import Route, SrvEntry, SrvTable
-from relay.rules import Rules
-from relay.sessions import ACCEPT_SECONDS, PARK_SECONDS, Sessions
-from tests.support.identities import identity
+from tests.support.relay_world import (
+    ALICE,
+    BOB,
+    CANDIDATE,
+    DB,
+    HERE,
+    HOLD_S,
+    RULES,
+    WEB,
+    World,
+    X,
+    Y,
+    met,
+    told,
+)
 from ztna.errors import ProtocolError
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason
 from ztna.wire import control
-from ztna.wire.control import Address
-
-WEB, DB = ServiceName("web"), ServiceName("db")
-ALICE, BOB, X, Y = 1, 2, 3, 4
-HERE = Address("192.0.2.10", 4434)
-CANDIDATE = Address("192.0.2.77", 7)
-HOLD_S = 60.0
-RULES = Rules(per_identity=10, per_service=50, total=100)
-T = TypeVar("T")
-
-
-class World:
-    """Sessions with a clock, and what each connection was sent."""
-
-    def __init__(self, rules: Rules = RULES, software: str = "") -> None:
-        numbers = itertools.count(1)
-        self.sessions = Sessions(rules, lambda n: next(numbers).to_bytes(n), software)
-        self.now = 100.0
-        self.requests = itertools.count(1)
-        self.inbox: dict[int, list[control.AnyMessage]] = {}
-        self.commands: list[Command] = []
-        self.routes: dict[ServiceName, tuple[Route, ...]] = {}
-
-    def do(self, commands: Iterable[Command]) -> list[Command]:
-        commands = list(commands)
-        while self.sessions.has_news:
-            commands += self.sessions.tell(self.now)
-        self.commands += commands
-        for command in commands:
-            if isinstance(command, Send | AdmitAgent | AdmitConnector):
-                self.inbox.setdefault(command.to, []).append(command.message)
-            if isinstance(command, SendHealth):
-                self.inbox.setdefault(command.to, []).extend(command.news)
-        return commands
-
-    def join(
-        self, key: int, hello: bool = True, v1: bool = False, tls: bool = False, **grants: object
-    ) -> None:
-        name, forwarder = grants.pop("name", f"peer-{key}"), None if v1 else HERE
-        who = identity(str(name), **grants)  # type: ignore[arg-type]
-        self.do(self.sessions.connected(key, who, forwarder, datagrams=not tls))
-        if hello:
-            self.say(key, control.Hello())
-
-    def agent(self, key: int = ALICE, *services: str, **more: object) -> None:
-        self.join(key, agent=services or ("web", "db"), **more)
-
-    def connector(self, key: int = X, id_name: str = "con-x", *services: str, **more: object) -> None:
-        self.join(key, connector=services or ("web",), id_name=id_name, **more)
-        self.register(key, id_name, *services)
-
-    def register(self, key: int, connector_id: str, *services: str) -> list[Command]:
-        offerings = tuple(control.Offering(ServiceName(each)) for each in services or ("web",))
-        return self.say(key, control.Register(ConnectorId(connector_id), offerings, CANDIDATE))
-
-    def srv(self, service: ServiceName, *connectors: str, fresh_s_ago: float = 0.0) -> list[Command]:
-        """Let DNS name these connectors, the first with the lowest priority."""
-        self.routes[service] = tuple(Route(n, 1, ConnectorId(each)) for n, each in enumerate(connectors))
-        return self.table(fresh_s_ago)
-
-    def table(self, fresh_s_ago: float = 0.0) -> list[Command]:
-        entries = {service: SrvEntry(routes, self.now) for service, routes in self.routes.items()}
-        return self.do(
-            self.sessions.policy_changed(SrvTable(entries, {"": self.now - fresh_s_ago}, HOLD_S), self.now)
-        )
-
-    def say(self, key: int, message: control.AnyMessage) -> list[Command]:
-        return self.do(self.sessions.message(key, message, self.now))
-
-    def tick(self, later: float = 0.0) -> list[Command]:
-        self.now += later
-        return self.do(self.sessions.tick(self.now))
-
-    def take(self, key: int, kind: type[T]) -> T:
-        """Take the oldest message of the type that a connection was sent."""
-        found = [each for each in self.inbox.get(key, []) if isinstance(each, kind)]
-        assert found, f"{key} was sent no {kind.__name__}: {self.inbox.get(key)}"
-        self.inbox[key].remove(found[0])  # type: ignore[arg-type]
-        return found[0]
-
-    def quiet(self, *keys: int) -> bool:
-        return not [
-            each for key in keys for each in self.inbox.get(key, []) if not isinstance(each, control.Health)
-        ]
-
-    def open(self, key: int = ALICE, service: ServiceName = WEB, wanted: str | None = None) -> int:
-        request = next(self.requests)
-        connector_id = ConnectorId(wanted) if wanted else None
-        self.say(key, control.Open(request, service, connector_id=connector_id))
-        return request
-
-    def opened(self, agent: int = ALICE, connector: int = X) -> SessionId:
-        """Open a session all the way."""
-        self.open(agent)
-        offered = self.take(connector, control.Offered)
-        self.say(connector, control.Accepted(offered.session))
-        assert self.take(agent, control.Opened).session == offered.session
-        return offered.session
-
-    def denied(self, key: int = ALICE) -> Reason:
-        return self.take(key, control.Denied).reason
-
-    def refusals(self) -> list[Reason]:
-        found = [each.reason for each in self.commands if isinstance(each, Refusal)]
-        self.commands.clear()
-        return found
-
-    def settle(self) -> None:
-        """Forget what was said so far."""
-        self.inbox.clear()
-        self.commands.clear()
 
 
 @pytest.fixture
 def world() -> World:
-    """Alice and Bob may use web; con-x and con-y serve it, con-x by preference."""
-    world = World()
-    world.agent(ALICE)
-    world.agent(BOB)
-    world.connector(X, "con-x")
-    world.connector(Y, "con-y")
-    world.srv(WEB, "con-x", "con-y")
-    world.settle()
-    return world
+    """As in tests.support.relay_world.met."""
+    return met()
 
 
 # Hello.
@@ -191,14 +75,6 @@ def test_releases_are_told_both_ways() -> None:
 def test_what_only_a_relay_sends_is_a_protocol_error(world: World) -> None:
     with pytest.raises(ProtocolError, match="registered"):
         world.say(X, control.Registered(WEB))
-
-
-def test_a_type_that_a_peer_does_not_know_is_not_sent(world: World) -> None:
-    world.join(9, hello=False, agent=["web"])
-    world.say(9, control.Hello(features=frozenset({"open"})))
-    world.open(9)
-    world.say(X, control.Accepted(world.take(X, control.Offered).session))
-    assert [type(each) for each in world.inbox[9]] == [control.Hello]
 
 
 # Registering.
@@ -247,24 +123,6 @@ def test_a_service_ends_with_its_last_connector(world: World) -> None:
 # Opening.
 
 
-def test_opening_tells_both_ends_the_same(world: World) -> None:
-    world.open()
-    offered = world.take(X, control.Offered)
-    assert world.quiet(ALICE, Y), "nothing before `accepted`"
-    world.say(X, control.Accepted(offered.session))
-    opened = world.take(ALICE, control.Opened)
-    assert opened.forwarder is not None and offered.forwarder is not None
-    (link,) = [each for each in world.commands if isinstance(each, AddLink)]
-    assert (link.agent.bind_id, link.agent.secret) == (
-        opened.forwarder.bind_id,
-        opened.forwarder.bind_secret,
-    )
-    assert link.connector.bind_id == offered.forwarder.bind_id
-    assert opened.probe_key == offered.probe_key and opened.link_address == CANDIDATE
-    world.say(X, control.Accepted(offered.session))
-    assert world.quiet(ALICE), "a second `accepted` changes nothing"
-
-
 def test_a_v1_agent_s_session_says_so_and_has_no_link(world: World) -> None:
     world.join(9, v1=True, agent=("web",))
     world.settle()
@@ -278,17 +136,6 @@ def test_a_v1_agent_s_session_says_so_and_has_no_link(world: World) -> None:
     assert world.take(9, control.Closed).reason is Reason.DRAINING
     assert not [each for each in world.commands if isinstance(each, AddLink | RemoveLink)]
     assert world.opened(ALICE) and not world.sessions.sessions.keys() & {offered.session}
-
-
-def test_a_v1_agent_s_session_is_offered_to_nobody_over_tls(world: World) -> None:
-    """Its packets could only be handed on as DATAGRAMs."""
-    world.join(9, v1=True, agent=("web",))
-    world.connector(7, "con-t", tls=True)
-    world.srv(WEB, "con-t", "con-x")
-    world.open(9)
-    assert world.take(X, control.Offered).v1
-    world.open(ALICE, wanted="con-t")
-    assert not world.take(7, control.Offered).v1
 
 
 def test_a_v1_agent_s_session_ends_when_no_packet_comes_for_long(
@@ -316,186 +163,7 @@ def test_sessions_of_one_pair_share_a_link(world: World) -> None:
     assert [each.link for each in world.commands if isinstance(each, RemoveLink)] == [(ALICE, X)]
 
 
-def test_a_connector_may_be_asked_for(world: World) -> None:
-    world.open(wanted="con-y")
-    world.take(Y, control.Offered)
-    world.open(wanted="con-z")
-    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
-
-
-def test_denials_in_order(world: World) -> None:
-    world.agent(9, "db")
-    world.open(9, WEB)
-    assert world.denied(9) is Reason.NO_GRANT
-    world.open(9, DB)
-    assert world.denied(9) is Reason.NO_SUCH_SERVICE
-    world.srv(WEB, fresh_s_ago=HOLD_S + 1)
-    world.open()
-    assert world.denied() is Reason.POLICY_UNKNOWN
-    world.srv(WEB)
-    world.open()
-    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
-
-
-def test_limits_come_last() -> None:
-    world = World(Rules(per_identity=1, per_service=100, total=2))
-    for key, name in ((ALICE, "alice"), (5, "alice"), (BOB, "bob"), (6, "carol")):
-        world.agent(key, name=name)
-    world.connector()
-    world.srv(WEB, "con-x")
-    session = world.opened()
-    world.open(5)
-    assert world.denied(5) is Reason.LIMIT_REACHED
-    world.opened(BOB)
-    world.open(6)
-    assert world.denied(6) is Reason.LIMIT_REACHED
-    world.say(ALICE, control.Closed(session, Reason.CLOSED_BY_PEER))
-    world.opened(6)
-
-
-def test_one_service_cannot_take_all_sessions() -> None:
-    world = World(Rules(per_identity=5, per_service=1, total=5))
-    world.agent(ALICE)
-    world.connector(X, "con-x", "web", "db")
-    world.routes[DB] = (Route(0, 1, ConnectorId("con-x")),)
-    world.srv(WEB, "con-x")
-    world.opened()
-    world.open()
-    assert world.denied() is Reason.LIMIT_REACHED
-    world.open(ALICE, DB)
-    world.take(X, control.Offered)
-
-
-def test_the_less_loaded_of_two_equals_is_chosen(world: World) -> None:
-    world.routes[WEB] = tuple(Route(0, 1, ConnectorId(each)) for each in ("con-x", "con-y"))
-    world.table()
-    for _ in range(6):
-        world.open()
-    offers = [
-        len([each for each in world.inbox.get(key, []) if isinstance(each, control.Offered)])
-        for key in (X, Y)
-    ]
-    assert offers == [3, 3]
-
-
-def test_a_draining_relay_opens_nothing(world: World) -> None:
-    world.do(world.sessions.drain(25.0, ("west",)))
-    assert {key for key in (ALICE, BOB, X, Y) if world.take(key, control.Drain).deadline_s == 25.0} == {
-        ALICE,
-        BOB,
-        X,
-        Y,
-    }
-    world.open()
-    assert world.denied() is Reason.DRAINING
-
-
-def test_an_open_waits_for_the_first_answer_of_a_new_service(world: World) -> None:
-    world.connector(9, "con-z", "db")
-    world.open(ALICE, DB)
-    assert world.quiet(ALICE)
-    assert world.sessions.next_timer() == world.now + PARK_SECONDS
-    world.tick(PARK_SECONDS / 2)
-    assert world.quiet(ALICE)
-    world.srv(DB, "con-z")
-    world.take(9, control.Offered)
-
-
-def test_an_open_waits_no_longer_than_told(world: World) -> None:
-    world.connector(9, "con-z", "db")
-    world.open(ALICE, DB)
-    world.tick(PARK_SECONDS)
-    assert world.denied() is Reason.POLICY_UNKNOWN
-
-
-def test_waiting_opens_are_bounded_and_end_with_their_connection(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "PARKED_MAX", 1)
-    world.connector(9, "con-z", "db")
-    world.open(ALICE, DB)
-    world.open(BOB, DB)
-    assert world.denied(BOB) is Reason.POLICY_UNKNOWN
-    world.do(world.sessions.disconnected(ALICE, Reason.PEER_GONE, world.now))
-    world.settle()
-    world.srv(DB, "con-z")
-    assert world.quiet(9)
-
-
 # Connectors that say nothing, or no.
-
-
-def test_silence_moves_on_to_the_next_and_spares_the_silent_one(world: World) -> None:
-    world.open()
-    first = world.take(X, control.Offered)
-    assert world.sessions.next_timer() == world.now + ACCEPT_SECONDS
-    world.tick(ACCEPT_SECONDS - 0.1)
-    assert world.quiet(Y)
-    world.tick(0.2)
-    second = world.take(Y, control.Offered)
-    assert second.session != first.session
-    assert world.take(X, control.Closed).session == first.session
-    world.say(X, control.Accepted(first.session))
-    assert world.quiet(ALICE) and world.refusals() == [], "too late, but it had been asked"
-    world.say(Y, control.Accepted(second.session))
-    assert world.take(ALICE, control.Opened).connector_id == "con-y"
-
-    silent_since = world.now
-    world.open(BOB)
-    world.take(Y, control.Offered)
-    world.do(world.sessions.silence(X, False, silent_since - 1, world.now))
-    world.open(BOB)
-    world.take(Y, control.Offered)
-    world.do(world.sessions.silence(X, False, silent_since + 1, world.now))
-    world.open(BOB)
-    world.take(X, control.Offered)
-
-
-def test_who_wants_a_silent_connector_and_no_other_is_told_that_it_has_gone(world: World) -> None:
-    world.open(ALICE, WEB, "con-x")
-    world.take(X, control.Offered)
-    world.tick(ACCEPT_SECONDS)
-    assert world.denied() is Reason.PEER_GONE
-    world.open(ALICE, WEB, "con-x")
-    assert world.denied() is Reason.PEER_GONE, "at once while it is silent"
-    # It may be there and only unknown here: not the same thing.
-    world.open(ALICE, WEB, "con-z")
-    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
-    world.do(world.sessions.silence(X, False, world.now + 1, world.now))
-    world.open(ALICE, WEB, "con-x")
-    world.take(X, control.Offered)
-
-
-def test_all_silent_is_nobody_healthy(world: World) -> None:
-    world.open()
-    world.tick(ACCEPT_SECONDS)
-    world.tick(ACCEPT_SECONDS)
-    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
-    assert not world.sessions.sessions and world.sessions.next_timer() is None
-
-
-def test_the_first_reason_given_is_told_when_nobody_is_left(world: World) -> None:
-    world.open()
-    for key, reason in ((X, Reason.STALE_EPOCH), (Y, Reason.LIMIT_REACHED)):
-        world.say(key, control.Closed(world.take(key, control.Offered).session, reason))
-    assert world.denied() is Reason.STALE_EPOCH
-
-
-def test_a_connector_that_goes_while_offered_is_passed_over(world: World) -> None:
-    world.open()
-    world.do(world.sessions.disconnected(X, Reason.PEER_GONE, world.now))
-    world.take(Y, control.Offered)
-    world.do(world.sessions.disconnected(Y, Reason.PEER_GONE, world.now))
-    assert world.denied() is Reason.NO_HEALTHY_CONNECTOR
-
-
-def test_an_agent_that_goes_takes_its_offers_along(world: World) -> None:
-    world.open()
-    session = world.take(X, control.Offered).session
-    world.do(world.sessions.disconnected(ALICE, Reason.CLOSED_BY_PEER, world.now))
-    closed = world.take(X, control.Closed)
-    assert (closed.session, closed.reason) == (session, Reason.CLOSED_BY_PEER)
-    assert world.sessions.next_timer() is None
 
 
 def test_a_connection_may_serve_itself_and_go() -> None:
@@ -601,7 +269,7 @@ def test_what_is_remembered_of_ended_sessions_is_bounded(
     monkeypatch.setattr(book, "ENDED_KEPT_MAX", 2)
     for _ in range(4):
         world.say(ALICE, control.Closed(world.opened(), Reason.CLOSED_BY_PEER))
-    assert len(world.sessions._book._ended) == 2
+    assert len(world.sessions._held.book._ended) == 2
 
 
 # What owners say.
@@ -650,14 +318,6 @@ def test_closing_tells_the_other(world: World, by: int, other: int, said: Reason
     world.say(by, control.Closed(session, said))
     assert world.take(other, control.Closed).reason is told
     assert EndSession(session) in world.commands and not world.sessions.sessions
-
-
-@pytest.mark.parametrize(("gone", "other"), [(ALICE, X), (X, ALICE)])
-def test_a_session_ends_with_either_connection(world: World, gone: int, other: int) -> None:
-    session = world.opened()
-    world.do(world.sessions.disconnected(gone, Reason.PEER_GONE, world.now))
-    assert world.take(other, control.Closed).reason is Reason.PEER_GONE
-    assert EndSession(session) in world.commands and RemoveLink((ALICE, X)) in world.commands
 
 
 def test_questions_about_names_are_handed_on_in_their_pace(world: World) -> None:
@@ -709,24 +369,13 @@ def test_sessions_end_when_nobody_confirms_the_catalog(world: World) -> None:
     world.take(X, control.Offered)
     world.tick(0.5)
     world.now += HOLD_S
-    world.sessions._offers.clear()
+    world.sessions._held.offers.clear()
     world.tick()
     assert world.take(ALICE, control.Closed).reason is Reason.POLICY_UNKNOWN
     assert world.denied(BOB) is Reason.POLICY_UNKNOWN
     assert world.take(ALICE, control.Health).state == "unknown"
     world.table()
     assert world.take(ALICE, control.Health).state == "passing"
-
-
-def test_nothing_is_opened_for_or_with_those_of_whom_crls_tell_nothing(world: World) -> None:
-    for unvouched in ([ALICE], [X, Y]):
-        world.sessions.unvouched(unvouched)
-        world.open(ALICE)
-        assert world.denied(ALICE) is Reason.POLICY_UNKNOWN
-    assert world.quiet(X, Y)
-    world.sessions.unvouched([X])
-    world.open(ALICE)
-    world.take(Y, control.Offered)
 
 
 def test_sessions_run_out_once_another_connector_can_have_what_comes_next() -> None:
@@ -778,35 +427,11 @@ def test_sessions_of_agents_that_cannot_have_them_run_out_move_at_once() -> None
 # What an operator sees and does.
 
 
-def told(world: World) -> list[Told]:
-    return [each for each in world.commands if isinstance(each, Told)]
-
-
-def test_each_session_is_told_once_when_it_opens_and_once_when_it_ends(world: World) -> None:
-    session = world.opened()
-    world.tick(2.5)
-    world.say(X, control.PunchingResult(session, True))
-    world.say(ALICE, control.Closed(session, Reason.CLOSED_BY_PEER))
-    opened, closed = told(world)
-    who = {"session": session, "service": "web", "agent": "peer-1", "connector_id": "con-x"}
-    assert opened.event == "session_opened" and opened.fields.items() >= who.items()
-    assert (closed.event, closed.path) == ("session_closed", "direct")
-    assert closed.fields == who | {"reason": "closed_by_peer", "by": "peer-1", "seconds": 2.5}
-    assert world.commands.index(closed) < world.commands.index(EndSession(session))
-
-
 @pytest.mark.parametrize(("success", "path"), [(True, "direct"), (False, "forwarded")])
 def test_the_path_is_what_the_ends_told(world: World, success: bool, path: str) -> None:
     session = world.opened()
     world.say(X, control.PunchingResult(session, success))
     assert world.sessions.sessions[session].path == path
-
-
-def test_what_was_only_offered_is_told_as_refused_alone(world: World) -> None:
-    world.open()
-    world.tick(ACCEPT_SECONDS)
-    world.tick(ACCEPT_SECONDS)
-    assert told(world) == [] and world.refusals() == [Reason.NO_HEALTHY_CONNECTOR]
 
 
 def test_sessions_that_end_with_the_relay_are_told_to_the_operator_alone(world: World) -> None:
