@@ -37,6 +37,7 @@ def relay(**more: Any) -> dict[str, Any]:
                     "peer": AGENT,
                     "address": "127.0.0.1:9",
                     "transport": "quic",
+                    "version": "9.9.9",
                     "sessions": 2,
                     "certificate_days": 9.0,
                 },
@@ -154,6 +155,7 @@ def connector(**more: Any) -> dict[str, Any]:
         "links": [
             {"agent": AGENT, "relay": "north", "path": "direct"},
             {"agent": AGENT, "relay": "south", "path": "spare"},
+            {"agent": None, "relay": "north", "path": "forwarded"},
         ],
         "udp_flows": 1,
         "tcp_flows": 2,

@@ -20,6 +20,7 @@ def test_it_says_who_is_there_and_what_is_joined() -> None:
     assert "Relay north" in sections["head"] and "listens at 127.0.0.1:4433" in sections["head"]
     assert "7.8 kB" in sections["sessions"] and "through this relay" in sections["sessions"]
     assert "opening" in sections["sessions"] and "10 s" in sections["sessions"]
+    assert "9.9.9" in sections["connections"]
     assert "connector alpha" in sections["connections"] and "silent" in sections["connections"]
     assert "9 days" in sections["connections"] and "12 h" in sections["connections"]
     assert "alpha (weight 1)" in sections["srv"] and "none: no instance passes" in sections["srv"]

@@ -30,6 +30,8 @@ def test_a_header_says_whether_it_is_ready_and_what_it_waits_for() -> None:
     warned = head(ready=True, warnings={"pool": "nearly full"})
     assert "Ready, 1 warning<" in warned and "<li>Warning, pool: nearly full</li>" in warned
     assert "mark fair" in warned
+    unreadable = seen.read(own("ztna-relay", sessions=5))
+    assert "<li>Only /status has the rest: Expected `array`" in html(parts.head(unreadable, "Test", []))
 
 
 def test_what_is_waited_for_is_told_in_a_word_too() -> None:

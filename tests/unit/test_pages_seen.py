@@ -25,6 +25,8 @@ def test_what_another_version_does_not_say_is_empty_and_what_it_says_more_is_pas
 
 
 def test_what_cannot_be_read_is_named() -> None:
+    read = seen.read({"daemon": "ztna-relay", "pid": 5, "sessions": [{"session": None}]})
+    assert type(read) is seen.Daemon and read.pid == 5 and "$.sessions[0].session" in read.unreadable
     with pytest.raises(ProtocolError, match=r"pid"):
         seen.read({"daemon": "ztna-relay", "pid": "x"})
     with pytest.raises(ProtocolError, match="status"):

@@ -192,7 +192,7 @@ class _Gathered:
                 session.service,
             )
         for link in told.links:
-            if link.path != "spare":
+            if link.path != "spare" and link.agent is not None:
                 agent, relay_id = self._known("agent", link.agent), _id("relay", link.relay)
                 self._path(_AT_THE_CONNECTOR, agent, own, relay_id, _way(link.path), "quic")
 

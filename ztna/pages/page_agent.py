@@ -118,12 +118,13 @@ def _running(seen: Agent) -> Element:
 def _relays(seen: Agent) -> Element:
     return table(
         "Relays",
-        ("Relay", "State", "By", "Round trip"),
+        ("Relay", "State", "By", "Release", "Round trip"),
         [
             (
                 el("span", each.relay, " (nearest)" if each.preferred else ""),
                 mark("up") if each.state == "up" else mark("down", each.problem or each.state),
                 (each.transport or NONE).upper(),
+                each.version or NONE,
                 words.milliseconds(each.rtt_ms),
             )
             for each in seen.agent.relays

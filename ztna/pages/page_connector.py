@@ -110,13 +110,14 @@ def _checks(seen: Connector) -> Element:
 def _relays(seen: Connector) -> Element:
     return table(
         "Relays",
-        ("Relay", "Address", "State", "By"),
+        ("Relay", "Address", "State", "By", "Release"),
         [
             (
                 each.name,
                 el("code", each.address),
                 mark("up") if each.connected else mark("down", each.problem or "not connected"),
                 (each.transport or NONE).upper(),
+                each.version or NONE,
             )
             for each in seen.connector.relays
         ],
@@ -141,6 +142,6 @@ def _links(seen: Connector) -> Element:
     return table(
         "Links",
         ("Agent", "Relay", "Path"),
-        [(peer_name(each.agent), each.relay, each.path) for each in seen.connector.links],
+        [(peer_name(each.agent or NONE), each.relay, each.path) for each in seen.connector.links],
         "No link: no agent sends packets.",
     )

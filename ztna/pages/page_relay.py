@@ -78,13 +78,14 @@ def _sessions(seen: Relay) -> Element:
 def _connections(seen: Relay) -> Element:
     return table(
         "Connections",
-        ("Peer", "Role", "Address", "By", "Sessions", "Certificate", "State"),
+        ("Peer", "Role", "Address", "By", "Release", "Sessions", "Certificate", "State"),
         [
             (
                 peer_name(each.peer),
                 "agent" if each.connector_id is None else f"connector {each.connector_id}",
                 el("code", each.address),
                 each.transport.upper(),
+                each.version or NONE,
                 number(each.sessions),
                 days(each.certificate_days),
                 mark("warning", "silent") if each.silent else mark("up"),

@@ -41,6 +41,7 @@ def head(seen: Daemon, name: str, tiles: Sequence[Element], *more: str) -> Eleme
         f"Waits for {what}: {why}" if why else f"Waits for {what}" for what, why in readiness.awaiting.items()
     ]
     notes += [f"Warning, {what}: {why}" for what, why in readiness.warnings.items()]
+    notes += [f"Only /status has the rest: {seen.unreadable}"] if seen.unreadable else []
     facts = [f"version {seen.version}", f"up {age(seen.uptime_s)}", f"pid {seen.pid}", *filter(None, more)]
     return header(name, seen.daemon, state, notes, facts, tiles)
 

@@ -54,8 +54,9 @@ class Port(Told, frozen=True):
 
 
 class Daemon(Told, frozen=True):
-    """What every daemon says."""
+    """What every daemon says; `unreadable` is why the rest of it is not here, if it cannot be read."""
 
+    unreadable: str = ""
     daemon: str = ""
     version: str = ""
     pid: int = 0
@@ -79,9 +80,10 @@ class RelaySelf(Told, frozen=True):
 
 
 class Connection(Told, frozen=True):
-    """A peer's connection to a relay."""
+    """A peer's connection to a relay; `version` is the peer's release."""
 
     peer: str
+    version: str | None = None
     address: str = ""
     transport: str = ""
     connector_id: str | None = None
@@ -308,9 +310,10 @@ class Route(Told, frozen=True):
 
 
 class ConnectorRelay(Told, frozen=True):
-    """A connector's connection to a relay."""
+    """A connector's connection to a relay; `version` is the relay's release."""
 
     name: str
+    version: str | None = None
     address: str = ""
     connected: bool = False
     transport: str | None = None
@@ -327,9 +330,9 @@ class ConnectorSession(Told, frozen=True):
 
 
 class ConnectorLink(Told, frozen=True):
-    """A link's way at its connector."""
+    """A link's way at its connector; the agent's name is known once it has come this way."""
 
-    agent: str
+    agent: str | None = None
     relay: str = ""
     path: str = ""
 
@@ -364,9 +367,10 @@ class Connector(Daemon, frozen=True):
 
 
 class AgentRelay(Told, frozen=True):
-    """An agent's connection to a relay."""
+    """An agent's connection to a relay; `version` is the relay's release."""
 
     relay: str
+    version: str | None = None
     state: str = ""
     preferred: bool = False
     transport: str | None = None
@@ -464,9 +468,15 @@ KINDS: Mapping[str, type[Daemon]] = {
 
 
 def read(status: object) -> Daemon:
-    """Return what a status says. Raises ProtocolError, whose text names the place, when it cannot be read."""
+    """Return what a status says; one whose details cannot be read is a plain Daemon that names the place.
+
+    Raises ProtocolError when it is no status at all.
+    """
     try:
-        kind = KINDS.get(status.get("daemon", ""), Daemon) if isinstance(status, dict) else Daemon
-        return msgspec.convert(status, kind)
-    except (msgspec.ValidationError, TypeError) as error:
-        raise ProtocolError(f"unexpected status: {shortened(str(error))}") from None
+        plain = msgspec.convert(status, Daemon)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"no status of a daemon: {shortened(str(error))}") from None
+    try:
+        return msgspec.convert(status, KINDS.get(plain.daemon, Daemon))
+    except msgspec.ValidationError as error:
+        return msgspec.structs.replace(plain, unreadable=shortened(str(error)))
