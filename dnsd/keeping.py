@@ -113,9 +113,8 @@ class Keeping:
         self.rules = rules
         self.work.set()
 
-    def hear(self, decided: Plan, table: Table) -> None:
-        """Remember and pass on what a plan said that was carried out, and the table that it led to."""
-        self.table = table
+    def hear(self, decided: Plan) -> None:
+        """Remember and pass on what a plan said that was carried out."""
         self.epoch_floor = decided.epoch_floor
         self.pool = decided.pool
         self._report(decided.problems)
@@ -287,7 +286,8 @@ class _TableKeeper:
                     decided = self._plan()
                 await self._carry_out(decided.changes)
                 self.has_succeeded = True
-                keeping.hear(decided, self._table)
+                keeping.table = self._table
+                keeping.hear(decided)
                 await self._pause(decided, reread_at)
 
     async def _pause(self, decided: Plan, reread_at: float) -> None:

@@ -128,10 +128,13 @@ class Page:
             if time.monotonic() - self._read_at < FRESH_PART * TICK_SECONDS:
                 return
             state = await self._read()
-            view = self._show(state, self._state or None)
+            # In a thread: a large page takes tens of milliseconds, and the loop has packets to carry meanwhile.
+            self._encoded = await asyncio.to_thread(self._made, state, self._state or None)
             self._state = state
-            self._encoded = document.encoded(view.sections)
             self._read_at = time.monotonic()
+
+    def _made(self, state: Json, earlier: Json | None) -> Mapping[str, bytes]:
+        return document.encoded(self._show(state, earlier).sections)
 
 
 async def _written(request: web.Request, response: web.StreamResponse, data: bytes) -> bool:
