@@ -113,9 +113,13 @@ def stranger(tmp_path: Path) -> Iterator[Stranger]:
         clone = tmp_path / "clone"
         clone.mkdir()
         for entry in ROOT.iterdir():
-            if entry.name not in (".git", "hello", "mesh"):
+            if entry.name not in (".git", ".venv", "hello", "mesh"):
                 (clone / entry.name).symlink_to(entry)
+        # The environment that runs this test is the one that `make` finds made.
         binaries = Path(sys.executable).parent
+        (clone / ".venv").mkdir()
+        (clone / ".venv/bin").symlink_to(binaries)
+        (clone / ".venv/.installed").touch()
         environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "COLUMNS": "120"}
         yield Stranger(network.host("stranger"), clone, environment)
 
