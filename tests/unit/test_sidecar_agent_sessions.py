@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
-
 import pytest
 
-from sidecar.agent import sessions as sessions_module
+from sidecar.agent import asking as asking_module
+from sidecar.agent.asking import BACKOFF_FIRST_SECONDS
 from sidecar.agent.commands import (
     Cause,
-    Command,
     Ended,
-    Event,
     Fail,
     LeaseIs,
     Leave,
@@ -19,7 +16,6 @@ from sidecar.agent.commands import (
     Move,
     Proceed,
     ReadLease,
-    Received,
     RelayDown,
     RelayForgotten,
     RelayHeard,
@@ -27,271 +23,36 @@ from sidecar.agent.commands import (
     RelayUp,
     Release,
     Retry,
-    RunOut,
     Send,
-    Session,
     Settle,
-    Tick,
     Want,
 )
 from sidecar.agent.relays import BETTER_FOR_SECONDS
 from sidecar.agent.sessions import (
-    BACKOFF_FIRST_SECONDS,
-    BACKOFF_MAX_SECONDS,
-    FLOW_WAIT_SECONDS,
-    OPEN_SECONDS,
-    RESOLVE_SECONDS,
-    SESSION_IDLE_SECONDS,
     STEADY_SECONDS,
-    WAITING_PER_SERVICE_MAX,
-    Sessions,
 )
-from ztna.names import ConnectorId, ServiceName, SessionId
+from tests.support.agent_world import (
+    C1,
+    DB,
+    LEASE,
+    NEWER,
+    OTHER,
+    WEB,
+    Agent,
+    ask,
+    carrying,
+    close,
+    pinned,
+    ready,
+    sid,
+)
 from ztna.reasons import Reason
 from ztna.wire.control import (
-    AnyMessage,
     Closed,
-    Denied,
     Drain,
     Health,
-    Hello,
-    LeaseRef,
     Open,
-    Opened,
-    Retired,
 )
-
-WEB = ServiceName("web-app")
-DB = ServiceName("db")
-LEASE = LeaseRef(IPv4Address("127.100.0.2"), 7)
-NEWER = LeaseRef(IPv4Address("127.100.0.3"), 8)
-PRINT = "ab" * 32
-
-
-def sid(number: int) -> SessionId:
-    return SessionId(f"{number:016x}")
-
-
-class Agent:
-    """The state machine with a clock in the hand and the commands of the last event."""
-
-    def __init__(self, *relays: str, flows_max: int = 1000) -> None:
-        self.sessions = Sessions(relays or ("r1",), flows_max)
-        self.now = 100.0
-        self.drawn = 0
-
-    def __call__(self, event: Event) -> list[Command]:
-        return self.sessions.handle(event, self.now)
-
-    def says(self, message: AnyMessage, relay: str = "r1") -> list[Command]:
-        return self(Received(relay, message))
-
-    def opened(
-        self, request: int, number: int, service: ServiceName = WEB, relay: str = "r1"
-    ) -> list[Command]:
-        return self.says(Opened(request, sid(number), service, ConnectorId("c1"), PRINT), relay)
-
-    def denied(self, request: int, reason: Reason, relay: str = "r1") -> list[Command]:
-        return self.says(Denied(request, WEB, reason), relay)
-
-    def after(self, seconds: float) -> list[Command]:
-        self.now += seconds
-        return self(Tick())
-
-    def state(self, service: ServiceName = WEB) -> str:
-        return next(view.state for view in self.sessions.views() if view.service == service)
-
-
-def ready(*relays: str, flows_max: int = 1000) -> Agent:
-    """An agent whose relays are up and which knows the lease of `web-app`."""
-    agent = Agent(*relays, flows_max=flows_max)
-    for relay in relays or ("r1",):
-        assert agent(RelayUp(relay)) == []
-    assert agent(LeaseIs(WEB, LEASE)) == []
-    return agent
-
-
-def carrying(number: int = 1) -> tuple[Agent, Session]:
-    """An agent with one flow, 1, on an open session."""
-    agent = ready()
-    agent(Want(1, WEB))
-    (proceed,) = agent.opened(1, number)
-    assert isinstance(proceed, Proceed)
-    return agent, proceed.session
-
-
-def ask(request: int, relay: str = "r1", lease: LeaseRef = LEASE) -> Send:
-    return Send(relay, Open(request, WEB, lease))
-
-
-C1, OTHER = ConnectorId("c1"), ConnectorId("c2")
-
-
-def pinned(request: int, relay: str = "r1", connector: ConnectorId = C1) -> Send:
-    return Send(relay, Open(request, WEB, LEASE, connector))
-
-
-def close(number: int, reason: Reason, relay: str = "r1") -> Send:
-    return Send(relay, Closed(sid(number), reason))
-
-
-class TestOpening:
-    def test_the_first_flow_opens_and_those_that_came_meanwhile_share(self) -> None:
-        agent = ready()
-        assert agent(Want(1, WEB)) == [ask(1)]
-        assert agent(Want(2, WEB)) == []
-        assert agent.state() == "opening"
-        first, second = agent.opened(1, 5)
-        assert isinstance(first, Proceed) and isinstance(second, Proceed)
-        assert (first.flow, second.flow) == (1, 2)
-        assert first.session is second.session
-        assert first.session.key == ("r1", sid(5))
-        assert agent(Want(3, WEB)) == [Proceed(3, first.session)]
-        assert agent.sessions.session(("r1", sid(5))) is first.session
-        assert agent.sessions.session(("r2", sid(5))) is None
-        assert agent.sessions.sessions == (first.session,)
-
-    def test_an_unknown_service_fails_at_once(self) -> None:
-        assert ready()(Want(1, DB)) == [Fail(1, Reason.NO_SUCH_SERVICE)]
-
-    def test_flows_in_total_are_bounded(self) -> None:
-        agent = ready(flows_max=1)
-        agent(Want(1, WEB))
-        assert agent(Want(2, WEB)) == [Fail(2, Reason.LIMIT_REACHED)]
-        agent(Release(1))
-        assert agent(Want(3, WEB)) == []
-
-    def test_waiting_flows_of_a_service_are_bounded(self) -> None:
-        agent = ready()
-        for number in range(WAITING_PER_SERVICE_MAX):
-            agent(Want(number, WEB))
-        assert agent(Want(9999, WEB)) == [Fail(9999, Reason.LIMIT_REACHED)]
-
-    def test_without_a_relay_it_waits_until_one_comes(self) -> None:
-        agent = Agent()
-        agent(LeaseIs(WEB, LEASE))
-        assert agent(Want(1, WEB)) == []
-        assert agent.sessions.relays.states == {"r1": "down"}
-        assert agent(RelayUp("r1")) == [ask(1)]
-        assert agent.sessions.relays.states == {"r1": "up"}
-
-    def test_without_a_relay_a_flow_fails_at_its_deadline(self) -> None:
-        agent = Agent()
-        agent(LeaseIs(WEB, LEASE))
-        agent(Want(1, WEB))
-        agent.now += 1
-        agent(Want(2, WEB))
-        assert agent.sessions.next_timer() == 100.0 + FLOW_WAIT_SECONDS
-        assert agent.after(FLOW_WAIT_SECONDS - 1) == [Fail(1, Reason.PEER_GONE)]
-        assert agent.sessions.next_timer() == 101.0 + FLOW_WAIT_SECONDS
-        assert agent.after(1) == [Fail(2, Reason.PEER_GONE)]
-        assert agent.sessions.next_timer() is None
-
-    def test_a_flow_that_left_while_waiting_is_not_told(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        assert agent(Release(1)) == []
-        assert agent(Release(1)) == []
-        assert agent.sessions.next_timer() == agent.now + OPEN_SECONDS
-        assert agent.opened(1, 5) == []
-        assert agent.state() == "open"
-
-    def test_an_answer_that_nobody_waits_for_is_given_back(self) -> None:
-        agent = ready()
-        assert agent.opened(1, 5) == [close(5, Reason.CLOSED_BY_PEER)]
-        assert agent.opened(1, 6, DB) == [close(6, Reason.CLOSED_BY_PEER)]
-        agent(Want(1, WEB))
-        assert agent.opened(2, 7) == [close(7, Reason.CLOSED_BY_PEER)]
-        assert agent.opened(1, 8, relay="r2") == [close(8, Reason.CLOSED_BY_PEER, "r2")]
-        assert agent.sessions.unexpected == 4
-
-    def test_an_answer_that_repeats_a_live_session_changes_nothing(self) -> None:
-        agent, session = carrying(5)
-        assert agent.opened(1, 5) == []
-        assert agent.sessions.unexpected == 1
-        assert agent(Want(2, WEB)) == [Proceed(2, session)]
-
-    def test_messages_of_others_are_left_alone(self) -> None:
-        agent = ready()
-        assert agent.says(Hello()) == []
-        assert agent.sessions.unexpected == 0
-
-
-class TestDenial:
-    def test_all_who_wait_are_told_and_so_are_those_who_come_soon(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        agent(Want(2, WEB))
-        reason = Reason.NO_HEALTHY_CONNECTOR
-        assert agent.denied(1, reason) == [Fail(1, reason), Fail(2, reason)]
-        assert agent(Want(3, WEB)) == [Fail(3, reason)]
-        view = agent.sessions.views()[0]
-        assert (view.state, view.reason, view.session, view.waiting) == ("denied", reason, None, 0)
-        agent.now += BACKOFF_FIRST_SECONDS
-        assert agent(Want(4, WEB)) == [ask(2)]
-
-    def test_the_pause_doubles_to_a_bound(self) -> None:
-        agent = ready()
-        pause = BACKOFF_FIRST_SECONDS
-        for request in range(1, 20):
-            assert agent(Want(request, WEB)) == [ask(request)]
-            agent.denied(request, Reason.NO_SUCH_SERVICE)
-            agent.now += pause - 0.01
-            assert agent(Want(1000 + request, WEB)) == [Fail(1000 + request, Reason.NO_SUCH_SERVICE)]
-            agent.now += 0.02
-            pause = min(pause * 2, BACKOFF_MAX_SECONDS)
-
-    def test_news_of_a_healthy_connector_ends_the_pause(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        agent.denied(1, Reason.NO_HEALTHY_CONNECTOR)
-        agent.says(Health(WEB, "critical"))
-        assert agent.state() == "denied"
-        agent.says(Health(DB, "passing"))
-        assert agent.state() == "denied"
-        agent.says(Health(WEB, "passing"))
-        assert agent.state() == "idle"
-        assert agent(Want(2, WEB)) == [ask(2)]
-        agent.says(Health(WEB, "passing"))
-        assert agent.state() == "opening"
-
-    def test_an_unasked_denial_is_counted(self) -> None:
-        agent = ready()
-        agent.denied(1, Reason.NO_GRANT)
-        agent(Want(1, WEB))
-        assert agent.denied(9, Reason.NO_GRANT) == []
-        assert agent.sessions.unexpected == 2
-        assert agent.state() == "opening"
-
-    def test_the_next_relay_is_asked_before_giving_up(self) -> None:
-        agent = ready("r1", "r2")
-        assert agent(Want(1, WEB)) == [ask(1)]
-        assert agent.denied(1, Reason.POLICY_UNKNOWN) == [ask(2, "r2")]
-        assert agent.denied(1, Reason.POLICY_UNKNOWN) == []
-        reason = Reason.NO_SUCH_SERVICE
-        assert agent.denied(2, reason, "r2") == [Fail(1, reason)]
-
-    def test_a_missing_grant_is_final(self) -> None:
-        agent = ready("r1", "r2")
-        agent(Want(1, WEB))
-        assert agent.denied(1, Reason.NO_GRANT) == [Fail(1, Reason.NO_GRANT)]
-
-    def test_a_silent_relay_is_passed_over(self) -> None:
-        agent = ready("r1", "r2")
-        agent(Want(1, WEB))
-        assert agent.sessions.next_timer() == agent.now + OPEN_SECONDS
-        assert agent.after(OPEN_SECONDS - 1) == []
-        agent(Want(2, WEB))
-        assert agent.after(1) == [Fail(1, Reason.PEER_GONE), ask(2, "r2")]
-        (proceed,) = agent.opened(2, 5, relay="r2")
-        assert isinstance(proceed, Proceed) and proceed.flow == 2
-
-    def test_a_lone_silent_relay_is_policy_unknown(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        agent.after(OPEN_SECONDS - 1)
-        agent(Want(2, WEB))
-        assert agent.after(1) == [Fail(1, Reason.PEER_GONE), Fail(2, Reason.POLICY_UNKNOWN)]
 
 
 class TestRelays:
@@ -505,16 +266,16 @@ class TestMove:
         assert agent.sessions.views()[0].waiting == 1
 
     def test_a_connector_that_came_back_has_not_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sessions_module, "GONE_KEPT_MAX", 1)
+        monkeypatch.setattr(asking_module, "GONE_KEPT_MAX", 1)
         agent, _ = carrying()
         agent.says(Closed(sid(1), Reason.PEER_GONE))
-        assert list(agent.sessions._gone) == [C1]
+        assert list(agent.sessions._asking._gone) == [C1]
         agent(Want(2, WEB))
         (proceed,) = agent.opened(2, 2)
-        assert isinstance(proceed, Proceed) and not agent.sessions._gone
-        agent.sessions._note_gone(OTHER)
+        assert isinstance(proceed, Proceed) and not agent.sessions._asking._gone
+        agent.sessions._asking.note_gone(OTHER)
         agent.says(Closed(sid(2), Reason.PEER_GONE))
-        assert list(agent.sessions._gone) == [C1], "the last ones are kept"
+        assert list(agent.sessions._asking._gone) == [C1], "the last ones are kept"
 
     def test_but_not_for_ever(self) -> None:
         agent, _ = carrying()
@@ -577,87 +338,6 @@ class TestMove:
         agent(Move(1, C1, 30.0))
         assert agent(LeaseIs(WEB, None)) == [Fail(1, Reason.NO_SUCH_SERVICE)]
         assert agent.sessions.next_timer() is None
-
-
-class TestRunningOut:
-    """A relay wants nothing new on a session; what runs on it may finish."""
-
-    def test_new_flows_have_another_session_and_those_that_run_keep_theirs(self) -> None:
-        agent, session = carrying()
-        assert agent.says(Retired(sid(1))) == [RunOut(session)]
-        assert agent(Want(2, WEB)) == [ask(2)]
-        (proceed,) = agent.says(Opened(2, sid(2), WEB, OTHER, PRINT))
-        assert isinstance(proceed, Proceed) and proceed.session != session
-        # One whose carrier breaks comes back to it, as no relay gives another one with that connector.
-        assert agent(Move(1, C1, 30.0)) == [Proceed(1, session)]
-        assert agent(Want(3, WEB)) == [Proceed(3, proceed.session)]
-        assert agent.says(Retired(sid(1))) == [RunOut(session)]
-        assert agent(Release(1)) == [close(1, Reason.DRAINING), Ended(session, Reason.DRAINING)]
-
-    def test_one_that_nobody_uses_ends(self) -> None:
-        agent, session = carrying()
-        agent(Release(1))
-        assert agent.says(Retired(sid(1))) == [close(1, Reason.DRAINING), Ended(session, Reason.DRAINING)]
-        assert agent.says(Retired(sid(1))) == [] and agent.sessions.unexpected == 1
-
-
-class TestClosing:
-    def test_a_closed_session_is_replaced_by_the_next_flow(self) -> None:
-        agent, session = carrying()
-        message = Closed(sid(1), Reason.PEER_GONE)
-        assert agent.says(message) == [Ended(session, Reason.PEER_GONE)]
-        assert agent(Want(2, WEB)) == [ask(2)]
-        assert agent.says(message) == []
-        assert agent.sessions.unexpected == 1
-
-    def test_a_flow_of_a_closed_session_may_retry(self) -> None:
-        agent, _ = carrying()
-        agent.says(Closed(sid(1), Reason.PEER_GONE))
-        assert agent(Retry(1, Cause.FAILED)) == [ask(2)]
-
-    def test_after_stale_epoch_the_lease_is_read_before_anybody_is_asked(self) -> None:
-        agent, session = carrying()
-        assert agent.says(Closed(sid(1), Reason.STALE_EPOCH)) == [
-            Ended(session, Reason.STALE_EPOCH),
-            ReadLease(WEB),
-        ]
-        assert agent(Want(2, WEB)) == []
-        assert agent(LeaseIs(WEB, NEWER)) == [ask(2, lease=NEWER)]
-
-    def test_a_retired_session_that_is_closed_concerns_nobody_else(self) -> None:
-        agent, session = carrying()
-        agent(LeaseIs(WEB, NEWER))
-        assert agent.says(Closed(sid(1), Reason.STALE_EPOCH)) == [Ended(session, Reason.STALE_EPOCH)]
-        agent, session = carrying()
-        agent(LeaseIs(WEB, None))
-        assert agent.says(Closed(sid(1), Reason.STALE_EPOCH)) == [Ended(session, Reason.STALE_EPOCH)]
-
-    def test_an_unused_session_is_closed_after_a_while(self) -> None:
-        agent, session = carrying()
-        assert agent.after(SESSION_IDLE_SECONDS * 2) == []
-        agent(Release(1))
-        assert agent.sessions.next_timer() == agent.now + SESSION_IDLE_SECONDS
-        assert agent.after(SESSION_IDLE_SECONDS - 1) == []
-        assert agent.after(1) == [
-            close(1, Reason.CLOSED_BY_PEER),
-            Ended(session, Reason.CLOSED_BY_PEER),
-        ]
-        assert agent.state() == "idle"
-
-    def test_a_steady_session_forgives_earlier_failures(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        for request in (1, 2, 3):
-            agent.denied(request, Reason.NO_SUCH_SERVICE)
-            agent.now += BACKOFF_MAX_SECONDS
-            agent(Want(request + 1, WEB))
-        agent.opened(4, 1)
-        agent.now += STEADY_SECONDS
-        agent.says(Closed(sid(1), Reason.PEER_GONE))
-        agent(Want(9, WEB))
-        agent.denied(5, Reason.NO_SUCH_SERVICE)
-        agent.now += BACKOFF_FIRST_SECONDS
-        assert agent(Want(10, WEB)) == [ask(6)]
 
 
 class TestRetry:
@@ -747,82 +427,6 @@ class TestRetry:
         agent, _ = carrying()
         agent.says(Closed(sid(1), Reason.PEER_GONE))
         assert agent(Retry(1, Cause.DENIED)) == [ask(2)]
-
-
-class TestEpochs:
-    def test_stale_at_the_flow_reads_the_lease_and_asks_again(self) -> None:
-        agent, session = carrying()
-        reason = Reason.STALE_EPOCH
-        assert agent(Retry(1, Cause.STALE)) == [close(1, reason), Ended(session, reason), ReadLease(WEB)]
-        assert agent.sessions.next_timer() == agent.now + RESOLVE_SECONDS
-        assert agent(LeaseIs(WEB, NEWER)) == [ask(2, lease=NEWER)]
-        (proceed,) = agent.opened(2, 2)
-        assert isinstance(proceed, Proceed) and proceed.session.lease == NEWER
-
-    def test_once_per_flow(self) -> None:
-        agent, _ = carrying()
-        agent(Retry(1, Cause.STALE))
-        agent(LeaseIs(WEB, NEWER))
-        (proceed,) = agent.opened(2, 2)
-        assert isinstance(proceed, Proceed)
-        reason = Reason.STALE_EPOCH
-        assert agent(Retry(1, Cause.STALE)) == [
-            close(2, reason),
-            Ended(proceed.session, reason),
-            Fail(1, reason),
-        ]
-
-    def test_stale_at_the_relay_resolves_once_for_each_flow_that_waits(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        assert agent.denied(1, Reason.STALE_EPOCH) == [ReadLease(WEB)]
-        agent(Want(2, WEB))
-        assert agent(LeaseIs(WEB, LEASE)) == [ask(2)]
-        assert agent.denied(2, Reason.STALE_EPOCH) == [Fail(1, Reason.STALE_EPOCH), ReadLease(WEB)]
-        agent(LeaseIs(WEB, LEASE))
-        assert agent.denied(3, Reason.STALE_EPOCH) == [Fail(2, Reason.STALE_EPOCH)]
-        assert agent.state() == "denied"
-
-    def test_a_lease_that_cannot_be_read_fails_the_flow(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        agent.denied(1, Reason.STALE_EPOCH)
-        assert agent.after(RESOLVE_SECONDS) == [Fail(1, Reason.STALE_EPOCH)]
-
-    def test_a_new_lease_retires_the_session(self) -> None:
-        agent, session = carrying()
-        assert agent(LeaseIs(WEB, LEASE)) == []
-        assert agent(LeaseIs(WEB, NEWER)) == []
-        assert agent(Want(2, WEB)) == [ask(2, lease=NEWER)]
-        assert agent(Release(1)) == [
-            close(1, Reason.STALE_EPOCH),
-            Ended(session, Reason.STALE_EPOCH),
-        ]
-
-    def test_an_answer_for_the_old_lease_is_given_back(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        agent(LeaseIs(WEB, NEWER))
-        assert agent.opened(1, 5) == [close(5, Reason.STALE_EPOCH), ask(2, lease=NEWER)]
-
-    def test_a_service_that_vanishes_fails_what_waits(self) -> None:
-        agent = ready()
-        agent(Want(1, WEB))
-        assert agent(LeaseIs(WEB, None)) == [Fail(1, Reason.NO_SUCH_SERVICE)]
-        assert agent(LeaseIs(WEB, None)) == []
-        assert agent.sessions.views() == ()
-
-    def test_a_service_that_vanishes_ends_its_unused_session(self) -> None:
-        agent, session = carrying()
-        agent(Release(1))
-        reason = Reason.CLOSED_BY_PEER
-        assert agent(LeaseIs(WEB, None)) == [close(1, reason), Ended(session, reason)]
-
-    def test_its_flows_may_finish(self) -> None:
-        agent, session = carrying()
-        assert agent(LeaseIs(WEB, None)) == []
-        reason = Reason.CLOSED_BY_PEER
-        assert agent(Release(1)) == [close(1, reason), Ended(session, reason)]
 
 
 @pytest.mark.parametrize("cause", list(Cause))
