@@ -83,6 +83,21 @@ def test_an_agent_alone_shows_its_paths_with_their_round_trips() -> None:
     assert control == [Edge(start=f"agent:{statuses.AGENT}", end="relay:north", carrier="quic", rtt_ms=2.25)]
 
 
+def test_where_tcp_has_a_carrier_of_its_own_each_way_has_the_services_that_go_there() -> None:
+    told = statuses.agent()
+    told["agent"]["services"].append({"service": "dns", "ports": [{"protocol": "udp", "port": 53}]})
+    told["agent"]["sessions"].append({"service": "dns", "connector": "alpha", "relay": "north"})
+    assert [(edge.carrier, edge.services) for edge in of(told).paths] == [
+        ("quic", ("dns",)),
+        ("tcp", ("web",)),
+    ]
+    # Without a carrier of its own TCP rides the link; what has no port known may go either way.
+    told["agent"]["streams"]["routes"] = {"alpha": "quic"}
+    assert [edge.services for edge in of(told).paths] == [("dns", "web")]
+    told["agent"]["services"], told["agent"]["streams"]["routes"] = [], {"alpha": "direct"}
+    assert [edge.services for edge in of(told).paths] == [("dns", "web"), ("dns", "web")]
+
+
 def test_an_agent_without_a_certificate_yet_has_a_name_all_the_same() -> None:
     assert of(statuses.agent() | {"certificate": None}).of("agent")[0].name == "this agent"
 

@@ -17,7 +17,7 @@ def page(told: dict[str, seen.Daemon | None], processes: dict[str, str] | None =
 
 def test_all_four_are_put_together() -> None:
     sections = page(dict(zip(ADDRESSES, statuses.all_of_them(), strict=True)))
-    assert "Everything is ready" in sections["head"] and "1 of 2" in sections["head"]
+    assert "Everything is ready" in sections["head"] and "1 of 3" in sections["head"]
     assert "127.0.0.1:5432" in sections["services"] and "critical: it is critical" in sections["services"]
     assert "direct, punched UDP" in sections["paths"] and "through a relay, TLS" in sections["paths"]
     assert 'data-label="Relay">–<' in sections["paths"] and 'data-label="Relay">north<' in sections["paths"]

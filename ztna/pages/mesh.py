@@ -213,8 +213,6 @@ class _Gathered:
         for session in told.sessions:
             connector = self._known("connector", session.connector, "passing")
             relay_id = _id("relay", session.relay)
-            found = self._service(session.service)
-            found.connectors.add(connector)
             self._session(own, connector, relay_id, session.service)
             relays[session.connector] = relay_id
         for link in told.links:
@@ -272,6 +270,7 @@ class _Gathered:
 
     def _session(self, agent: str, connector: str, relay: str, service: str) -> None:
         self._known("relay", relay.partition(":")[2])
+        self._service(service).connectors.add(connector)
         self._sessions.setdefault((agent, connector), set()).add((relay, service))
 
     def _path(
@@ -297,13 +296,25 @@ class _Gathered:
                 relay = min(relay for relay, _ in sessions)
                 paths.append(Edge(start=ends[0], end=ends[1], way="unseen", via=relay, services=services))
                 continue
-            paths += [msgspec.structs.replace(path, services=services) for path in _distinct(told[min(told)])]
+            ways = _distinct(told[min(told)])
+            paths += [msgspec.structs.replace(path, services=self._on(path, ways, services)) for path in ways]
         control = [edge for _, edge in sorted(self._control.items())]
         return Mesh(
             tuple(self._nodes[id_] for id_ in sorted(self._nodes)),
             tuple(control + paths),
             tuple(self._services[name].service(name) for name in sorted(self._services)),
         )
+
+    def _on(self, path: Edge, ways: Iterable[Edge], services: tuple[str, ...]) -> tuple[str, ...]:
+        """Return which services go this way: where TCP has a carrier of its own, the other ways have the rest."""
+        if all(each.carrier != "tcp" for each in ways):
+            return services
+        is_tcp = path.carrier == "tcp"
+        protocols = {name: {port.protocol for port in self._service(name).ports} for name in services}
+        fit = (
+            name for name in services if (protocols[name] & {"tcp"} if is_tcp else protocols[name] - {"tcp"})
+        )
+        return tuple(fit) or services
 
 
 def best(healths: Iterable[str]) -> str:

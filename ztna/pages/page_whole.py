@@ -41,7 +41,7 @@ def view(
     tiles = [
         tile("services", f"{passing(mesh.services)} of {len(mesh.services)}", "passing"),
         tile("sessions", number(sessions), "at the relay"),
-        tile("paths", number(len(mesh.paths)), "between agents and connectors"),
+        tile("paths", number(len(mesh.paths)), "in use"),
         tile("agents", number(len(mesh.of("agent"))), "known here"),
     ]
     head = header("Mesh", "", state, [], facts, tiles)
