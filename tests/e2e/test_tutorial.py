@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/tutorial.md"
 INSTALLED_BEFORE = "apt-get install --yes "
 IN_THE_FIRST_TERMINAL = "make demo "
-AT_THE_END = "rm -r "
+BREAKS, AT_THE_END = "kill $(cat hello/pid)", "rm -r "
 PATIENCE_SECONDS = 40.0
 """What a line needs to say what the page shows: checks and certificates take seconds, more of them under load."""
 
@@ -77,6 +77,13 @@ class Stranger:
         """Return what runs a line in the second terminal, which has the environment activated."""
         return [*self.host.prefix, "sh", "-c", line]
 
+    def until_pictured(self, service: str, state: str) -> None:
+        """Look at the picture that the page names until a service is in a state there."""
+        (url,) = set(re.findall(r"<(http://127\.0\.0\.1:\d+/)>", PAGE.read_text()))
+        self.type(
+            f"curl -sS --fail {url} | grep -o '<svg.*'", [f'<g class="box {state}"><title>{service}: {state}']
+        )
+
     def start(self, line: str, log: Path) -> subprocess.Popen[bytes]:
         """Type a line in the first terminal."""
         argv = self.argv(f"exec {line}")
@@ -129,6 +136,7 @@ def test_a_stranger_gets_from_nothing_to_a_name_a_denied_service_and_a_broken_on
     assert first.commands[0].startswith(INSTALLED_BEFORE)
     log = stranger.clone / "first-terminal"
     mesh: subprocess.Popen[bytes] | None = None
+    pictured = False
     try:
         for step in rest:
             *before, last = step.commands
@@ -137,14 +145,19 @@ def test_a_stranger_gets_from_nothing_to_a_name_a_denied_service_and_a_broken_on
             if last.startswith(IN_THE_FIRST_TERMINAL):
                 mesh = stranger.start(last, log)
                 _wait(log, mesh, step.shown)
+                stranger.until_pictured("web-app", "passing")
+                stranger.until_pictured("db", "critical")
             else:
                 if last.startswith(AT_THE_END):
                     _ctrl_c(mesh, log)
                 stranger.type(last, step.shown)
+            if before[:1] == [BREAKS] and mesh is not None and mesh.poll() is None:
+                stranger.until_pictured("hello", "critical")
+                pictured = True
     finally:
         if mesh is not None and mesh.poll() is None:
             os.killpg(mesh.pid, signal.SIGKILL)
-    assert not (stranger.clone / "mesh").exists()
+    assert pictured and not (stranger.clone / "mesh").exists()
 
 
 def _wait(log: Path, mesh: subprocess.Popen[bytes], shown: list[str]) -> None:
