@@ -36,7 +36,7 @@ from ztna.dns_keys import load_keys
 from ztna.errors import ConfigError, ConsulUnavailable
 from ztna.leases import SERVICE_PREFIX, ULA, ULA_PREFIX_BITS, Table, is_ula, read_table
 from ztna.runtime import CONSUL_TOKEN, Daemon, sleep_or_stop
-from ztna.telemetry import CONFIRMED, POOL, SERVED, UNLEASED, logger
+from ztna.telemetry import CONFIRMED, POOL, SERVED, UNLEASED, ZONE_SERVICES, logger
 
 THREAD_SWITCH_SECONDS = 0.0005
 """How soon the thread that writes the names gives way to answering; Python's own is ten times as long."""
@@ -278,6 +278,7 @@ class _Dnsd:
             await asyncio.sleep(TICK_SECONDS)
             age = self._age
             CONFIRMED.set(age.confirmed_at)
+            ZONE_SERVICES.set(len(self._zone.services))
             if aged(self._server.answers, age, time.time()):
                 self._renew_answers()
             elif self._workers is not None:

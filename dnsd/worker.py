@@ -33,7 +33,7 @@ from dnsd.sockets import Sockets
 from dnsd.tally import counted
 from dnsd.transfer import Publication
 from dnsd.zone import ZoneData
-from ztna import telemetry
+from ztna import log_lines
 from ztna.errors import ProtocolError
 from ztna.telemetry import WORKER_CPU, WORKER_MEMORY
 
@@ -153,7 +153,7 @@ async def serve(channel: Channel, limits: memoryview) -> None:
     setup = feed.decode_to_worker(received[0])
     if not isinstance(setup, Setup):
         raise ProtocolError(f"not expected first: {type(setup).__name__}")
-    telemetry.configure(setup.log)
+    log_lines.configure(setup.log)
     try:
         await Worker(channel, setup, limits).run()
     except* (_Alone, BrokenPipeError, ConnectionResetError):

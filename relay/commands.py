@@ -112,6 +112,8 @@ class Told(msgspec.Struct, frozen=True):
     path: str | None
     v1_bytes: int
     fields: dict[str, str | float]
+    opening_s: float
+    """From the agent's `open` to the connector's `accepted`."""
 
 
 class Event(msgspec.Struct, frozen=True):

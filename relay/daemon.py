@@ -202,6 +202,7 @@ class Relay:
         self.server = quic.Server(
             self._socket, credentials, settings, admit=self._admit, factory=self._established
         )
+        self._measures = looking_in.Measures(self)
         _log.info(
             "listening",
             relay=config.name,
@@ -476,7 +477,7 @@ class Relay:
     def _measure(self) -> None:
         self.reports.tick(time.monotonic())
         self.server.tell_left_out()
-        looking_in.measure(self)
+        self._measures.take()
 
     def _tell(self, command: Refusal | Told | Event) -> None:
         match command:

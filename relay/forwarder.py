@@ -20,7 +20,7 @@ from relay.kernel import CHANGES_PER_TRANSACTION_MAX, Heard, KernelForwarder, Ke
 from relay.links import Limits, Link, LinkTable, RawAddress, Side, Traffic
 from ztna import udp
 from ztna.jsontypes import Secret
-from ztna.telemetry import FORWARDED, FORWARDING_IN_KERNEL, dropped, logger
+from ztna.telemetry import FORWARDED, FORWARDING_FELL_BACK, FORWARDING_IN_KERNEL, dropped, logger
 from ztna.udp_bulk import BulkSocket
 from ztna.udp_kernel import bind_udp
 
@@ -65,6 +65,7 @@ class Forwarder:
         if forwarding != "user":
             self._try_kernel()
         FORWARDING_IN_KERNEL.set(self._kernel is not None)
+        FORWARDING_FELL_BACK.set(self.problem is not None)
         self._workers = [_Worker(self, raw.address) for _ in range(workers - 1)]
         self._loop.add_reader(raw.fileno(), self._readable)
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -107,6 +108,11 @@ class Forwarder:
     def links(self) -> int:
         """How many links may bind."""
         return len(self._table)
+
+    @property
+    def passed_bytes(self) -> int:
+        """How many bytes were passed on so far; the kernel's share is at most a sweep old."""
+        return self._table.passed_bytes
 
     def traffic(self, key: Hashable) -> Traffic | None:
         """Return what was passed on for a link; the kernel's share is at most a sweep old."""
@@ -235,6 +241,7 @@ class Forwarder:
         self._why_user = str(error)
         _log.warning("forwarding_in_user_space", why=self._why_user)
         FORWARDING_IN_KERNEL.set(0)
+        FORWARDING_FELL_BACK.set(1)
         self._kernel = None
         self._pending.clear()
         self._kernels.clear()

@@ -95,7 +95,10 @@ class Holdings:
             "agent": session.agent_name,
             "connector_id": session.connector_id,
         }
-        out.append(Told(event, session.id, session.link, session.path, session.v1_bytes, fields | more))
+        began_at = session.attempt.began_at
+        took = (session.opened_at or began_at) - began_at
+        known = fields | more
+        out.append(Told(event, session.id, session.link, session.path, session.v1_bytes, known, took))
 
 
 def type_of(message: AnyMessage) -> str:

@@ -122,6 +122,8 @@ class LinkTable:
     """32 random bytes: challenges are derived from it, the source address and the time."""
     limits: Limits = Limits()
     drops: Counter[str] = field(default_factory=Counter)
+    passed_bytes: int = 0
+    """Passed on so far, for links that have ended too."""
     """Packets not passed on, by why: unknown_source, unbound_peer, malformed, unknown_bind, challenge_rate,
     link_rate, link_quota."""
     _links: dict[Hashable, Link] = field(default_factory=dict)
@@ -202,6 +204,7 @@ class LinkTable:
         """
         side.packets += packets
         side.bytes += size
+        self.passed_bytes += size
         if side.allowance is not None:
             side.allowance.left -= size
             link = self._links.get(side.link)
@@ -221,6 +224,7 @@ class LinkTable:
     def handle(self, packets: Sequence[RawPacket], now: float) -> list[RawPacket]:
         """Return what to send for a batch that was received: copies for the other side, and answers to binds."""
         out: list[RawPacket] = []
+        passed = 0
         routes = self._routes
         for packet in packets:
             data, source = packet
@@ -239,7 +243,9 @@ class LinkTable:
                 continue
             side.packets += 1
             side.bytes += size
+            passed += size
             out.append((data, onward))
+        self.passed_bytes += passed
         return out
 
     def sweep(self, now: float) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from relay.commands import LinkKey
 from relay.state import Session
+from relay.v1_peers import PASSED
 from ztna.names import SessionId
-from ztna.telemetry import RELAY_SIZES, SRV_AGE
+from ztna.telemetry import FORWARDED_BYTES, RELAY_SIZES, SRV_AGE, Tallied
 from ztna.tls_control import TlsConnection
 
 if TYPE_CHECKING:
@@ -116,8 +117,23 @@ def carried(
     return {"path": path or seen, "bytes": own, "link_bytes": link_bytes}
 
 
-def measure(relay: Relay) -> None:
-    """Set the gauges that follow what a relay holds."""
+class Measures:
+    """The metrics that follow what a relay holds and counts for itself."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._udp, self._tcp = Tallied(FORWARDED_BYTES.labels("udp")), Tallied(FORWARDED_BYTES.labels("tcp"))
+
+    def take(self) -> None:
+        """Bring them up to date."""
+        relay = self._relay
+        self._udp.count, self._tcp.count = relay.forwarder.passed_bytes, relay.splicer.copied
+        for tallied in (self._udp, self._tcp, PASSED):
+            tallied.settle()
+        _measure(relay)
+
+
+def _measure(relay: Relay) -> None:
     sizes = {
         "connections": len(relay.peers),
         "tls_connections": len(relay.door.connections),

@@ -71,7 +71,7 @@ class Opening:
 
     def begin(self, key: ConnectionKey, request: control.Open, now: float, out: list[Command]) -> None:
         """Open a session for an agent, or deny it."""
-        self._begin(key, Attempt(request, park_until=now + PARK_SECONDS), now, out)
+        self._begin(key, Attempt(request, park_until=now + PARK_SECONDS, began_at=now), now, out)
 
     def _begin(self, key: ConnectionKey, attempt: Attempt, now: float, out: list[Command]) -> None:
         service = attempt.request.service

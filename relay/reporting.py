@@ -13,7 +13,7 @@ from relay.denials import Denials
 from relay.peers import WHERE
 from ztna.quiet import Quiet
 from ztna.reasons import Reason
-from ztna.telemetry import SESSION_ENDS, SESSIONS_OPENED, logger, refused
+from ztna.telemetry import SESSION_ENDS, SESSION_OPEN_SECONDS, SESSIONS_OPENED, logger, refused
 
 _log = logger(__name__)
 
@@ -31,6 +31,7 @@ class Reports:
         fields = told.fields | more
         if told.event == "session_opened":
             SESSIONS_OPENED.inc()
+            SESSION_OPEN_SECONDS.observe(told.opening_s, {"session": told.session})
         else:
             SESSION_ENDS.labels(told.fields["reason"]).inc()
         if self.audit is not None:

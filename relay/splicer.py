@@ -165,17 +165,21 @@ class Splicer:
         """How many pairs of connections are joined."""
         return len(self._pairs) // 2
 
+    @property
+    def copied(self) -> int:
+        """How many bytes were copied so far, both ways."""
+        return self.bytes + sum(each.bytes for each in set(self._pairs.values()))
+
     def status(self) -> dict[str, object]:
         """Return the counters, for /status."""
-        pairs = set(self._pairs.values())
         return {
             "address": f"{self.address[0]}:{self.address[1]}",
             "tokens": len(self._tokens),
             "unbound": len(self._dialled),
             "waiting": self._tokens.waiters,
-            "pairs": len(pairs),
+            "pairs": self.pairs,
             "joined": self.joined,
-            "bytes": self.bytes + sum(each.bytes for each in pairs),
+            "bytes": self.copied,
             "held": len(self._held),
             "refusals": dict(self.refusals),
         }

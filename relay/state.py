@@ -54,6 +54,7 @@ class Attempt:
     tried: set[ConnectionKey] = field(default_factory=set)
     refusal: Reason | None = None
     park_until: float = 0.0
+    began_at: float = 0.0
 
 
 @dataclass(slots=True)

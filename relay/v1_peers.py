@@ -19,12 +19,15 @@ from ztna import quic
 from ztna.errors import ProtocolError, Refused
 from ztna.names import SessionId
 from ztna.reasons import Reason
-from ztna.telemetry import dropped, refused
+from ztna.telemetry import FORWARDED_BYTES, Tallied, dropped, refused
 from ztna.udp import SockAddr
 from ztna.wire import control, datagram
 
 ALPN = "ztna-v1"
 UDP_PAYLOAD_BYTES = 1350
+
+PASSED = Tallied(FORWARDED_BYTES.labels("v1"))
+"""What went through for agents that speak only `ztna-v1`, in bytes."""
 
 
 class Owner(Protocol):
@@ -148,6 +151,7 @@ class Legs:
             return
         data = datagram.encode(datagram.SessionPacket(session_id, packet))
         session.v1_bytes += len(packet)
+        PASSED.count += len(packet)
         peer.connection.send_datagram(data, session.service)
 
     def to_agent(self, connector: ConnectionKey, data: bytes) -> None:
@@ -169,6 +173,7 @@ class Legs:
         assert session is not None
         if isinstance(peer, AgentPeer):
             session.v1_bytes += len(message.packet)
+            PASSED.count += len(message.packet)
             peer.deliver(message.packet, session.service)
         elif peer is None:
             dropped(WHERE, "peer_gone")

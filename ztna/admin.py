@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 
-from ztna import telemetry
+from ztna import log_lines, telemetry
 from ztna.config import Endpoint
 from ztna.errors import ZtnaError
 from ztna.jsontypes import Secret, encode_hook
@@ -121,9 +121,13 @@ class _Pages:
         self._probing = 0
 
     async def metrics(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(telemetry.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        """Answer in what the scraper takes: Prometheus asks for OpenMetrics, which alone has exemplars."""
+        daemon = self._daemon
+        telemetry.WARNINGS.set(len(daemon.readiness.report()["warnings"]))
+        for measure in daemon.measures:
+            measure()
+        encode, content_type = choose_encoder(",".join(request.headers.getall("Accept", ())))
+        return web.Response(body=encode(telemetry.Page(daemon.name)), headers={"Content-Type": content_type})
 
     async def healthz(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -196,4 +200,4 @@ def _json(value: object, status: int) -> web.Response:
 
 
 def _shown(value: Any) -> str:
-    return telemetry.HIDDEN if isinstance(value, Secret) else encode_hook(value)
+    return log_lines.HIDDEN if isinstance(value, Secret) else encode_hook(value)

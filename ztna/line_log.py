@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ztna.errors import ConfigError
 from ztna.jsontypes import to_json
-from ztna.telemetry import dropped, utc
+from ztna.log_lines import utc
+from ztna.telemetry import dropped
 
 LINES_WAITING_MAX = 10_000
 LINES_PER_WRITE = 256

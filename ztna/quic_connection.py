@@ -27,7 +27,7 @@ from ztna.quic_engine import (
     close_code,
 )
 from ztna.reasons import Reason
-from ztna.telemetry import DROPS, logger, refused
+from ztna.telemetry import DROPS, HANDSHAKES, logger, refused
 from ztna.udp import SockAddr
 from ztna.verdicts import Followed
 
@@ -127,6 +127,7 @@ class Connection:
         self._endpoint = endpoint
         self._engine = engine
         self._handler: Handler | None = None
+        self._began_at = endpoint.clock()
         self._ended: tuple[int, str] | None = None
         self._outgoing: Packets = []
         self._farewell: Packets = []
@@ -333,6 +334,7 @@ class Connection:
             self.refusal = error
             refused(self._endpoint.settings.where, error.reason)
             raise
+        HANDSHAKES.labels(self._endpoint.settings.where).observe(self._endpoint.clock() - self._began_at)
 
     def _now(self) -> float:
         return max(self._endpoint.clock(), self._not_before)

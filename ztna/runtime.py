@@ -25,7 +25,7 @@ import click
 import uvloop
 
 from ztna import config as configuration
-from ztna import telemetry
+from ztna import log_lines, telemetry
 from ztna.admin import serving
 from ztna.config import Config, Endpoint
 from ztna.errors import ConfigError, ZtnaError
@@ -34,6 +34,8 @@ from ztna.sd_notify import ServiceManager
 
 CONSUL_TOKEN = "consul_token"  # noqa: S105 - no token but a name
 """What is wrong with the token for Consul stands under this name in /readyz."""
+LAG_SECONDS = 1.0
+"""How often the loop is asked how late it is."""
 EXIT_FINE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -114,6 +116,8 @@ class Daemon:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     on_reload: list[Callable[[], None]] = field(default_factory=list)
     status_sources: dict[str, Callable[[], object]] = field(default_factory=dict)
+    measures: list[Callable[[], None]] = field(default_factory=list)
+    """What sets gauges that nobody keeps up to date, each called when the metrics are asked for."""
     actions: dict[str, Callable[[str], bool]] = field(default_factory=dict)
     """What the admin socket can do to a subject, by name; each says whether there was such a subject."""
     probes: dict[str, Callable[[str], Awaitable[object]]] = field(default_factory=dict)
@@ -203,7 +207,7 @@ def run(
     0 after a clean end, 2 for a ConfigError, 1 for anything else. A ZtnaError is one line in the log; only
     an error that nobody foresaw has its traceback there.
     """
-    telemetry.configure(config.log)
+    log_lines.configure(config.log)
     telemetry.BUILD.labels(daemon_name, version("ztna-mesh")).set(1)
     raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -239,12 +243,22 @@ async def _run(
         async with asyncio.TaskGroup() as tasks:
             daemon = Daemon(daemon_name, config, tasks, reread=reread, file=file)
             _install_signals(loop, daemon)
+            tasks.create_task(_mind_lag(), name="loop lag")
             async with _managed(daemon), serving(daemon, admin, admin_socket):
                 _log.info("started", daemon=daemon_name, admin=endpoint_text(daemon.admin_address))
                 await body(daemon)
             raise _Finished
     except BaseExceptionGroup as group:
         return _exit_status(daemon_name, group)
+
+
+async def _mind_lag() -> None:
+    """Measure by how much the loop is late, until cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_SECONDS
+        await asyncio.sleep(LAG_SECONDS)
+        telemetry.LOOP_LAG.observe(max(0.0, loop.time() - due))
 
 
 @asynccontextmanager

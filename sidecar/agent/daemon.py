@@ -45,6 +45,7 @@ from sidecar.agent.told import UNKNOWN, HealthBook
 from sidecar.agent.tracing import Tracer
 from sidecar.agent.tun import Tun
 from sidecar.link.control import RelayClient
+from sidecar.link.measures import measure
 from sidecar.link.network import Network
 from sidecar.link.pulse import Life
 from sidecar.link.quic_stream import QuicStream
@@ -57,7 +58,7 @@ from ztna.leases import Lease
 from ztna.names import ServiceName
 from ztna.renewal import Renewal
 from ztna.runtime import CONSUL_TOKEN, Daemon
-from ztna.telemetry import dropped, logger
+from ztna.telemetry import LEASES_KNOWN, dropped, logger
 from ztna.wire.control import (
     AnyMessage,
     Conflict,
@@ -220,6 +221,7 @@ class Agent:
     async def run(self) -> None:
         """Serve until the daemon stops, then let what runs finish for a while."""
         self._daemon.status_sources["agent"] = self.status
+        self._daemon.measures.append(self._measure)
         self._daemon.probes |= {"trace": self._tracer.trace, "ping": self._tracer.ping}
         self._daemon.on_reload.append(self._renewal.reload)
         self._daemon.status_sources["certificate"] = self._renewal.status
@@ -284,6 +286,16 @@ class Agent:
             "streams": self._streams.status(),
             "udp_flows": self._datagrams.flows,
         }
+
+    def _measure(self) -> None:
+        LEASES_KNOWN.set(len(self._follower.leases))
+        measure(
+            self._relays,
+            self._lanes.status(),
+            sessions=len(self._broker.sessions.sessions),
+            tcp_flows=self._streams.flows,
+            udp_flows=self._datagrams.flows,
+        )
 
     def _health_of(self, service: ServiceName) -> dict[str, object]:
         told = self._health.of(service)

@@ -19,7 +19,7 @@ from sidecar.link.flow import TcpFlow, abort
 from sidecar.link.stream import Carrier, FlowRefused, OpenLost
 from ztna.errors import IdentityError, LinkError, Refused
 from ztna.reasons import Reason
-from ztna.telemetry import TCP_FLOWS, dropped, logger
+from ztna.telemetry import FLOW_OPEN_SECONDS, FLOWS_FAILED, TCP_FLOWS, dropped, logger
 from ztna.udp import SockAddr
 from ztna.wire.control import Address
 from ztna.wire.stream import WINDOW_BYTES_MIN, OpenFrame, OpenStatus
@@ -113,16 +113,18 @@ class Streams:
     # --- a flow
 
     async def _serve(self, at: VirtualPort, local: socket.socket, source: SockAddr) -> None:
-        number = self._broker.number()
+        number, began = self._broker.number(), self._loop.time()
         try:
             ride = await self._open(number, at, local, source)
         except (Refused, LinkError, FlowRefused) as error:
+            FLOWS_FAILED.inc()
             _log.debug("flow_refused", service=at.service, source=f"{source[0]}:{source[1]}", detail=error)
             abort(local)
         except BaseException:
             abort(local)
             raise
         else:
+            FLOW_OPEN_SECONDS.observe(self._loop.time() - began, {"session": ride.session.opened.session})
             await self._until_finished(ride)
         finally:
             self._broker.release(number)

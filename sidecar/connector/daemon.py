@@ -24,6 +24,7 @@ from sidecar.connector.registration import Registrar
 from sidecar.connector.routes import RouteTable, ServiceRoutes
 from sidecar.connector.serving import Serving
 from sidecar.link.control import RelayClient
+from sidecar.link.measures import measure
 from sidecar.link.network import Network
 from sidecar.link.relays import RelayClients
 from ztna.config import ConnectorConfig, Endpoint, RelayTarget
@@ -35,7 +36,7 @@ from ztna.listening import bind_error
 from ztna.names import ServiceName, SessionId
 from ztna.renewal import Renewal
 from ztna.runtime import CONSUL_TOKEN, Daemon, sleep_or_stop
-from ztna.telemetry import dropped, logger, refused
+from ztna.telemetry import SERVICE_HEALTH, VERDICT_AGE, dropped, logger, refused
 from ztna.wire import control
 from ztna.wire.control import Address, AnyMessage, Offering, Register
 
@@ -43,6 +44,8 @@ SERVICES_PER_REGISTER = 200
 """How many services one `register` names: some 120 bytes each with a few ports, far below a frame's 64 KiB."""
 TICK_SECONDS = 1.0
 
+HEALTH = {"critical": 0, "warning": 1, "passing": 2}
+"""What the metrics call each verdict."""
 _WHERE = "connector"
 _WILDCARDS = frozenset({"0.0.0.0", "::"})
 
@@ -177,6 +180,7 @@ class _Connector:
             lost=registrar.check_lost,
         )
         self._daemon.on_reload += [self._renewal.reload, self._discovery.reload, self._flow_log.reopen]
+        self._daemon.measures.append(self._measure)
         self._daemon.status_sources["certificate"] = self._renewal.status
         self._daemon.status_sources["connector"] = self._status
         self._daemon.status_sources["discovery"] = self._discovery.status
@@ -430,6 +434,22 @@ class _Connector:
                 for relay in self._relays
             ],
         } | self._serving.status()
+
+    def _measure(self) -> None:
+        SERVICE_HEALTH.clear()
+        VERDICT_AGE.clear()
+        for service in self._fronting.table.services:
+            health = self._fronting.health(service)
+            SERVICE_HEALTH.labels(service).set(HEALTH[health.verdict])
+            VERDICT_AGE.labels(service).set(self._loop.time() - health.since)
+        serving = self._serving
+        measure(
+            self._relays,
+            serving.links.status(),
+            sessions=len(serving.sessions),
+            tcp_flows=sum(1 for _ in serving.streams.served.flows()),
+            udp_flows=len(serving.datagrams.flows),
+        )
 
     def _service_status(self, service: ServiceName) -> dict[str, object]:
         health, registrar = self._fronting.health(service), self._registrar

@@ -13,10 +13,11 @@ from typing import Protocol
 
 from sidecar.link.flow import TcpFlow
 from sidecar.link.packet_stream import PacketStream
+from sidecar.link.quic_stream import QuicStream
 from ztna.errors import IdentityError, ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
-from ztna.telemetry import logger, refused
+from ztna.telemetry import LINK_TALLIES, logger, refused
 from ztna.tls_tcp import RECORD_BYTES, SockAddr
 from ztna.wire.stream import Data, Frame, FrameReader, encode
 
@@ -105,6 +106,8 @@ class FrameStream:
         self.flow: Carried | None = None
         self.is_closed = False
         self._tls = tls
+        carrier = "packet" if isinstance(tls, QuicStream) else "stream"
+        self._sent, self._received = LINK_TALLIES[carrier, "sent"], LINK_TALLIES[carrier, "received"]
         self._reader = FrameReader()
         # The first may be half written: TLS wants the same bytes again. True marks the DATA frame of the flow.
         self._unsent: list[tuple[memoryview, bool]] = []
@@ -222,6 +225,7 @@ class FrameStream:
                 # Found out in the middle of somebody's turn; told in a turn of its own, and blocked until then.
                 asyncio.get_running_loop().call_soon(self.close, Reason.PEER_GONE)
                 self._is_finishing = True
+            self._sent.count += written
             if written == len(frame):
                 return True
         self._unsent.append((frame[written:], is_piece))
@@ -236,6 +240,7 @@ class FrameStream:
             except OSError:
                 self.close(Reason.PEER_GONE)
                 return
+            self._sent.count += written
             if written < len(rest):
                 unsent[0] = (rest[written:], is_piece)
                 return
@@ -252,6 +257,7 @@ class FrameStream:
             return
         try:
             size = self._tls.read_into(_SCRATCH)
+            self._received.count += size
             if size and not self._is_finishing:
                 self._dispatch(self._reader.feed(_SCRATCH[:size]))
         except ProtocolError as error:

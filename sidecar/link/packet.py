@@ -23,7 +23,7 @@ from ztna.identity import Identity
 from ztna.names import ServiceName
 from ztna.quic import CLOSE_OK, HANDSHAKE_SECONDS, Client, Connection, Server, Settings
 from ztna.reasons import Reason
-from ztna.telemetry import dropped
+from ztna.telemetry import LINK_TALLIES, dropped
 from ztna.udp import SockAddr
 from ztna.wire.control import Address, ForwarderBind, Secret
 from ztna.wire.datagram import SERVICE_BYTES_MAX, service_packet, split_service_packet
@@ -44,6 +44,7 @@ LARGE_PACKETS_WAITING_MAX = 64
 SERVICES_CACHED_MAX = 1024
 
 _WHERE = "packet_carrier"
+_SENT, _RECEIVED = LINK_TALLIES["packet", "sent"], LINK_TALLIES["packet", "received"]
 _SERVER_NAME = "connector.ztna"
 
 Receive = Callable[["PacketLink", ServiceName, bytes], None]
@@ -262,6 +263,7 @@ class PacketLink:
         self._note_sent()
         message = service_packet(service.encode(), packet)
         self.sent_bytes += len(message)
+        _SENT.count += len(message)
         if len(message) <= connection.datagram_limit:
             return connection.send_datagram(message, service)
         if connection.blocked_streams >= LARGE_PACKETS_WAITING_MAX:
@@ -406,6 +408,7 @@ class PacketLink:
 
     def _message_received(self, message: bytes) -> None:
         self.received_bytes += len(message)
+        _RECEIVED.count += len(message)
         try:
             name, packet = split_service_packet(message)
             service = self._services.get(name)

@@ -17,7 +17,7 @@ from relay import admission
 from tests.support.blocking import Blocking
 from tests.support.relay import RunningRelay, running_relay
 from ztna.config import LogConfig
-from ztna.telemetry import configure
+from ztna.log_lines import configure
 
 CONNECTIONS_MAX = 10_000
 

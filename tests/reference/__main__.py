@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reference import commands, configuration, consul, reasons, records
+from tests.reference import commands, configuration, consul, metrics, reasons, records
 from tests.reference.markdown import ROOT
 
 DIRECTORY = ROOT / "docs" / "reference"
@@ -11,6 +11,7 @@ PAGES = {
     "cli.md": commands.page,
     "records.md": records.page,
     "consul.md": consul.page,
+    "metrics.md": metrics.page,
     "reasons.md": reasons.page,
 }
 

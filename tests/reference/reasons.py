@@ -18,15 +18,19 @@ def page() -> str:
     """Return the page."""
     rows = [
         (
-            markdown.code(reason),
+            f"[{markdown.code(reason)}](#{markdown.anchor(reason)})",
             f"{reset_code(reason):02X}",
             f"{_NACKS[reason]:02X}" if reason in _NACKS else "",
             MEANINGS[reason],
-            REMEDIES[reason],
         )
         for reason in Reason
     ]
-    head = ("Reason", "RESET", "NACK", "What has happened", "What to do")
-    return markdown.page(
-        "Reasons", "`ztna/reasons.py` and `ztna/remedies.py`", INTRODUCTION, markdown.table(head, rows)
-    )
+    table = markdown.table(("Reason", "RESET", "NACK", "What has happened"), rows)
+    remedies = [f"### {markdown.code(reason)}\n\n{_what_to_do(reason)}" for reason in Reason]
+    made_from = "`ztna/reasons.py` and `ztna/remedies.py`"
+    return markdown.page("Reasons", made_from, INTRODUCTION, table, "## What to do", *remedies)
+
+
+def _what_to_do(reason: Reason) -> str:
+    remedy = markdown.text(REMEDIES[reason])
+    return f"{remedy[0].upper()}{remedy[1:]}."

@@ -94,6 +94,30 @@ async def test_others_than_this_host_see_no_more_than_metrics_and_health(
                 assert answer.status == status, path
 
 
+async def test_who_asks_for_openmetrics_gets_it_with_exemplars(client: aiohttp.ClientSession) -> None:
+    telemetry.FLOW_OPEN_SECONDS.observe(0.003, {"session": "00000000000000a1"})
+    # As Prometheus asks.
+    prometheus = (
+        "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    )
+    prometheus += "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    async with running(None) as (daemon, url):
+        daemon.readiness.warn("pool", "nearly full")
+        daemon.measures.append(lambda: telemetry.LEASES_KNOWN.set(17))
+        async with client.get(f"{url}/metrics", headers={"Accept": prometheus}) as answer:
+            text = await answer.text()
+            assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+            assert text.endswith("# EOF\n")
+            assert 'le="0.005"} 1.0 # {session="00000000000000a1"} 0.003' in text
+            assert "ztna_warnings 1.0" in text
+            assert "ztna_agent_services 17.0" in text, "measured when asked"
+        for accepted in ("*/*", "text/html"):
+            async with client.get(f"{url}/metrics", headers={"Accept": accepted}) as answer:
+                text = await answer.text()
+                assert answer.content_type == "text/plain"
+                assert "# EOF" not in text and "# {" not in text, "the older format has no exemplars"
+
+
 async def test_only_the_socket_takes_actions(client: aiohttp.ClientSession, tmp_path: Path) -> None:
     path = tmp_path / "admin.sock"
     async with running(path) as (_, url):

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from ztna import telemetry
+from ztna import log_lines, telemetry
 from ztna.config import LogConfig
 from ztna.jsontypes import Secret
 from ztna.reasons import Reason
@@ -34,7 +34,7 @@ log = telemetry.logger("ztna.test")
 
 def written(config: LogConfig, stream: io.StringIO | None = None) -> io.StringIO:
     out = stream if stream is not None else io.StringIO()
-    telemetry.configure(config, out)
+    log_lines.configure(config, out)
     return out
 
 
@@ -117,3 +117,45 @@ def test_refusals_and_drops_are_counted() -> None:
     telemetry.dropped("test", "malformed", 3)
     assert value("ztna_refusals_total", where="test", reason="no_grant") == 2
     assert value("ztna_drops_total", where="test", why="malformed") == 3
+
+
+def test_a_daemon_shows_what_it_sets_and_no_noughts_of_others() -> None:
+    def shown(daemon: str) -> set[str]:
+        return {family.name for family in telemetry.Page(daemon).collect()}
+
+    assert {"ztna_dns_served", "ztna_ready", "process_open_fds"} <= shown("ztna-dnsd")
+    assert not {"ztna_dns_served", "ztna_keeper", "ztna_relay_live"} & shown("ztna-sidecar agent")
+    assert "ztna_flows" in shown("ztna-sidecar agent")
+    assert "ztna_relay_catalog_age_seconds" in shown("ztna-relay")
+    assert shown("something else") >= shown("ztna-dnsd") | shown("ztna-relay")
+
+
+def test_the_registry_has_nothing_that_is_not_on_the_list() -> None:
+    ours = {family.name for family in telemetry.REGISTRY.collect() if not family.name.startswith("process_")}
+    assert ours == set(telemetry.METRICS)
+
+
+def test_what_a_hot_path_counts_is_told_when_somebody_asks() -> None:
+    def told() -> float:
+        labels = {"carrier": "packet", "direction": "sent"}
+        return telemetry.REGISTRY.get_sample_value("ztna_link_bytes_total", labels) or 0.0
+
+    before = told()
+    telemetry.LINK_TALLIES["packet", "sent"].count += 5
+    assert told() == before
+    for _ in range(2):
+        list(telemetry.Page("ztna-sidecar agent").collect())
+    assert told() == before + 5
+
+
+@pytest.mark.parametrize("each", telemetry.METRICS.values(), ids=lambda each: each.name)
+def test_every_metric_says_what_it_is(each: telemetry.Documented) -> None:
+    assert each.help.endswith("."), "a sentence"
+    assert each.daemons
+    assert set(each.daemons) <= set(telemetry.EVERY)
+    assert (each.kind == "counter") == each.name.endswith("_total")
+    assert (each.kind == "histogram") <= each.name.endswith("_seconds"), "the unit is in the name"
+    for label, bound in each.labels.items():
+        assert bound[0].isdigit() or bound.startswith(("about ", "at most ", "as many as ")), (
+            f"{label}: bounded?"
+        )

@@ -1,4 +1,4 @@
-"""`ztna init host | laptop`: write first configurations and units, and say what comes next.
+"""`ztna init host | laptop | prometheus`: write first configurations and units, and say what comes next.
 
 Never over a file that is there: such a file is left as it is, and named.
 """
@@ -116,6 +116,21 @@ def laptop(**asked: Unpack[_Asked]) -> None:
     _carry_out(_plan({"agent": "laptop"}, "tun", asked))
 
 
+@init.command()
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Where to write them; else here.",
+)
+def prometheus(directory: Path) -> None:
+    """Write a scrape configuration and the alerts for Prometheus, and a dashboard for Grafana to import."""
+    for file in sorted((_FILES / "prometheus").iterdir(), key=lambda each: each.name):
+        _tell(directory / file.name, file.read_text())
+    click.echo("next: docs/monitoring.md; what each alert means and what to do about it: docs/runbook.md")
+
+
 def _plan(templates: Mapping[str, str], mode: str, asked: _Asked, connector_id: str = "") -> _Plan:
     """Choose the agent's mode by the pool; `mode` is for one that needs privileges."""
     try:
@@ -142,7 +157,7 @@ def _carry_out(plan: _Plan) -> None:
     if plan.units is not None:
         texts |= dict(_units(plan, plan.units))
     for path, text in texts.items():
-        click.echo(f"wrote {path}" if _write(path, text) else f"kept  {path}, which was there")
+        _tell(path, text)
     click.echo("\nNext:")
     for number, step in enumerate(_next_steps(plan), 1):
         click.echo(f"{number}. {step}")
@@ -181,6 +196,10 @@ def _drop_ins(plan: _Plan) -> Iterator[tuple[str, str]]:
         yield "agent", f"agent-{plan.mode}.conf"
     if "relay" in plan.templates and int(plan.values["relay_port"]) < PORTS_OF_ANYBODY:
         yield "relay", "low-ports.conf"
+
+
+def _tell(path: Path, text: str) -> None:
+    click.echo(f"wrote {path}" if _write(path, text) else f"kept  {path}, which was there")
 
 
 def _write(path: Path, text: str) -> bool:

@@ -22,6 +22,7 @@ from ztna.config import ConsulConfig
 from ztna.consul.tls import TlsFiles
 from ztna.consul.tokens import tokens_of
 from ztna.errors import ConfigError, ConsulError, ConsulRejected, ConsulUnavailable
+from ztna.telemetry import CONSUL_REQUESTS, CONSUL_SECONDS
 
 POOL_CONNECTIONS = 32
 POOL_KEEPALIVE_SECONDS = 60.0
@@ -31,6 +32,8 @@ RETRY_WAIT_SECONDS_MIN = 0.05
 RETRY_WAIT_SECONDS_MAX = 1.0
 BLOCKING_WAIT_JITTER = 16
 """Consul adds up to wait/16 to a blocking query so that watchers do not come back together."""
+
+_ANSWERED, _REJECTED, _FAILED = map(CONSUL_REQUESTS.labels, ("answered", "rejected", "failed"))
 
 T = TypeVar("T")
 Params = Sequence[tuple[str, Any]] | Mapping[str, Any] | None
@@ -177,6 +180,7 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
             async with asyncio.timeout(deadline_s):
                 return await attempts(self._once, callback, method, url, headers, data)
         except TimeoutError as error:
+            _FAILED.inc()
             raise ConsulUnavailable(f"{method} {path}: no answer within {deadline_s:g} s") from error
 
     async def _once(
@@ -187,9 +191,22 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
         headers: Mapping[str, str] | None,
         data: str | bytes | None,
     ) -> T:
-        answer = await self._with_token(method, url, headers, data)
-        _check_server(answer)
-        return callback(answer)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            answer = await self._with_token(method, url, headers, data)
+            _check_server(answer)
+            told = callback(answer)
+        except ConsulRejected:
+            _REJECTED.inc()
+            raise
+        except ConsulError:
+            _FAILED.inc()
+            raise
+        _ANSWERED.inc()
+        if "index" not in url.query:
+            CONSUL_SECONDS.observe(loop.time() - began)
+        return told
 
     async def _with_token(
         self, method: str, url: URL, headers: Mapping[str, str] | None, data: str | bytes | None
