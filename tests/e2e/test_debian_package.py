@@ -104,6 +104,11 @@ def test_it_installs_upgrades_keeping_what_was_changed_and_purges_clean(
         assert (debian.root / f"usr/lib/systemd/system/ztna-{name}.service").exists()
     assert "etc/ztna/dnsd.yaml, which was there" in debian.run("ztna", "init", "host")
     assert debian.run("dpkg", "--verify", "ztna-mesh") == ""
+    bash = ". /usr/share/bash-completion/completions/ztna; complete -p ztna"
+    assert debian.run("bash", "-c", bash) == "complete -o nosort -F _ztna_completion ztna\n"
+    for file in ("zsh/vendor-completions/_ztna", "fish/vendor_completions.d/ztna.fish"):
+        assert "_ZTNA_COMPLETE" in (debian.root / "usr/share" / file).read_text()
+    assert (debian.root / "usr/share/ztna-mesh/prometheus/ztna-alerts.yaml").exists()
 
     relay, dnsd = debian.root / "etc/ztna/relay.yaml", debian.root / "etc/ztna/dnsd.yaml"
     relay.write_text(relay.read_text().replace("edge-1", "mine"))

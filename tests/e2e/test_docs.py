@@ -42,6 +42,7 @@ RUN_BY = {
     "docs/certificates.md": HERE,
     "docs/discovery.md": HERE,
     "docs/hosts.md": HERE,
+    "docs/monitoring.md": "tests/e2e/test_monitoring.py",
     "docs/operations.md": HERE,
     "docs/secondaries.md": HERE,
     "docs/troubleshooting.md": "tests/e2e/test_troubleshooting.py",

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from ztna import config as configuration
-from ztna.cli import conflicts
+from ztna.cli import completing, conflicts
 from ztna.config import ConsulConfig
 from ztna.consul.client import ConsulClient
 from ztna.consul.watch import KvWatch
@@ -142,7 +142,7 @@ def conflicts_(file: Path | None, address: str | None, as_json: bool, relays: tu
 
 
 @leases.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.services)
 @_asking_consul
 def show(name: str, file: Path | None, address: str | None, as_json: bool) -> None:
     """Show one service's lease, the addresses that rest for it, and its wish; exit 1 when it has none."""
@@ -169,7 +169,7 @@ def _wishing(command: F) -> F:
 
 
 @leases.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.services)
 @click.argument("ip", required=False, metavar="[ADDRESS]")
 @_wishing
 def pin(
@@ -184,7 +184,7 @@ def pin(
 
 
 @leases.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.services)
 @_wishing
 def unpin(name: str, force: bool, file: Path | None, address: str | None, as_json: bool) -> None:
     """Let a pinned lease end like any other."""
@@ -192,7 +192,7 @@ def unpin(name: str, force: bool, file: Path | None, address: str | None, as_jso
 
 
 @leases.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.services)
 @_wishing
 def release(name: str, force: bool, file: Path | None, address: str | None, as_json: bool) -> None:
     """Put the address of a service that is gone to rest at once.
@@ -203,7 +203,7 @@ def release(name: str, force: bool, file: Path | None, address: str | None, as_j
 
 
 @leases.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.services)
 @click.argument("ip", required=False, metavar="[ADDRESS]")
 @_wishing
 def move(

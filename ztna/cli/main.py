@@ -15,6 +15,7 @@ _COMMANDS = {
     "init": "ztna.cli.init:init",
     "ca": "ztna.cli.ca:ca",
     "status": "ztna.cli.status:status",
+    "top": "ztna.cli.top:top",
     "ping": "ztna.cli.reach:ping",
     "trace": "ztna.cli.reach:trace",
     "services": "ztna.cli.services:services",
@@ -23,6 +24,7 @@ _COMMANDS = {
     "dns": "ztna.cli.dns:dns",
     "doctor": "ztna.cli.doctor:doctor",
     "debug": "ztna.cli.debug:debug",
+    "completion": "ztna.cli.completion:completion",
     "check-config": "ztna.cli.check_config:check_config",
 }
 

@@ -21,7 +21,7 @@ import click
 import msgspec
 
 from ztna import config as configuration
-from ztna.cli import admin
+from ztna.cli import admin, completing
 from ztna.cli.dns import endpoint
 from ztna.config import Config, Endpoint
 from ztna.errors import BadName, ConfigError, ZtnaError
@@ -59,7 +59,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 @click.command()
-@click.argument("service")
+@click.argument("service", shell_complete=completing.services)
 @config_option
 @agent_option
 @click.option("--count", "-c", type=click.IntRange(1), help="Stop after so many; else on Ctrl-C.")
@@ -107,7 +107,7 @@ def ping(
 
 
 @click.command()
-@click.argument("service")
+@click.argument("service", shell_complete=completing.services)
 @config_option
 @agent_option
 @click.option(

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from ztna import config as configuration
-from ztna.cli import admin
+from ztna.cli import admin, completing
 from ztna.errors import BadName, ConfigError
 from ztna.names import SessionId
 
@@ -59,7 +59,7 @@ config_option = click.option(
 @sessions.command("list")
 @config_option
 @click.option("--relay", "address", help="Its admin address, host:port, or the path of its admin_socket.")
-@click.option("--service", help="Only sessions with this service.")
+@click.option("--service", help="Only sessions with this service.", shell_complete=completing.services)
 @click.option("--agent", help="Only sessions of the agent with this name.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(
@@ -93,7 +93,7 @@ def list_(
 @sessions.command("close")
 @config_option
 @click.option("--relay", "address", help="The path of its admin_socket.")
-@click.argument("ids", nargs=-1, required=True, metavar="SESSION...")
+@click.argument("ids", nargs=-1, required=True, metavar="SESSION...", shell_complete=completing.sessions)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def close(file: Path | None, address: str | None, ids: tuple[str, ...], as_json: bool) -> None:
     """End sessions; both ends hear `closed_by_peer`. Takes the relay's admin_socket, so its owner's rights.

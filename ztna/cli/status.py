@@ -6,7 +6,7 @@ import http.client
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ztna.sections import Section
 
 COUNTERS = {"ztna_refusals": "refused", "ztna_drops": "dropped"}
 WIDTH_PIPED = 160
-_COLOURS = {
+COLOURS = {
     "up": "green",
     "passing": "green",
     "open": "green",
@@ -67,7 +67,7 @@ def status(files: tuple[Path, ...], as_json: bool) -> None:
 
     Exit status 0 when each is ready, 1 when one is not or none answers.
     """
-    asked = _of_files(files) if files else _defaults()
+    asked = asked_of(files)
     seen = [look(name, address) for name, address in asked]
     if not files:
         seen = [each for each in seen if each.error is None or "refused" not in each.error]
@@ -143,6 +143,11 @@ def _headline(each: Seen) -> Text:
 def printable(text: str) -> str:
     """Return a text that others had a hand in (certificates, backends, Consul) so that no terminal obeys it."""
     return text if text.isprintable() else repr(text)
+
+
+def asked_of(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return name and admin address of the daemons of these configurations, without any of those by default."""
+    return _of_files(files) if files else _defaults()
 
 
 def _of_files(files: Iterable[Path]) -> list[tuple[str, str]]:
@@ -286,7 +291,7 @@ def _cell(value: Any) -> Text:
     if isinstance(value, list):
         return Text(printable(", ".join(map(str, value))))
     text = "" if value is None else str(value)
-    return Text(printable(text), _COLOURS.get(text, ""))
+    return Text(printable(text), COLOURS.get(text, ""))
 
 
 def _ports(ports: Iterable[Mapping[str, Any]]) -> str:
