@@ -202,6 +202,18 @@ CASES = [
         *gauge("ztna_connector_services", 1, 0, state="refused"),
         {"state": "refused"},
     ),
+    Case(
+        "ZtnaServicesRefused",
+        "ztna-connector",
+        *gauge("ztna_connector_services", 1, 0, state="kept"),
+        {"state": "kept"},
+    ),
+    Case(
+        "ZtnaConsulRefuses",
+        "ztna-connector",
+        *gauge("ztna_consul_refused", 1, 0, what="register"),
+        {"what": "register"},
+    ),
     Case("ZtnaRouteFilesBroken", "ztna-connector", *gauge("ztna_route_files_broken", 1, 0)),
     Case(
         "ZtnaBackendsOld",
