@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
+from typing import Any
 
 from tests.bench.harness import CannotMeasure, free_port, wait_until
 from tests.support.lab import READY_SECONDS, Daemon, Lab
@@ -41,11 +42,13 @@ def bench_mesh(
     grants: Sequence[str] | None = None,
     consul_argv: Callable[[int], Sequence[str]] | None = None,
     ready_s: float = READY_SECONDS,
+    **connector_keys: Any,
 ) -> Iterator[BenchMesh]:
     """Start a mesh that fronts these routes; CannotMeasure when it does not come up.
 
     `consul_argv` starts a Consul on an HTTP port; by default it is the embedded one.
     `grants` of connector and agent are the routes' services unless given; each daemon has `ready_s` to be ready.
+    `connector_keys` are more of the connector's configuration.
     """
     directory.mkdir()
     lab = Lab(LocalNetwork(), directory, IPv4Network("127.100.0.0/16"))
@@ -62,7 +65,9 @@ def bench_mesh(
         )
         relays = (lab.target(port=control),)
         link_at = Endpoint("127.0.0.1", link)
-        connector = lab.connector("bench", routes, grants=grants, link=link_at, relays=relays)
+        connector = lab.connector(
+            "bench", routes, grants=grants, link=link_at, relays=relays, **connector_keys
+        )
         granted = grants or [str(route.service) for route in routes]
         agent = lab.agent("agent", granted, relays=relays, direct=direct)
         try:
