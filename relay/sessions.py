@@ -269,13 +269,19 @@ class Sessions:
             self._news.changed(accepted)
 
     def _withdraw(self, peer: Peer, services: Iterable[ServiceName], now: float, out: list[Command]) -> None:
-        """Offer the connection no new session of these; those it has go on, and are the connector's to end."""
+        """Offer the connection no new session of these; those it has go on, and are the connector's to end.
+
+        Agents that could have another connector begin nothing more there: it denies what is new soon.
+        """
         withdrawn = peer.services.intersection(services)
         if peer.connector_id is None or not withdrawn:
             return
         for service in sorted(withdrawn):
             peer.services.discard(service)
             self._held.serving.remove(peer.key, peer.connector_id, service)
+            if self._held.serving.live(service):
+                for session_id in sorted(self._held.book.routed.get((service, peer.connector_id), ())):
+                    self._runs_out(self._held.book.live[session_id], out)
         self._news.changed(withdrawn)
 
     def _conflict(self, peer: Peer, message: control.Conflict, now: float, out: list[Command]) -> None:

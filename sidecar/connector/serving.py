@@ -79,6 +79,9 @@ class Serving:
     ) -> None:
         self.sessions = Sessions()
         self.is_draining = False
+        """Whether it takes no sessions any more."""
+        self.denies_flows = False
+        """Whether it takes no flows any more, on sessions that it has."""
         self.datagrams = Datagrams(
             fronting,
             self.sessions,
@@ -105,7 +108,7 @@ class Serving:
             backend_tls=backend_tls,
             verdicts=credentials.verdicts,
             datagrams=self.datagrams,
-            is_draining=lambda: self.is_draining,
+            is_draining=lambda: self.denies_flows,
         )
         self.streams = StreamListener(credentials, authority, tasks=tasks, budget=Budget())
         self.streams.served.began = authority.began

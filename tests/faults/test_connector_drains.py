@@ -76,14 +76,18 @@ def test_flows_go_on_and_new_ones_go_elsewhere_until_the_last_has_ended(made: La
         beta = connector(made, "beta", 2)
         until("both serve", lambda: len(made.dig("core", "web-app.ztna.local", "SRV")) == 2)
 
+        until("the relay knows beta", lambda: relay_lists(made) == "alpha,beta", FOLLOW_SECONDS + 10)
         alpha.signal(signal.SIGTERM)
+        moved_by = time.monotonic() + FOLLOW_SECONDS
+        # Each is answered, by one or the other: one that was reset would raise.
+        while (answer := http_get(core, f"http://{web}:8080/")[1]) != "hello from beta\n":
+            assert answer == "hello from alpha\n" and time.monotonic() < moved_by
         until("gone from Consul", lambda: alpha.events("deregistered"))
         ids = set(made.consul_get("/v1/agent/services"))
         assert not [each for each in ids if each.endswith("@alpha")]
         until(
             "gone from DNS", lambda: len(made.dig("core", "web-app.ztna.local", "SRV")) == 1, FOLLOW_SECONDS
         )
-        until("new flows go to beta", lambda: http_get(core, f"http://{web}:8080/")[1] == "hello from beta\n")
         accepted = len(alpha.events("session_accepted"))
 
         until("the relay has noticed", lambda: relay_lists(made) == "beta", FOLLOW_SECONDS + 10)

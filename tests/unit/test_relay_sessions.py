@@ -517,6 +517,21 @@ def test_a_withdrawn_service_gets_no_new_session_and_keeps_those_it_has() -> Non
     assert world.sessions.services == frozenset()
 
 
+def test_a_withdrawn_service_has_agents_begin_elsewhere_where_they_can() -> None:
+    world = World()
+    world.agent()
+    world.agent(BOB, hello=False)
+    world.say(BOB, control.Hello(features=control.FEATURES - {"retired"}))
+    world.connector(X, "con-x")
+    world.srv(WEB, "con-x")
+    session, other = world.opened(), world.opened(BOB)
+    world.connector(Y, "con-y")
+    world.settle()
+    world.say(X, control.Register(ConnectorId("con-x"), (), CANDIDATE, (WEB,)))
+    assert world.take(ALICE, control.Retired).session == session
+    assert {session, other} <= world.sessions.sessions.keys() and world.quiet(BOB, X)
+
+
 def test_who_has_registered_nothing_withdraws_nothing() -> None:
     world = World()
     world.agent()

@@ -292,7 +292,9 @@ def config(
 
 
 @asynccontextmanager
-async def connector(pki: Pki, *, allow_v1: bool = False, crl: bool = False) -> AsyncIterator[Ground]:
+async def connector(
+    pki: Pki, *, allow_v1: bool = False, crl: bool = False, drain_s: float = 0.3
+) -> AsyncIterator[Ground]:
     consul, backends = await EmbeddedConsul.start(), Backends()
     await backends.start()
     try:
@@ -305,7 +307,9 @@ async def connector(pki: Pki, *, allow_v1: bool = False, crl: bool = False) -> A
             if crl:
                 pki.revoke()
                 tls = pki.with_crl(tls)
-            daemon = Daemon("test", config(tls, relay, consul.address, backends, allow_v1), tasks)
+            daemon = Daemon(
+                "test", config(tls, relay, consul.address, backends, allow_v1, drain_s=drain_s), tasks
+            )
             running = tasks.create_task(body(daemon))
             ground = Ground(pki, daemon, relay, client, backends)
             ground.peer = await relay.peer()
@@ -708,6 +712,18 @@ async def test_draining_takes_nothing_new_and_tells_everybody(pki: Pki) -> None:
         assert told.services == () and set(told.withdrawn) == {ECHO, "down-service"}, "before anything ends"
         assert await ground.peer.heard(Closed) == Closed(FIRST, Reason.DRAINING)
         assert await ended(program)
+
+
+async def test_flows_are_taken_until_agents_have_heard_that_it_drains(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.connector.daemon.HANDOVER_SECONDS", 4.0)
+    async with connector(pki, drain_s=5.0) as ground:
+        await ground.leased()
+        await ground.accepted()
+        ground.daemon.stopping.set()
+        await ground.peer.heard(Register)
+        assert await says(await ground.open(ground.frame()), b"begun late") == b"begun late"
 
 
 async def test_reload_takes_new_certificates(pki: Pki) -> None:
