@@ -85,11 +85,12 @@ class Server:
         self._tcp: socket.socket
         self._connections: set[socket.socket] = set()
         self._clients: Counter[str] = Counter()
-        self._counted = 0
+        self._counted = self._counted_not_sent = 0
         self._udp_queries = DNS_QUERIES.labels("udp")
         self._tcp_queries = DNS_QUERIES.labels("tcp")
         self._refusals = REFUSALS.labels("dnsd", Reason.NO_GRANT.value)
         self._no_answer = DROPS.labels("dnsd", "no_dns_query")
+        self._not_sent = DROPS.labels("dnsd", "kernel_refused")
         self._over_limit = DROPS.labels("dnsd", "over_rate_limit")
         self._too_many = DROPS.labels("dnsd", "too_many_tcp_connections")
 
@@ -141,6 +142,8 @@ class Server:
         if self._udp is not None:
             self._udp_queries.inc(self._udp.received - self._counted)
             self._counted = self._udp.received
+            self._not_sent.inc(self._udp.dropped - self._counted_not_sent)
+            self._counted_not_sent = self._udp.dropped
 
     @property
     def status(self) -> Mapping[str, int]:

@@ -133,11 +133,11 @@ CREDENTIAL_RELOADS = _counter(
 )
 HANDSHAKES = _histogram(
     "ztna_handshake_seconds",
-    "QUIC handshakes that others began with us and whose certificate stands, from the first packet on; those that "
-    "were refused are in ztna_refusals_total.",
+    "Handshakes, begun by either end, after which the peer's certificate stood: QUIC by where, and TLS over TCP. Those "
+    "that were refused are in ztna_refusals_total.",
     WITH_TLS,
     _SHORT,
-    where="3: relay, relay_client, packet_carrier",
+    where="4: relay, relay_client, packet_carrier, tls",
 )
 
 # Who talks to Consul.

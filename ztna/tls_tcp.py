@@ -13,6 +13,7 @@ import socket
 import ssl
 import struct
 import termios
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
 from ztna.identity import Identity
 from ztna.reasons import Reason
+from ztna.telemetry import HANDSHAKES
 from ztna.verdicts import Followed, Verdicts
 
 SockAddr = tuple[str, int]
@@ -33,6 +35,7 @@ KEEPALIVE_PROBES = 3
 RECORD_BYTES = 16 * 1024
 CONTEXTS_MAX = 16
 
+_HANDSHAKES = HANDSHAKES.labels("tls")
 _TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has it from Python 3.12 on
 _INT = struct.Struct("i")
 _DER = 2  # _ssl.ENCODING_DER
@@ -97,7 +100,7 @@ async def secure(
     Closes the socket, having read nothing past the handshake, unless the ALPN is exactly `alpn` and the peer's whole
     presented chain proves an identity for its role. Raises IdentityError, or LinkError for anything else.
     """
-    context = _context(credentials, alpn, server_side)
+    context, began = _context(credentials, alpn, server_side), time.monotonic()
     try:
         tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
     except OSError as error:  # reset since it was connected: `ssl` asks for the peer's name
@@ -109,6 +112,7 @@ async def secure(
         if tls.selected_alpn_protocol() != alpn:
             raise LinkError(f"the peer speaks {tls.selected_alpn_protocol() or 'no ALPN'}, not {alpn}")
         identity = credentials.verdicts.verify(_presented_chain(tls), "client" if server_side else "server")
+        _HANDSHAKES.observe(time.monotonic() - began)
         return TlsStream(tls, identity, credentials.verdicts)
     except TimeoutError:
         tls.close()

@@ -176,6 +176,40 @@ def test_prometheus_gets_of_each_daemon_what_the_list_says_and_nothing_else(scra
                 assert each.keys() - {"__name__", "job", "instance", "le"} <= _as_scraped(documented), each
 
 
+def test_what_goes_on_is_counted_where_it_happens(mesh: Mesh) -> None:
+    def counts() -> dict[str, float]:
+        agent, connector, relay, dnsd = mesh.agent, mesh.connector, mesh.relay, mesh.dnsd
+        return {
+            "agent sent": agent.metric("ztna_link_bytes_total", carrier="stream", direction="sent"),
+            "agent received": agent.metric("ztna_link_bytes_total", carrier="stream", direction="received"),
+            "connector sent": connector.metric("ztna_link_bytes_total", carrier="stream", direction="sent"),
+            "datagrams": agent.metric("ztna_link_bytes_total", carrier="packet", direction="sent"),
+            "flows opened": agent.metric("ztna_flow_open_seconds_count"),
+            "relay forwarded udp": relay.metric("ztna_forwarded_bytes_total", carrier="udp"),
+            "loop asked": relay.metric("ztna_event_loop_lag_seconds_count"),
+            "Consul answered": dnsd.metric("ztna_consul_requests_total", outcome="answered"),
+            "queries": dnsd.metric("ztna_dns_queries_total", transport="udp"),
+        }
+
+    def moved() -> bool:
+        with mesh.flow() as sock:
+            sock.sendall(b"x" * 20_000)
+            assert len(sock.recv(20_000, socket.MSG_WAITALL)) == 20_000
+            assert mesh.agent.metric("ztna_flows", protocol="tcp") == 1
+        mesh.traffic()
+        now = counts()
+        return all(now[what] > count for what, count in before.items()) and now["agent sent"] >= 20_000
+
+    before = counts()
+    until("every count to rise", moved, 60)
+    for daemon, where in ((mesh.relay, "relay"), (mesh.agent, "packet_carrier"), (mesh.connector, "tls")):
+        assert daemon.metric("ztna_handshake_seconds_count", where=where) >= 1
+    assert mesh.agent.metric("ztna_relays", state="connected") == 1
+    assert mesh.connector.metric("ztna_connector_service_health", service="web-app") == 2
+    assert mesh.relay.metric("ztna_relay_session_open_seconds_count") >= 2
+    assert mesh.dnsd.metric("ztna_dns_services") == 2
+
+
 def _documented(series: str) -> Documented | None:
     names = {each.name: each for each in METRICS.values()}
     return names.get(series) or names.get(re.sub(r"_(bucket|sum|count)$", "", series))

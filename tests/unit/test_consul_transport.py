@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,11 +15,12 @@ import pytest
 from aiohttp import web
 
 from tests.support.consul_tls import ConsulPki
+from ztna import telemetry
 from ztna.config import ConsulConfig
 from ztna.consul import transport
 from ztna.consul.client import ConsulClient
 from ztna.consul.transport import base_url, blocking_wait_s
-from ztna.errors import ConfigError, ConsulForbidden, ConsulRejected, ConsulUnavailable
+from ztna.errors import ConfigError, ConsulError, ConsulForbidden, ConsulRejected, ConsulUnavailable
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -66,6 +68,27 @@ async def test_reads_are_repeated_after_a_5xx() -> None:
     async with talking_to(answer) as client:
         assert await client.kv_list("x") == ()
     assert len(answer.asked) == 3
+
+
+async def test_every_try_is_counted_by_what_became_of_it() -> None:
+    def counts() -> tuple[float, ...]:
+        value, requests = telemetry.REGISTRY.get_sample_value, "ztna_consul_requests_total"
+        told = [
+            value(requests, {"outcome": outcome}) or 0.0 for outcome in ("answered", "rejected", "failed")
+        ]
+        return (*told, value("ztna_consul_request_seconds_count") or 0.0)
+
+    async def counted(*answers: tuple[int, str]) -> tuple[float, ...]:
+        before = counts()
+        async with talking_to(Counting(*answers)) as client:
+            with contextlib.suppress(ConsulError):
+                await client.kv_list("x")
+        return tuple(now - then for now, then in zip(counts(), before, strict=True))
+
+    assert await counted((500, "No cluster leader"), (200, "[]")) == (1, 0, 1, 1)
+    assert await counted((404, "")) == (1, 0, 0, 1), "nothing there is an answer"
+    assert await counted((403, "Permission denied")) == (0, 1, 0, 1)
+    assert await counted((500, 'invalid session "x"')) == (0, 1, 0, 0)
 
 
 async def test_reads_are_not_repeated_for_ever() -> None:

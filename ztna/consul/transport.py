@@ -196,17 +196,16 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
         try:
             answer = await self._with_token(method, url, headers, data)
             _check_server(answer)
-            told = callback(answer)
         except ConsulRejected:
             _REJECTED.inc()
             raise
         except ConsulError:
             _FAILED.inc()
             raise
-        _ANSWERED.inc()
+        (_REJECTED if 400 <= answer.code < 500 and answer.code != 404 else _ANSWERED).inc()
         if "index" not in url.query:
             CONSUL_SECONDS.observe(loop.time() - began)
-        return told
+        return callback(answer)
 
     async def _with_token(
         self, method: str, url: URL, headers: Mapping[str, str] | None, data: str | bytes | None
