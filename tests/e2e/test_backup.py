@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,21 +15,14 @@ import pytest
 
 from tests.support.consul import NEWEST, VERSIONS_TESTED, require_binary
 from tests.support.lab import CONSUL_PORT, Daemon, Lab, http_get, lab, tcp_route, until
+from tests.support.pages import ROOT, blocks
 from ztna.config import Endpoint
 from ztna.leases import VIP_PREFIX, address_key
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow, pytest.mark.real_consul]
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/backup.md"
+PAGE = ROOT / "docs/backup.md"
 HTTP_PORT, MOVED = 18080, "127.100.0.80"
-
-
-def commands(heading: str) -> list[list[str]]:
-    """Return the lines of each `sh` block under a heading of the page."""
-    section = PAGE.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return [
-        block.splitlines() for block in re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    ]
 
 
 class Mesh:
@@ -89,7 +81,7 @@ def test_what_was_kept_comes_back(
     mesh: Mesh, what: str, record_property: Callable[[str, object], None]
 ) -> None:
     record_property(VERSIONS_TESTED, NEWEST)
-    (keep,) = commands("Keep")
+    (keep,) = blocks(PAGE, "sh", "Keep")
     for line in keep:
         assert mesh.type(line) or (mesh.lab.directory / "leases.json").stat().st_size
     kept = mesh.leases()
@@ -104,7 +96,7 @@ def test_what_was_kept_comes_back(
     )
     mesh.until_served_at(other[0])
 
-    (restore,) = [block for block in commands("Restore") if what in block[0]]
+    (restore,) = [block for block in blocks(PAGE, "sh", "Restore") if what in block[0]]
     for line in restore:
         assert mesh.type(line).strip()
     until("the name has its address again", lambda: mesh.lab.address("web-app") == MOVED, 40)

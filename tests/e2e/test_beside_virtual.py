@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,19 +14,15 @@ import pytest
 from tests.support.console import require_tools
 from tests.support.consul import NEWEST, VERSIONS_TESTED
 from tests.support.lab import CONSUL_PORT, Lab, http_get, lab, tcp_route, until
+from tests.support.pages import ROOT, blocks
 from ztna.config import Endpoint
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.slow, pytest.mark.real_consul]
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/virtual.md"
+PAGE = ROOT / "docs/virtual.md"
 HTTP_PORT, CONSUL_DNS, RESOLVER = 18080, 8600, 5399
 PORTS = {"http": CONSUL_PORT, "dns": CONSUL_DNS, "serf_lan": 8501, "server": 8502, "serf_wan": -1, "grpc": -1}
 CONSULS_OWN = IPv4Network("240.0.0.0/4")
-
-
-def blocks(language: str) -> list[str]:
-    """Return the page's blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
 class Beside:
@@ -83,7 +78,7 @@ def test_both_names_stand_and_programs_move_one_by_one(
         ours = made.address("web-app")
         until("the name serves", lambda: http_get(beside.host, f"http://{ours}:8080/")[0] == 200, 40)
 
-        both, tag, pin = (block.splitlines() for block in blocks("sh"))
+        both, tag, pin = blocks(PAGE, "sh")
         assert [beside.type(line) for line in both] == [beside.virtual, [ours]]
         assert IPv4Address(beside.virtual[0]) in CONSULS_OWN
         assert beside.envoys_see() == envoys == ["web-app-sidecar-proxy"]
@@ -95,13 +90,15 @@ def test_both_names_stand_and_programs_move_one_by_one(
         assert beside.type(tag[0]) == " ".join(before).split()
 
         beside.type(pin[0])
-        (text,) = blocks("dnsmasq")
-        asking = text.replace("10.100.0.2", ours).replace(
-            "127.0.0.1#8600", f"{beside.host.address}#{CONSUL_DNS}"
+        (lines,) = blocks(PAGE, "dnsmasq")
+        asking = (
+            "\n".join(lines)
+            .replace("10.100.0.2", ours)
+            .replace("127.0.0.1#8600", f"{beside.host.address}#{CONSUL_DNS}")
         )
         config = made.directory / "dnsmasq.conf"
         config.write_text(
-            f"{asking}port={RESOLVER}\nlisten-address=127.0.0.1\nbind-interfaces\nno-resolv\nno-hosts\n"
+            f"{asking}\nport={RESOLVER}\nlisten-address=127.0.0.1\nbind-interfaces\nno-resolv\nno-hosts\n"
         )
         made.spawn(
             "dnsmasq", beside.host, "dnsmasq", "--keep-in-foreground", "--pid-file=", f"--conf-file={config}"

@@ -18,6 +18,7 @@ from tests.support.certificates import Pki
 from tests.support.console import require_tools
 from tests.support.consul import free_ports
 from tests.support.lab import until
+from tests.support.pages import blocks, fences
 from ztna import config as configuration
 from ztna.config import Config
 from ztna.names import ServiceName
@@ -82,16 +83,8 @@ PROGRAMS = (
 
 def commands(page: Path) -> list[str]:
     """Return the lines of a page's `sh` blocks."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [
-        line for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")
-    ]
-
-
-def fences(page: Path) -> list[tuple[str, list[str]]]:
-    """Return language and lines of each fenced block of a page."""
-    found = re.findall(r"^ *```([^\n`]*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [(language.strip(), text.splitlines()) for language, text in found]
+    lines = [line for block in blocks(page, "sh") for line in block]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def test_every_command_of_every_page_is_run_by_a_test() -> None:
@@ -113,7 +106,7 @@ def test_the_test_that_runs_a_page_is_there_and_the_page_has_something_to_run(na
 def test_no_command_passes_by_as_something_else_than_sh() -> None:
     for page in PAGES:
         assert "~~~" not in page.read_text(), page.name
-        for language, lines in fences(page):
+        for language, lines in fences(page.read_text()):
             assert language, f"{page.name}: a block without a language: {lines[:1]}"
             assert language not in SHELLS, f"{page.name}: {language}: write `sh`, and run it"
             if language == "console":
@@ -134,7 +127,11 @@ def test_no_command_passes_by_as_something_else_than_sh() -> None:
 
 def test_what_cannot_be_run_says_what_is_tested_of_it() -> None:
     told = [
-        line for page in PAGES for language, lines in fences(page) if language == "console" for line in lines
+        line
+        for page in PAGES
+        for language, lines in fences(page.read_text())
+        if language == "console"
+        for line in lines
     ]
     for begins, what in CANNOT_BE_RUN.items():
         assert any(line.startswith(begins) for line in told), f"no page has {begins!r} any more"

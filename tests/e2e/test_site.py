@@ -44,6 +44,12 @@ def test_every_page_is_in_the_navigation_and_was_built(site: Path) -> None:
     assert not [name for name in named if not (site / name).with_suffix(".html").is_file()]
 
 
+def test_the_first_page_leads_to_every_other() -> None:
+    first = (ROOT / "docs/index.md").read_text()
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {"index.md"}
+    assert {page for page in pages if f"]({page})" not in first} == set()
+
+
 def test_opening_a_page_asks_nobody_else(site: Path) -> None:
     pages, styles = list(site.rglob("*.html")), list(site.rglob("*.css"))
     assert pages and styles

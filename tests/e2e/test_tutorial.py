@@ -16,10 +16,10 @@ import pytest
 
 from tests.support import namespaces
 from tests.support.console import require_tools
+from tests.support.pages import ROOT, fences
 
 pytestmark = [pytest.mark.slow, pytest.mark.namespaces]
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/tutorial.md"
 INSTALLED_BEFORE = "apt-get install --yes "
 IN_THE_FIRST_TERMINAL = "make demo "
@@ -39,8 +39,7 @@ class Step:
 def steps() -> list[Step]:
     """Return the page's blocks in order."""
     found: list[Step] = []
-    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        lines = [line for line in text.splitlines() if line.strip()]
+    for language, lines in fences(PAGE.read_text()):
         if language == "sh":
             found.append(Step(lines))
         else:
