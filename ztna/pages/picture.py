@@ -76,7 +76,7 @@ def picture(mesh: Mesh) -> Element:
     drawn_boxes = [_drawn(box, places[box.id]) for _, (shown, _) in columns for box in shown]
     svg = el(
         "svg", *heads, *lines, *drawn_boxes, *drawn.labels,
-        class_="crowded" if len(mesh.paths) > LABELS_MAX else None,
+        class_=f"columns-{len(columns)}" + (" crowded" if len(mesh.paths) > LABELS_MAX else ""),
         viewBox=f"0 0 {width} {height}", width=width, height=height, role="img", aria_label=summary(mesh),
     )  # fmt: skip
     scroll = el("div", svg, class_="drawing", tabindex="0", role="region", aria_label="The mesh as a picture")

@@ -73,8 +73,7 @@ async function readRaw() {
   }
 }
 
-const stream = new EventSource("/events");
-stream.addEventListener("sections", (event) => {
+function set(event) {
   say("live", "Live");
   ended = null;
   for (const [id, section] of Object.entries(JSON.parse(event.data))) {
@@ -82,13 +81,26 @@ stream.addEventListener("sections", (event) => {
     if (old !== null) placed(old.parentNode, old, section);
   }
   if (raw.parentNode.open) readRaw();
-});
-stream.addEventListener("error", () => {
+}
+
+function miss() {
   ended = ended ?? new Date();
   say("away", `No answer since ${ended.toLocaleTimeString()}: this is how it was. Trying again.`);
   // A refusal ends an EventSource for good; any other end it mends itself.
   if (stream.readyState === EventSource.CLOSED) say("closed", "Not live: too many pages are open. Load this one again.");
-});
+}
+
+// A page that nobody sees gives its connection back: a browser has six for one host, and the daemon so many for all.
+let stream = null;
+function follow() {
+  stream?.close();
+  stream = document.hidden ? null : new EventSource("/events");
+  stream?.addEventListener("sections", set);
+  stream?.addEventListener("error", miss);
+}
+
+document.addEventListener("visibilitychange", follow);
+follow();
 raw.parentNode.addEventListener("toggle", () => {
   if (raw.parentNode.open) readRaw();
 });
