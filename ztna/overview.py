@@ -37,17 +37,20 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rows(states: Mapping[str, Json]) -> list[Row]:
-    """Return the services that the daemons know, by `/status` of each, in order of their names."""
-    agent = states.get("agent", {}).get("agent", {})
-    connector = states.get("connector", {}).get("connector", {})
-    relayed = [each for each in states.get("relay", {}).get("sessions", ()) if each["open"]]
-    listed = {each["service"]: each for each in agent.get("services", ())}
-    fronted = connector.get("services", {})
-    names = {*listed, *fronted, *(each["service"] for each in relayed)}
-    nearest = relayed if "relay" in states else [*agent.get("sessions", ()), *connector.get("sessions", ())]
-    sessions = Counter(each["service"] for each in nearest)
-    running = agent.get("streams", {}).get("running", {})
-    links = {link["connector"]: link for link in agent.get("links", ())}
+    """Return the services that the daemons know, in order of their names.
+
+    `states` is `/status` of each daemon by its name, its section: `relay`, or `relay 127.0.0.1:9441` of several.
+    """
+    agents = [state.get("agent", {}) for state in _of(states, "agent")]
+    connectors = [state.get("connector", {}) for state in _of(states, "connector")]
+    relays = list(_of(states, "relay"))
+    relayed = [each for state in relays for each in state.get("sessions", ()) if each["open"]]
+    listed = {each["service"]: each for agent in agents for each in agent.get("services", ())}
+    fronted = _joined(connector.get("services", {}) for connector in connectors)
+    ends = [each for end in (*agents, *connectors) for each in end.get("sessions", ())]
+    sessions = Counter(each["service"] for each in (relayed if relays else ends))
+    running = _joined(agent.get("streams", {}).get("running", {}) for agent in agents)
+    links = {link["connector"]: link for agent in agents for link in agent.get("links", ())}
     return [
         _row(
             name,
@@ -58,8 +61,17 @@ def rows(states: Mapping[str, Json]) -> list[Row]:
             links,
             sessions[name],
         )
-        for name in sorted(names)
+        for name in sorted({*listed, *fronted, *(each["service"] for each in relayed)})
     ]
+
+
+def _of(states: Mapping[str, Json], section: str) -> Iterator[Json]:
+    return (state for name, state in states.items() if name.partition(" ")[0] == section)
+
+
+def _joined(maps: Iterable[Mapping[str, Json]]) -> Mapping[str, Json]:
+    """Return what the maps have; of what several have, the last."""
+    return {name: value for each in maps for name, value in each.items()}
 
 
 def _row(

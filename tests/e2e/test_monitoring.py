@@ -344,6 +344,14 @@ def test_top_without_a_terminal_says_so_and_prints_one_table(mesh: Mesh) -> None
     assert "web-app" in done.stdout and "relay ready" in done.stdout and "\x1b" not in done.stdout
 
 
+def test_top_tells_two_daemons_of_one_kind_apart(mesh: Mesh) -> None:
+    relay = str(mesh.relay.config_file)
+    done = mesh.ztna("top", "--once", "--interval", "0.2", "--config", relay, "--config", relay)
+    assert done.stdout.count(f"relay 127.0.0.1:{mesh.relay.admin_port} ready") == 1
+    told = json.loads(mesh.ztna("top", "--once", "--interval", "0.2", "--json", "--config", relay).stdout)
+    assert told["daemons"] == {"relay": True}
+
+
 def test_top_with_nobody_there_fails_and_says_why(mesh: Mesh) -> None:
     done = mesh.ztna("top", "--once", "--interval", "0.2")
     assert done.returncode == 1
@@ -501,6 +509,10 @@ def test_each_script_is_one_of_its_shell(shell: str, tmp_path: Path) -> None:
 
 def test_a_daemon_that_goes_away_is_shown_and_so_is_its_return(mesh: Mesh) -> None:
     with terminal(mesh.argv("ztna", "top", "--interval", "0.3", *mesh.files), columns=100) as screen:
+        screen.shows("agent ready")
+        mesh.agent.signal(signal.SIGSTOP)
+        screen.shows("agent does not answer")
+        mesh.agent.signal(signal.SIGCONT)
         screen.shows("agent ready")
         assert mesh.agent.stop() == 0
         screen.shows("agent does not answer")

@@ -67,6 +67,12 @@ def test_without_a_relay_the_ends_count_their_sessions() -> None:
     assert found == {"web-app": 2, "own": 1, "db": 0}
 
 
+def test_two_relays_of_a_host_count_together() -> None:
+    states = {"relay 127.0.0.1:1": RELAY, "relay 127.0.0.1:2": RELAY}
+    found = {row.service: row for row in rows(states)}
+    assert (found["mail"].sessions, found["mail"].relayed_bytes) == (4, 6)
+
+
 def test_nobody_knows_nothing() -> None:
     assert rows({}) == []
     assert rows({"dnsd": {}}) == []

@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 import tty
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -105,10 +106,12 @@ class Watch:
 
     def __init__(self, asked: Sequence[tuple[str, str]], *, only_running: bool) -> None:
         """`asked` has name and admin address of each; with `only_running` those that never answered are left out."""
-        self._asked = asked
+        names = Counter(name for name, _ in asked)
+        self._asked = [(name if names[name] == 1 else f"{name} {at}", at) for name, at in asked]
         self._only_running = only_running
         self._seen: set[str] = set()
-        self._before: Snapshot | None = None
+        self._looked_at = 0.0
+        self._rows: dict[str, Row] = {}
 
     def look(self) -> Snapshot:
         """Ask all daemons at once."""
@@ -121,12 +124,10 @@ class Watch:
                     self._seen.add(name)
                 elif not self._only_running or name in self._seen:
                     errors[name] = f"{at}: {said}"
-        now, before = time.time(), self._before
-        found = overview.rows(states)
-        if before is not None:
-            found = overview.with_rates(found, {row.service: row for row in before.rows}, now - before.at)
-        self._before = Snapshot(now, states, errors, found)
-        return self._before
+        now = time.monotonic()
+        found = overview.with_rates(overview.rows(states), self._rows, now - self._looked_at)
+        self._looked_at, self._rows = now, {row.service: row for row in found}
+        return Snapshot(time.time(), states, errors, found)
 
     def follow(self, interval: float, wait: Callable[[float], object]) -> Iterator[Snapshot]:
         """Return one look after the other."""
