@@ -1,14 +1,50 @@
-# A web page and the connector that fronts it: the connector is a prestart sidecar task, so it runs before the
-# service does and is stopped after it. Run it with
+# A connector of the host (a system job): it fronts every service of this host's Consul agent that is tagged `ztna`, that
+# its certificate grants and that names no connector of its own. A job needs nothing but the tag then (plain.nomad.hcl).
 #
-#   nomad job run -var certificates=/etc/ztna -var relay=10.0.0.1:4433 nomad/connector.nomad.hcl
-#
-# The directory holds connector.pem, connector.key (0600) and ca.pem, e.g. by
-#   ztna ca issue connector --connector web-app --connector-id nomad ...
+#   ztna ca issue connector --connector plain-web --connector-id host
+#   nomad var put nomad/jobs/connector certificate=@connector.pem key=@connector.key ca=@ztna-ca/ca.pem
+#   nomad job run -var relay=10.0.0.1:4433 nomad/connector.nomad.hcl
 
-variable "certificates" {
+variable "driver" {
   type        = string
-  description = "Directory on the client with connector.pem, connector.key and ca.pem"
+  default     = "raw_exec"
+  description = "raw_exec, exec or docker"
+}
+
+variable "image" {
+  type        = string
+  default     = "ztna-mesh:latest"
+  description = "With docker: the image"
+}
+
+variable "image_uid" {
+  type        = number
+  default     = 65534
+  description = "With docker: the user and group of the image, to whom the certificate's key is given"
+}
+
+variable "command" {
+  type        = string
+  default     = "ztna-sidecar"
+  description = "The console script: on PATH, or its full path"
+}
+
+variable "datacenters" {
+  type        = list(string)
+  default     = ["*"]
+  description = "The datacenters it runs in"
+}
+
+variable "node_class" {
+  type        = string
+  default     = ""
+  description = "The class of the clients it runs on; empty: all"
+}
+
+variable "connector_id" {
+  type        = string
+  default     = "host"
+  description = "The connector's name, as in its certificate's id.<name>.ztna; each host adds an instance to it"
 }
 
 variable "relay" {
@@ -18,86 +54,106 @@ variable "relay" {
 
 variable "relay_name" {
   type        = string
-  default     = "demo"
+  default     = "edge-1"
   description = "The relay's name, as in its certificate's relay.<name>.ztna"
-}
-
-variable "sidecar" {
-  type        = string
-  default     = "ztna-sidecar"
-  description = "The console script: on PATH, or its full path"
 }
 
 variable "consul" {
   type        = string
   default     = "http://127.0.0.1:8500"
-  description = "Consul's HTTP address"
+  description = "The HTTP address of the Consul agent on the same host"
 }
 
 variable "login_method" {
   type        = string
   default     = ""
-  description = "Consul's auth method for Nomad's workload identities (docs/consul.md); empty: no token"
+  description = "Consul's auth method for Nomad's workload identities (docs/nomad.md); empty: no token"
 }
 
-variable "virtual_port" {
-  type        = number
-  default     = 8080
-  description = "The port that agents give local programs"
+variable "domain" {
+  type        = string
+  default     = "ztna.local"
+  description = "The zone of the services' names"
 }
 
-job "web-app" {
-  type = "service"
+job "connector" {
+  type        = "system"
+  datacenters = var.datacenters
 
-  group "web" {
+  dynamic "constraint" {
+    for_each = var.node_class == "" ? [] : [var.node_class]
+
+    content {
+      attribute = "$${node.class}"
+      value     = constraint.value
+    }
+  }
+
+  update {
+    max_parallel     = 1
+    health_check     = "checks"
+    min_healthy_time = "5s"
+  }
+
+  group "connector" {
     network {
-      port "http" {}
       port "link" {}
       port "admin" {}
     }
 
-    # The application: any program that listens on the port Nomad gives it.
-    task "web" {
-      driver = "raw_exec"
+    service {
+      name     = "ztna-connector"
+      provider = "consul"
+      port     = "admin"
+      address  = "127.0.0.1"
 
-      config {
-        command = "python3"
-        args    = ["-m", "http.server", "${NOMAD_PORT_http}", "--bind", "127.0.0.1"]
-      }
-
-      resources {
-        cpu    = 50
-        memory = 64
+      check {
+        name     = "ready"
+        type     = "http"
+        path     = "/readyz"
+        interval = "5s"
+        timeout  = "2s"
       }
     }
 
     task "connector" {
-      driver = "raw_exec"
+      driver = var.driver
 
-      lifecycle {
-        hook    = "prestart"
-        sidecar = true
+      # Above the drain (25 s by default). A client cuts it to its max_kill_timeout, which is 30 s unless it says more.
+      kill_timeout = "30s"
+      kill_signal  = "SIGTERM"
+
+      dynamic "config" {
+        for_each = var.driver == "docker" ? [] : [var.command]
+
+        content {
+          command = config.value
+          args    = ["connector", "--config", "${NOMAD_TASK_DIR}/connector.yaml"]
+        }
       }
 
-      # What the connector logs in to Consul with, when login_method is set.
+      dynamic "config" {
+        for_each = var.driver == "docker" ? [var.command] : []
+
+        content {
+          image        = var.image
+          entrypoint   = [config.value]
+          args         = ["connector", "--config", "${NOMAD_TASK_DIR}/connector.yaml"]
+          network_mode = "host"
+        }
+      }
+
+      # What it logs in to Consul with, when login_method is set.
       identity {
         name = "consul"
         aud  = ["consul.io"]
         file = true
       }
 
-      # Sidecars stop last; the drain (25 s by default) fits into Nomad's max_kill_timeout of 30 s.
-      kill_timeout = "30s"
-      kill_signal  = "SIGTERM"
-
-      config {
-        command = var.sidecar
-        args    = ["connector", "--config", "${NOMAD_TASK_DIR}/connector.yaml"]
-      }
-
       template {
         destination = "local/connector.yaml"
         data        = <<-YAML
+          domain: ${var.domain}
           consul:
             address: ${var.consul}
             %{~if var.login_method != ""~}
@@ -108,29 +164,41 @@ job "web-app" {
             %{~endif~}
 
           connector:
-            # One connector id an allocation: allocations can run twice during a disconnect.
-            id: nomad--{{ env "NOMAD_SHORT_ALLOC_ID" }}
+            id: ${var.connector_id}--{{ env "NOMAD_SHORT_ALLOC_ID" }}
             tls:
-              certificate: ${var.certificates}/connector.pem
-              key: ${var.certificates}/connector.key
-              ca: ${var.certificates}/ca.pem
+              certificate: {{ env "NOMAD_SECRETS_DIR" }}/connector.pem
+              key: {{ env "NOMAD_SECRETS_DIR" }}/connector.key
+              ca: {{ env "NOMAD_SECRETS_DIR" }}/ca.pem
             relays:
               - address: ${var.relay}
                 name: ${var.relay_name}
-            routes:
-              - service: web-app
-                backend: 127.0.0.1:{{ env "NOMAD_PORT_http" }}
-                port: ${var.virtual_port}
-                protocol: tcp
-                checks:
-                  - kind: http
-                    path: /
-                    interval_s: 1
-                    timeout_s: 1
+            consul_services: true
             link: {{ env "NOMAD_ADDR_link" }}
             link_advertise: {{ env "NOMAD_ADDR_link" }}
             admin: 127.0.0.1:{{ env "NOMAD_PORT_admin" }}
         YAML
+      }
+
+      # A new certificate is taken up as its file changes, and no flow ends: nothing to restart or signal.
+      template {
+        destination = "secrets/connector.pem"
+        change_mode = "noop"
+        data        = "{{ with nomadVar \"nomad/jobs/connector\" }}{{ .certificate }}{{ end }}"
+      }
+
+      template {
+        destination = "secrets/connector.key"
+        change_mode = "noop"
+        perms       = "0600"
+        uid         = var.driver == "docker" ? var.image_uid : -1
+        gid         = var.driver == "docker" ? var.image_uid : -1
+        data        = "{{ with nomadVar \"nomad/jobs/connector\" }}{{ .key }}{{ end }}"
+      }
+
+      template {
+        destination = "secrets/ca.pem"
+        change_mode = "noop"
+        data        = "{{ with nomadVar \"nomad/jobs/connector\" }}{{ .ca }}{{ end }}"
       }
 
       resources {

@@ -13,6 +13,8 @@ from ztna.errors import BadName
 from ztna.leases import Port, Protocol
 
 META_CONNECTOR = "ztna-connector"
+META_FRONTED_BY = "ztna-fronted-by"
+"""Of an instance that others registered: the id of the one connector that is to front it."""
 META_PORTS = "ztna-ports"
 META_VIRTUAL_IP = "ztna-virtual-ip"
 META_WILDCARD = "ztna-wildcard"

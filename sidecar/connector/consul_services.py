@@ -15,8 +15,8 @@ from ztna.catalog import MESH_TAG, AgentService, Status
 from ztna.config import BackendConfig, Endpoint, RouteConfig
 from ztna.errors import BadName
 from ztna.leases import Port
-from ztna.names import ServiceName
-from ztna.published import META_CONNECTOR, ports_of, published
+from ztna.names import ConnectorId, ServiceName
+from ztna.published import META_CONNECTOR, META_FRONTED_BY, ports_of, published
 
 ORIGIN = Origin("consul")
 
@@ -26,15 +26,17 @@ def local_definitions(
     health: Mapping[str, Status],
     host: str,
     may_serve: Callable[[ServiceName], bool],
+    own_id: ConnectorId,
 ) -> tuple[Definition, ...]:
     """Return the services to front: tagged, granted, and not a connector's own (those name one in their Meta).
 
+    One that says which connector fronts it is for the connector of that id, `own_id` or not, and nobody else.
     `health` is the worst status of each instance that has checks; a critical one is no backend. An instance without
     an address is at `host`. Of an unusable one the definition says why.
     """
     grouped: dict[ServiceName, list[AgentService]] = {}
     for each in sorted(known.values(), key=lambda each: each.instance_id):
-        if MESH_TAG in each.tags and META_CONNECTOR not in each.meta:
+        if MESH_TAG in each.tags and META_CONNECTOR not in each.meta and _is_for(own_id, each):
             try:
                 service = ServiceName(each.service)
             except BadName:
@@ -42,6 +44,10 @@ def local_definitions(
             if may_serve(service):
                 grouped.setdefault(service, []).append(each)
     return tuple(_definition(service, group, health, host) for service, group in grouped.items())
+
+
+def _is_for(own_id: ConnectorId, instance: AgentService) -> bool:
+    return instance.meta.get(META_FRONTED_BY, own_id) == own_id
 
 
 def _definition(

@@ -150,6 +150,14 @@ def server_argv(
     return [str(binary), "agent", f"-hcl={_hcl(settings)}"]
 
 
+def agent_argv(
+    binary: Path, data: Path, *, bind: str, http: int, server_serf: str, node: str, acl: bool = False
+) -> list[str]:
+    """Return the command of a Consul agent that is no server, joins one at its Serf address, and answers on loopback too."""
+    argv = server_argv(binary, "", data, bind=bind, http=http, joins=[server_serf], node=node, acl=acl)
+    return [*argv, f'-hcl=server = false\nbootstrap_expect = 0\nclient_addr = "127.0.0.1 {bind}"']
+
+
 def _hcl(settings: dict[str, Any]) -> str:
     """Write settings for the -hcl flag: nested ones as blocks, as HCL 1 takes no JSON objects."""
     return "\n".join(

@@ -10,7 +10,7 @@ from sidecar.connector.consul_services import ORIGIN, local_definitions
 from sidecar.connector.routes import BACKENDS_PER_ROUTE_MAX, RouteTable
 from sidecar.connector.sources import Definition
 from ztna.catalog import AgentService, Status
-from ztna.names import ServiceName
+from ztna.names import ConnectorId, ServiceName
 
 WEB = ServiceName("web")
 
@@ -22,7 +22,9 @@ def instance(instance_id: str = "_nomad-task-1-web", service: str = "web", **mor
 
 def found(*instances: AgentService, **health: Status) -> dict[str, Definition]:
     known = {each.instance_id: each for each in instances}
-    made = local_definitions(known, health, "192.0.2.1", lambda service: service in ("web", "db"))
+    made = local_definitions(
+        known, health, "192.0.2.1", lambda service: service in ("web", "db"), ConnectorId("rack-7--a")
+    )
     return {each.service: each for each in made}
 
 
@@ -85,10 +87,23 @@ def test_there_is_a_bound() -> None:
         instance(service="Web_App"),
         instance("web@c1", meta={"ztna-connector": "c1"}),
         instance("web@c2", meta={"ztna-connector": "c2"}),
+        instance(meta={"ztna-fronted-by": "rack-7--b"}),
+        instance(meta={"ztna-fronted-by": ""}),
     ],
 )
 def test_what_is_not_tagged_not_granted_or_a_connectors_own_is_left_alone(other: AgentService) -> None:
     assert found(other) == {}
+
+
+def test_one_that_names_its_connector_is_a_backend_of_that_one_alone() -> None:
+    ours, others = {"ztna-fronted-by": "rack-7--a"}, {"ztna-fronted-by": "rack-7"}
+    ports = {"ztna-ports": "tcp:80"}
+    web = found(
+        instance("web-1", meta=ports | others, port=1),
+        instance("web-2", meta=ports | ours, port=2),
+        instance("web-3", meta=ports, port=3),
+    )["web"]
+    assert backends(web) == [[("10.0.0.7:2", 1), ("10.0.0.7:3", 1)]]
 
 
 def test_what_cannot_be_read_says_why() -> None:
