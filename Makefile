@@ -22,7 +22,7 @@ BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev 
 # One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean \
+.PHONY: help demo nomad install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean \
         lock sbom audit dist deb docs docs-serve reference
 
 help: ## Say what there is
@@ -30,6 +30,10 @@ help: ## Say what there is
 
 demo: install ## Run a whole mesh on this machine until Ctrl-C
 	@$(BIN)/ztna up $(ARGS)
+
+nomad: install-tools ## Run a whole mesh as jobs of a dev Nomad on this machine until Ctrl-C
+	@{ command -v nomad && command -v consul; } >/dev/null || $(BIN)/python tests/peers/fetch.py consul nomad
+	@$(BIN)/python nomad/demo.py
 
 test: install-tools test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
 	@$(if $(ARGS),true,echo "a minute of 200 agents and 20 connectors amid disturbances" && $(BIN)/python -m tests.soak --seconds 60)

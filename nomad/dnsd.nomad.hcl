@@ -51,6 +51,12 @@ variable "pool" {
   description = "The network that virtual addresses are leased from, the same for all"
 }
 
+variable "grace_s" {
+  type        = number
+  default     = 300
+  description = "How long a service without instances keeps its lease, in seconds"
+}
+
 variable "consul" {
   type        = string
   default     = "http://127.0.0.1:8500"
@@ -170,6 +176,7 @@ job "dnsd" {
             snapshot: {{ env "NOMAD_ALLOC_DIR" }}/data/dnsd.names
             pool:
               cidr: ${var.pool}
+            grace_s: ${var.grace_s}
         YAML
       }
 

@@ -177,11 +177,13 @@ class Sessions:
 
         A denial by a connector that accepted the session just now is about the flow (a budget is used up), so
         another session would not help it, and the others keep this one. A session that ended under it (a certificate
-        was renewed at either end, and perhaps at both) says nothing about the flow.
+        was renewed at either end, and perhaps at both) says nothing about the flow, nor does one that is retired by
+        now (its connector leaves).
         """
         if cause is Cause.STALE:
             return flow.resolved
-        if cause is Cause.DENIED and live is not None and not _is_steady(live.session, now):
+        current = live if live is not None and live.retired is None else None
+        if cause is Cause.DENIED and current is not None and not _is_steady(current.session, now):
             return True
         return flow.attempts >= (FLOW_ATTEMPTS_MAX if live is not None else FLOW_ATTEMPTS_ENDED_MAX)
 

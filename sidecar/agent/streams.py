@@ -31,6 +31,9 @@ RESUME_SECONDS = 30.0
 """How long a detached flow lives at both ends (protocol.md, Resuming)."""
 RESUME_RETRY_FIRST_SECONDS = 0.05
 RESUME_RETRY_MAX_SECONDS = 1.0
+DENIED_SECONDS = 0.2
+"""So long a flow that was denied waits for word of its session: a connector that leaves refuses what crosses that on its
+way, and the relay's word of it takes longer than the refusal."""
 
 _CAUSES = {OpenStatus.STALE_EPOCH: Cause.STALE, OpenStatus.DENIED: Cause.DENIED}
 _log = logger(__name__)
@@ -213,6 +216,8 @@ class Streams:
         if cause is None:
             dropped("agent_tcp", error.status.name.lower())
             raise error
+        if cause is Cause.DENIED:
+            await asyncio.sleep(DENIED_SECONDS)
         return await self._broker.reacquire(number, cause)
 
     async def _after_failure(

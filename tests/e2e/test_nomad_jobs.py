@@ -1,18 +1,20 @@
-"""The whole mesh as Nomad's jobs, on a real Nomad and Consul with three clients: nothing is lost while allocations come and go.
+"""The whole mesh as jobs of a real Nomad, with a real Consul and three clients: nothing is lost while allocations move.
 
 The tests are one story, in the order of this file: each goes on from where the one before left the cluster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -21,13 +23,14 @@ from tests.support.consul import note_version
 from tests.support.lab import http_get, lab, until
 from tests.support.namespaces import Host
 from tests.support.nomad import METHOD, ROOT, NomadCluster, cluster
-from ztna.config import ConsulConfig
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.nomad, pytest.mark.real_consul, pytest.mark.slow]
 
 APP = ROOT / "tests" / "support" / "leaving_app.py"
 POOL = "10.100.0.0/16"
 WEB_PORT, PLAIN_PORT = 8080, 80
+GRACE_SECONDS = 20
+"""How long leases stay here when their service is gone; more than any test lets it be."""
 EVERY_SECONDS = 0.1
 """How often the load asks: ten requests a second."""
 
@@ -56,7 +59,9 @@ class Load:
             try:
                 code, text = http_get(self.host, self.url)
             except OSError as error:
-                self.failures.append(f"after {len(self.answers)} answers: {error!r}")
+                self.failures.append(
+                    f"{time.strftime('%H:%M:%S')}, after {len(self.answers)} answers: {error!r}"
+                )
             else:
                 (self.answers if code == 200 else self.failures).append(text.strip())
 
@@ -121,7 +126,7 @@ def nomad() -> Iterator[NomadCluster]:
 
 
 @pytest.fixture(scope="module")
-def mesh(nomad: NomadCluster) -> NomadCluster:
+def mesh(nomad: NomadCluster, untouched: dict[str, str]) -> NomadCluster:
     """Relay, dnsd and agents as jobs."""
     made = nomad.lab
     nomad.keep("nomad/jobs/relay", made.certificate("edge-1", relay="edge-1"))
@@ -129,11 +134,34 @@ def mesh(nomad: NomadCluster) -> NomadCluster:
     web = made.certificate("web", connector=["web-app"], connector_id="nomad")
     nomad.keep("nomad/jobs/web-app/web/connector", web)
     nomad.keep("nomad/jobs/connector", made.certificate("host", connector=["plain-web"], connector_id="host"))
-    nomad.job("dnsd", command=command("ztna-dnsd"), node_class="edge", pool=POOL, login_method=METHOD)
+    nomad.job(
+        "dnsd",
+        command=command("ztna-dnsd"),
+        node_class="edge",
+        pool=POOL,
+        grace_s=GRACE_SECONDS,
+        login_method=METHOD,
+    )
     nomad.job("relay", command=command("ztna-relay"), node_class="edge")
     sidecar = {"command": command("ztna-sidecar"), "relay": f"{nomad.core.address}:4433"}
     nomad.job("agent", pool=POOL, **sidecar, login_method=METHOD)
     return nomad
+
+
+@pytest.fixture(scope="module")
+def untouched(nomad: NomadCluster) -> dict[str, str]:
+    """The addresses, routes and rules of each host before anything of ours ran."""
+    return network_state(nomad)
+
+
+def network_state(nomad: NomadCluster) -> dict[str, str]:
+    asked = (
+        ("ip", "address"),
+        ("ip", "rule"),
+        ("ip", "route", "show", "table", "all"),
+        ("nft", "list", "ruleset"),
+    )
+    return {name: "".join(nomad.lab.host(name).run(*each) for each in asked) for name in nomad.names}
 
 
 def web_app(nomad: NomadCluster, **variables: object) -> None:
@@ -149,16 +177,169 @@ def web_app(nomad: NomadCluster, **variables: object) -> None:
     )
 
 
+def running(nomad: NomadCluster) -> set[str]:
+    return {each["ID"] for each in nomad.allocations("web-app")}
+
+
+def served_by(nomad: NomadCluster, count: int) -> None:
+    """Wait until so many allocations run and as many connectors stand in DNS, and none besides."""
+    until(f"{count} run", lambda: len(running(nomad)) == count, 60)
+    until(f"{count} in DNS", lambda: len(nomad.lab.dig("core", "web-app.ztna.local", "SRV")) == count, 30)
+
+
+def connectors(nomad: NomadCluster) -> list[str]:
+    """The ids of our instances in the catalog."""
+    found = nomad.lab.consul_get("/v1/catalog/service/web-app")
+    return sorted(each["ServiceID"] for each in found if not each["ServiceID"].startswith("_nomad-"))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All that must not notice."""
+
+    nomad: NomadCluster
+    load: Load
+    held: Held
+
+    def nothing_failed(self) -> None:
+        assert self.load.failures == [], self.nomad.logs()
+
+    def unharmed(self, *, old: set[str]) -> None:
+        """Fail when a request failed, or the flow that an old allocation held did not last until that let it go."""
+        self.nothing_failed()
+        assert self.held.allocation in old
+        until("the flow was let go by its application", lambda: self.held.ended, 30)
+        assert self.held.ended == "told", self.nomad.logs()
+        until("asked on", lambda: self.load.serves() not in old)
+        self.nothing_failed()
+
+
+@contextlib.contextmanager
+def traffic(nomad: NomadCluster) -> Iterator[Traffic]:
+    """Requests and a held flow by the agent of the first host."""
+    address = nomad.lab.address("web-app")
+    with (
+        Load(nomad.core, f"http://{address}:{WEB_PORT}/") as load,
+        Held(nomad.core, address) as held,
+    ):
+        until("answered", lambda: load.answers and held.echoed)
+        yield Traffic(nomad, load, held)
+
+
 def test_the_mesh_is_deployed_and_a_service_is_reached_by_name(
     mesh: NomadCluster, request: pytest.FixtureRequest
 ) -> None:
     note_version(request, "newest")
-    began = time.monotonic()
     web_app(mesh)
-    print("web", time.monotonic() - began)
     address = mesh.lab.address("web-app")
-    (allocation,) = mesh.allocations("web-app")
-    for host in mesh.names:
-        at = mesh.lab.host(host)
-        answer = until("served", lambda at=at: http_get(at, f"http://{address}:{WEB_PORT}/"), 30)
-        assert answer == (200, f"hello from {allocation['ID']}\n")
+    (allocation,) = running(mesh)
+    for name in mesh.names:
+        host = mesh.lab.host(name)
+        answer = until("served", lambda at=host: http_get(at, f"http://{address}:{WEB_PORT}/"), 30)
+        assert answer == (200, f"hello from {allocation}\n")
+    assert connectors(mesh) == [f"web-app@nomad--{allocation[:8]}"]
+
+
+def test_a_rolling_update_of_three_fails_no_request(mesh: NomadCluster) -> None:
+    mesh.run("job", "scale", "web-app", "3")
+    served_by(mesh, 3)
+    old = running(mesh)
+    with traffic(mesh) as seen:
+        web_app(mesh, count=3, release="2")
+        seen.unharmed(old=old)
+    served_by(mesh, 3)
+    assert not running(mesh) & old
+
+
+def test_a_drain_of_the_node_that_serves_fails_no_request(mesh: NomadCluster) -> None:
+    before = mesh.lab.address("web-app")
+    with traffic(mesh) as seen:
+        (serving,) = [each for each in mesh.allocations("web-app") if each["ID"] == seen.held.allocation]
+        node = serving["NodeID"]
+        old = {each["ID"] for each in mesh.allocations("web-app") if each["NodeID"] == node}
+        mesh.run("node", "drain", "-enable", "-yes", "-deadline", "2m", node)
+        seen.unharmed(old=old)
+    mesh.run("node", "drain", "-disable", "-yes", node)
+    served_by(mesh, 3)
+    assert not running(mesh) & old
+    assert mesh.lab.address("web-app") == before
+
+
+def test_scaling_down_to_one_fails_no_request(mesh: NomadCluster) -> None:
+    with traffic(mesh) as seen:
+        mesh.run("job", "scale", "web-app", "1")
+        served_by(mesh, 1)
+        seen.nothing_failed()
+        assert seen.held.ended == ("" if seen.held.allocation in running(mesh) else "told")
+
+
+def test_an_allocation_that_is_killed_serves_again_and_leaves_nothing_twice(mesh: NomadCluster) -> None:
+    address = mesh.lab.address("web-app")
+    (allocation,) = running(mesh)
+    wanted = f"NOMAD_ALLOC_ID={allocation}".encode()
+    killed = [pid for pid in mesh.tasks() if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    assert len(killed) >= 2
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    until(
+        "others run in their place",
+        lambda: not set(killed) & mesh.tasks() and mesh.allocations("web-app"),
+        60,
+    )
+    until("served", lambda: http_get(mesh.core, f"http://{address}:{WEB_PORT}/")[0] == 200, 60)
+    served_by(mesh, 1)
+    until("one instance", lambda: len(connectors(mesh)) == 1, 30)
+
+
+def test_nomad_and_consul_restart_and_a_flow_that_runs_goes_on(mesh: NomadCluster) -> None:
+    with traffic(mesh) as seen:
+        for each in (*mesh.agents.values(), *mesh.consuls.values()):
+            each.restart()
+        until("every client is ready", mesh.ready, 60)
+        served_by(mesh, 1)
+        answers = len(seen.load.answers)
+        until("asked on", lambda: len(seen.load.answers) > answers + 10, 30)
+        echoed = seen.held.echoed
+        until("used on", lambda: seen.held.echoed > echoed)
+        assert seen.held.ended == ""
+        # Nor does a certificate that Nomad's variable has from now on end it.
+        renewed = mesh.lab.certificate("renewed", connector=["web-app"], connector_id="nomad")
+        mesh.keep("nomad/jobs/web-app/web/connector", renewed)
+        until("taken up", lambda: "reloaded" in mesh.logs(200), 30)
+        echoed = seen.held.echoed
+        until("used on", lambda: seen.held.echoed > echoed)
+        assert seen.held.ended == ""
+
+
+def test_a_service_with_nothing_but_the_tag_is_fronted_by_the_connector_of_its_host(
+    mesh: NomadCluster,
+) -> None:
+    mesh.purge("web-app")
+    sidecar = {"command": command("ztna-sidecar"), "relay": f"{mesh.core.address}:4433"}
+    mesh.job("connector", node_class="apps", login_method=METHOD, **sidecar)
+    mesh.job("plain", node_class="apps", command=sys.executable)
+    address = mesh.lab.address("plain-web", seconds=60)
+    answer = until("served by name", lambda: http_get(mesh.core, f"http://{address}:{PLAIN_PORT}/"), 60)
+    assert answer[0] == 200 and "Directory listing" in answer[1]
+    assert connectors(mesh) == []
+
+
+def test_stopped_jobs_leave_nothing(mesh: NomadCluster, untouched: dict[str, str]) -> None:
+    made = mesh.lab
+    mesh.purge("plain-web")
+    until(
+        "leases rest",
+        lambda: {each["state"] for each in made.kv("ztna/vip/ip/").values()} == {"quarantined"},
+        60,
+    )
+    assert made.kv("ztna/vip/service/") == {}
+    mesh.purge("connector", "agent", "relay", "dnsd")
+    until("no task is left", lambda: not mesh.tasks(), 60)
+    until(
+        "no service",
+        lambda: set(made.consul_get("/v1/catalog/services")) <= {"consul", "nomad", "nomad-client"},
+    )
+    checks = made.consul_get("/v1/health/state/any")
+    assert {each["ServiceName"] for each in checks} <= {"", "consul", "nomad", "nomad-client"}
+    assert mesh.logins() == []
+    assert network_state(mesh) == untouched

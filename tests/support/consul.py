@@ -153,7 +153,7 @@ def server_argv(
 def agent_argv(
     binary: Path, data: Path, *, bind: str, http: int, server_serf: str, node: str, acl: bool = False
 ) -> list[str]:
-    """Return the command of a Consul agent that is no server, joins one at its Serf address, and answers on loopback too."""
+    """Return the command of a Consul agent that joins a server at its Serf address, and is on loopback too."""
     argv = server_argv(binary, "", data, bind=bind, http=http, joins=[server_serf], node=node, acl=acl)
     return [*argv, f'-hcl=server = false\nbootstrap_expect = 0\nclient_addr = "127.0.0.1 {bind}"']
 

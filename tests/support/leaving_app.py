@@ -1,7 +1,7 @@
 """An application as orchestrators want it: it answers, and at SIGTERM lets those finish who hold a connection.
 
 Run as a program: `leaving_app.py PORT LABEL`. `GET /held` answers line by line, each with what it was sent, and says
-`leaving` once it was told to end; any other GET answers `hello from LABEL` and closes. Nothing but the standard library.
+`leaving` once it was told to end; any other GET answers `hello from LABEL` and closes.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class NomadCluster:
         until("Nomad has a leader", lambda: self.get("/v1/status/leader"), 60)
         for name in clients:
             self._start_nomad(name)
-        until("every client is ready", lambda: self._ready() == set(self.names), 90)
+        until("every client is ready", self.ready, 90)
 
     def _start_nomad(self, name: str) -> None:
         at, server = self.lab.host(name), self.lab.host(self.names[0])
@@ -110,9 +110,10 @@ class NomadCluster:
         argv = (self._binary, "agent", "-config", str(config))
         self.agents[name] = self.lab.spawn(f"nomad-{name}", at, *argv, environment={"AWS_CA_BUNDLE": ""})
 
-    def _ready(self) -> set[str]:
+    def ready(self) -> bool:
+        """Whether every client is."""
         nodes = self.get("/v1/nodes")
-        return {each["Name"] for each in nodes if each["Status"] == "ready" and not each["Drain"]}
+        return {each["Name"] for each in nodes if each["Status"] == "ready"} == set(self.names)
 
     # -- asking and telling Nomad --------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class NomadCluster:
         try:
             self.run("job", "run", *flags, str(JOBS / f"{name}.nomad.hcl"))
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.logs(name)}") from None
+            raise AssertionError(f"{error}\n{self.logs()}") from None
 
     def keep(self, path: str, tls: TlsConfig) -> None:
         """Put a certificate, its key and the CA where the job of a daemon reads them."""
@@ -159,13 +160,13 @@ class NomadCluster:
             (each for each in found if each["ClientStatus"] in wanted), key=lambda each: -each["CreateIndex"]
         )
 
-    def logs(self, job: str, lines: int = 20) -> str:
-        """Return the last lines that each task of a job printed."""
+    def logs(self, lines: int = 20) -> str:
+        """Return the last lines that each task printed, those that have ended too."""
         told = []
         for file in sorted(self.lab.directory.glob("nomad-*/alloc/*/alloc/logs/*.std*.0")):
             last = file.read_text(errors="replace").splitlines()[-lines:]
             told.append(f"-- {file.parents[2].name[:8]} {file.name}\n" + "\n".join(last))
-        return f"job {job}; all that tasks said:\n" + "\n".join(told)
+        return "\n".join(told)
 
     def task_directory(self, allocation: str) -> Path:
         """Return where an allocation's tasks have theirs."""
@@ -178,7 +179,7 @@ class NomadCluster:
         return str(found)
 
     def tasks(self, *hosts: str) -> set[int]:
-        """Return the pids on these hosts, or all, that are neither Nomad's agents nor Consul's: the tasks and what runs them."""
+        """Return the pids on these hosts, or all, of tasks and what runs them: not Nomad's own and Consul's."""
         ours = {running.pid for running in (*self.agents.values(), *self.consuls.values())}
         return {pid for name in hosts or self.names for pid in self.lab.host(name).processes()} - ours
 

@@ -417,6 +417,15 @@ class TestRetry:
         assert agent(Retry(1, Cause.DENIED)) == [Fail(1, Reason.CLOSED_BY_PEER)]
         assert agent(Want(2, WEB)) == [Proceed(2, session)]
 
+    def test_a_fresh_denial_by_a_connector_that_leaves_says_nothing_of_the_flow(self) -> None:
+        agent, session = carrying()
+        agent.says(Retired(sid(1)))
+        assert agent(Retry(1, Cause.DENIED)) == [
+            close(1, Reason.DRAINING),
+            Ended(session, Reason.DRAINING),
+            ask(2),
+        ]
+
     def test_a_late_denial_is_a_connector_that_forgot_the_session(self) -> None:
         agent, session = carrying()
         agent.now += STEADY_SECONDS
