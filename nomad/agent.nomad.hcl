@@ -17,7 +17,7 @@ variable "driver" {
 
 variable "image" {
   type        = string
-  default     = "ztna-mesh:latest"
+  default     = "ztna-mesh:0.1.0"
   description = "With docker: the image"
 }
 
@@ -142,7 +142,7 @@ job "agent" {
 
         content {
           image        = var.image
-          entrypoint   = [config.value]
+          command      = config.value
           args         = ["agent", "--config", "${NOMAD_TASK_DIR}/agent.yaml"]
           network_mode = "host"
           cap_add      = var.mode == "listen" ? [] : ["net_admin"]
@@ -154,6 +154,7 @@ job "agent" {
       identity {
         name = "consul"
         aud  = ["consul.io"]
+        ttl  = "1h"
         file = true
       }
 

@@ -13,13 +13,13 @@ variable "driver" {
 
 variable "image" {
   type        = string
-  default     = "ztna-mesh:latest"
+  default     = "ztna-mesh:0.1.0"
   description = "With docker: the image"
 }
 
 variable "image_uid" {
   type        = number
-  default     = 65534
+  default     = 65532
   description = "With docker: the user and group of the image, to whom the certificate's key is given"
 }
 
@@ -137,7 +137,7 @@ job "connector" {
 
         content {
           image        = var.image
-          entrypoint   = [config.value]
+          command      = config.value
           args         = ["connector", "--config", "${NOMAD_TASK_DIR}/connector.yaml"]
           network_mode = "host"
         }
@@ -147,6 +147,7 @@ job "connector" {
       identity {
         name = "consul"
         aud  = ["consul.io"]
+        ttl  = "1h"
         file = true
       }
 

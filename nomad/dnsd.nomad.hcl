@@ -11,7 +11,7 @@ variable "driver" {
 
 variable "image" {
   type        = string
-  default     = "ztna-mesh:latest"
+  default     = "ztna-mesh:0.1.0"
   description = "With docker: the image"
 }
 
@@ -144,7 +144,7 @@ job "dnsd" {
 
         content {
           image        = var.image
-          entrypoint   = [config.value]
+          command      = config.value
           args         = ["--config", "${NOMAD_TASK_DIR}/dnsd.yaml"]
           network_mode = "host"
         }
@@ -154,6 +154,7 @@ job "dnsd" {
       identity {
         name = "consul"
         aud  = ["consul.io"]
+        ttl  = "1h"
         file = true
       }
 

@@ -105,7 +105,7 @@ job "plain-web" {
 
         content {
           image        = var.image
-          entrypoint   = [config.value]
+          command      = config.value
           args         = var.args
           network_mode = "host"
         }

@@ -13,13 +13,13 @@ variable "driver" {
 
 variable "image" {
   type        = string
-  default     = "ztna-mesh:latest"
+  default     = "ztna-mesh:0.1.0"
   description = "With docker: the image"
 }
 
 variable "image_uid" {
   type        = number
-  default     = 65534
+  default     = 65532
   description = "With docker: the user and group of the image, to whom the certificate's key is given"
 }
 
@@ -143,7 +143,7 @@ job "relay" {
 
         content {
           image        = var.image
-          entrypoint   = [config.value]
+          command      = config.value
           args         = ["--config", "${NOMAD_TASK_DIR}/relay.yaml"]
           network_mode = "host"
         }

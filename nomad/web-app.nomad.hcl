@@ -21,13 +21,13 @@ variable "driver" {
 
 variable "image" {
   type        = string
-  default     = "ztna-mesh:latest"
+  default     = "ztna-mesh:0.1.0"
   description = "With docker: the connector's image"
 }
 
 variable "image_uid" {
   type        = number
-  default     = 65534
+  default     = 65532
   description = "With docker: the user and group of that image, to whom the certificate's key is given"
 }
 
@@ -230,7 +230,7 @@ job "web-app" {
 
         content {
           image        = var.app_image
-          entrypoint   = [config.value]
+          command      = config.value
           args         = var.app_args
           network_mode = "host"
         }
@@ -268,7 +268,7 @@ job "web-app" {
 
         content {
           image        = var.image
-          entrypoint   = [config.value]
+          command      = config.value
           args         = ["connector", "--config", "${NOMAD_TASK_DIR}/connector.yaml"]
           network_mode = "host"
         }
@@ -278,6 +278,7 @@ job "web-app" {
       identity {
         name = "consul"
         aud  = ["consul.io"]
+        ttl  = "1h"
         file = true
       }
 

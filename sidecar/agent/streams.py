@@ -32,8 +32,8 @@ RESUME_SECONDS = 30.0
 RESUME_RETRY_FIRST_SECONDS = 0.05
 RESUME_RETRY_MAX_SECONDS = 1.0
 DENIED_SECONDS = 0.2
-"""So long a flow that was denied waits for word of its session: a connector that leaves refuses what crosses that on its
-way, and the relay's word of it takes longer than the refusal."""
+"""So long a flow that was denied waits for word of its session: a connector that leaves refuses what crosses that
+on its way, and the relay's word of it takes longer than the refusal."""
 
 _CAUSES = {OpenStatus.STALE_EPOCH: Cause.STALE, OpenStatus.DENIED: Cause.DENIED}
 _log = logger(__name__)

@@ -355,9 +355,7 @@ class Discovery:
         # An instance without an address is where its agent is.
         host = urlsplit(self._consul.address).hostname
         assert host is not None, "or there would be no client"
-        self._local = local_definitions(
-            known, health, host, self._identity.may_serve, self._config.id
-        )
+        self._local = local_definitions(known, health, host, self._identity.may_serve, self._config.id)
 
 
 def _in_short(texts: Iterable[str]) -> str | None:

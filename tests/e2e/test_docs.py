@@ -44,6 +44,7 @@ RUN_BY = {
     "docs/discovery.md": HERE,
     "docs/hosts.md": HERE,
     "docs/monitoring.md": "tests/e2e/test_monitoring.py",
+    "docs/nomad.md": "tests/e2e/test_nomad.py",
     "docs/operations.md": HERE,
     "docs/secondaries.md": HERE,
     "docs/troubleshooting.md": "tests/e2e/test_troubleshooting.py",

@@ -1,209 +1,99 @@
-"""The connector as a prestart sidecar of a Nomad job: deployed, reached by name, stopped without a trace."""
+"""docs/nomad.md as it stands, with the oldest Consul, which denies by default: all log in as the page says.
+
+And the files of nomad/: formatted and valid, each with each driver.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.console import command
-from tests.support.consul import MANAGEMENT_TOKEN, REAL_KINDS, note_version, require_binary
-from tests.support.lab import Lab, http_get, lab, until
+from tests.support.consul import note_version
+from tests.support.lab import http_get, lab, until
+from tests.support.nomad import JOBS, METHOD, NomadCluster, cluster
 
-pytestmark = [pytest.mark.namespaces, pytest.mark.nomad, pytest.mark.real_consul, pytest.mark.slow]
+pytestmark = [pytest.mark.namespaces, pytest.mark.nomad, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
-JOB = ROOT / "nomad" / "connector.nomad.hcl"
-METHOD, ROLE = "nomad-workloads", "web-app-connector"
-
-AGENT_CONFIG = """
-data_dir = "{directory}/nomad"
-bind_addr = "127.0.0.1"
-consul {{
-  address = "{consul}"
-  token   = "{token}"
-}}
-plugin "raw_exec" {{ config {{ enabled = true }} }}
-client {{ options = {{ "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean" }} }}
-"""
+FILES = sorted(JOBS.glob("*.nomad.hcl"))
+PAGE = JOBS.parent / "docs" / "nomad.md"
+COMMAND_SECONDS = 120
 
 
-def test_the_job_file_is_formatted_and_valid() -> None:
-    nomad = require_binary("nomad")
-    with lab("core") as made:
-        core = made.host("core")
-        done = core.try_run(str(nomad), "fmt", "-check", str(JOB))
-        assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def nomad() -> Iterator[NomadCluster]:
+    with lab("core") as made, cluster(made, "core", login=True, consul="oldest", loopback=True) as nomad:
+        nomad.trust({"web-app": ["web-app"], "connector": ["plain-web"]})
+        yield nomad
 
 
-def trust_nomad(made: Lab) -> None:
-    """Have Consul take the identities of Nomad's tasks, as docs/consul.md says, for a connector of web-app."""
-
-    def write(kind: str, body: object) -> None:
-        until(kind, lambda: made.consul_put(f"/v1/acl/{kind}", body))
-
-    page = (ROOT / "docs" / "consul.md").read_text()
-    (method,) = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    write("auth-method", json.loads(method))
-    write("policy", {"Name": ROLE, "Rules": made.rules("connector", ["web-app"])})
-    write("role", {"Name": ROLE, "Policies": [{"Name": ROLE}]})
-    selector = 'value.nomad_job_id=="web-app"'
-    bound = {"AuthMethod": METHOD, "BindType": "role", "BindName": ROLE, "Selector": selector}
-    write("binding-rule", bound)
+def test_every_file_is_formatted(nomad: NomadCluster) -> None:
+    assert {file.name for file in FILES} == set(
+        re.findall(r"^\| `([a-z-]+\.nomad\.hcl)` \|", PAGE.read_text(), re.MULTILINE)
+    )
+    nomad.run("fmt", "-check", str(JOBS))
 
 
-def logins(made: Lab) -> list[str]:
-    """The accessors of the tokens that logins made."""
-    return [each["AccessorID"] for each in made.consul_get("/v1/acl/tokens") if each.get("AuthMethod")]
+@pytest.mark.parametrize("driver", ["raw_exec", "exec", "docker"])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name.partition(".")[0])
+def test_every_file_is_valid(nomad: NomadCluster, file: Path, driver: str) -> None:
+    relay = ["-var=relay=192.0.2.1:4433"] if 'variable "relay"' in file.read_text() else []
+    said = nomad.run("job", "validate", f"-var=driver={driver}", *relay, str(file))
+    assert "validation successful" in said and "Warning" not in said, said
+    described = re.findall(r'^variable "(\w+)" \{\n(.*?)^\}', file.read_text(), re.MULTILINE | re.DOTALL)
+    assert described and all("description" in body and "type " in body for _, body in described)
 
 
-@pytest.mark.parametrize("kind", [None, *REAL_KINDS], ids=["open", *(f"login-{kind}" for kind in REAL_KINDS)])
-def test_a_job_with_a_connector_is_reached_by_name_and_leaves_nothing(
-    request: pytest.FixtureRequest, kind: str | None
+@pytest.fixture
+def place(nomad: NomadCluster, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A folder with the job files, and an environment with the programs that the page calls by name."""
+    (tmp_path / "nomad").symlink_to(JOBS)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "nomad").symlink_to(nomad.binary)
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # A variable of every file that has it, as Nomad takes them from the environment.
+    login = {"NOMAD_VAR_login_method": METHOD}
+    return tmp_path, os.environ | {"PATH": path, "NOMAD_ADDR": nomad.address} | login
+
+
+def test_the_page_works_from_top_to_bottom(
+    nomad: NomadCluster, place: tuple[Path, dict[str, str]], request: pytest.FixtureRequest
 ) -> None:
-    nomad = str(require_binary("nomad"))
-    note_version(request, kind or "newest")
-    with lab("core") as made:
-        core = made.host("core")
-        made.start_consul(kind or "newest", acl=kind is not None)
-        made.dnsd().wait_ready()
-        made.relay().wait_ready()
-        made.agent("laptop", ["web-app"])
-        certificate = made.certificate("connector", connector=["web-app"], connector_id="nomad")
-        assert Path(certificate.certificate).parent == made.directory
-
-        config = made.directory / "nomad.hcl"
-        config.write_text(
-            AGENT_CONFIG.format(
-                directory=made.directory,
-                consul=made.consul.address.partition("//")[2],
-                token=MANAGEMENT_TOKEN if kind is not None else "",
-            )
-        )
-        agent = ("agent", "-dev", "-config", str(config))
-        made.spawn("nomad", core, nomad, *agent, environment={"AWS_CA_BUNDLE": ""})
-        until("Nomad has a ready client", lambda: "ready" in core.try_run(nomad, "node", "status").stdout, 60)
-
-        variables = {
-            "certificates": str(made.directory),
-            "relay": f"{core.address}:4433",
-            "relay_name": "relay",
-            "sidecar": command("ztna-sidecar"),
-            "consul": made.consul.address,
-        }
-        if kind is not None:
-            trust_nomad(made)
-            variables["login_method"] = METHOD
-        flags = [f"-var={key}={value}" for key, value in variables.items()]
-        done = core.try_run(nomad, "job", "validate", *flags, str(JOB))
-        assert done.returncode == 0, done.stdout + done.stderr
-        done = core.try_run(nomad, "job", "run", "-detach", *flags, str(JOB))
-        assert done.returncode == 0, done.stdout + done.stderr
-
-        try:
-            _wait_healthy(made, nomad)
-            address = made.address("web-app")
-            answer = until("served by name", lambda: http_get(core, f"http://{address}:8080/"), 30)
-            assert answer[0] == 200
-            assert "Directory listing" in answer[1]
-            assert len(logins(made) if kind is not None else [""]) == 1
-        finally:
-            done = core.try_run(nomad, "job", "stop", "-purge", "web-app")
-        assert done.returncode == 0, done.stdout + done.stderr
-        until("no service is left", lambda: made.consul_get("/v1/health/service/web-app") == [], 60)
-        if kind is not None:
-            until("it has logged out", lambda: not logins(made), 30)
+    note_version(request, "oldest")
+    folder, environment = place
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line != "make nomad"]
+    *deploying, stopping = lines
+    assert stopping == "nomad job stop -purge web-app"
+    for line in deploying:
+        _run(nomad, line, folder, environment)
+    address = nomad.lab.address("web-app")
+    answer = until("served by name", lambda: http_get(nomad.core, f"http://{address}:8080/"), 30)
+    assert answer[0] == 200 and "Directory listing" in answer[1]
+    address = nomad.lab.address("plain-web")
+    answer = until(
+        "served by its host's connector", lambda: http_get(nomad.core, f"http://{address}:80/"), 30
+    )
+    assert answer[0] == 200 and "Directory listing" in answer[1]
+    assert len(nomad.logins()) == 4, "dnsd, agent and two connectors"
+    _run(nomad, stopping, folder, environment)
+    until("no service is left", lambda: nomad.lab.consul_get("/v1/health/service/web-app") == [], 60)
+    until("its connector has logged out", lambda: len(nomad.logins()) == 3, 30)
 
 
-def _wait_healthy(made: Lab, nomad: str) -> None:
-    try:
-        until("healthy in Consul", lambda: made.check_states("web-app") == ["passing"], 60)
-    except AssertionError as error:
-        logs = ("alloc", "logs", "-job", "-task", "connector", "-stderr", "web-app")
-        said = made.host("core").try_run(nomad, *logs).stdout
-        raise AssertionError(f"{error}; the connector said:\n{said[-3000:]}") from None
-
-
-TAGGED_JOB = """
-job "web-app" {
-  group "web" {
-    count = 2
-    network {
-      port "http" {}
-    }
-    task "web" {
-      driver = "raw_exec"
-      config {
-        command = "python3"
-        args    = ["-m", "http.server", "${NOMAD_PORT_http}", "--bind", "127.0.0.1"]
-      }
-      resources {
-        cpu    = 50
-        memory = 64
-      }
-    }
-    service {
-      name = "web-app"
-      port = "http"
-      tags = ["ztna"]
-      meta {
-        ztna-ports = "tcp:8080"
-      }
-      check {
-        type     = "tcp"
-        interval = "1s"
-        timeout  = "1s"
-      }
-    }
-  }
-}
-"""
-
-
-def test_a_nomad_service_with_the_tag_is_fronted_by_a_connector_that_never_heard_of_it() -> None:
-    nomad = str(require_binary("nomad"))
-    with lab("core") as made:
-        core = made.host("core")
-        made.start_consul("newest", acl=False)
-        made.dnsd().wait_ready()
-        made.relay().wait_ready()
-        made.agent("laptop", ["web-app"])
-        connector = made.connector("beside", [], grants=["web-app"], consul_services=True).wait_ready()
-        config = made.directory / "nomad.hcl"
-        consul = made.consul.address.partition("//")[2]
-        config.write_text(AGENT_CONFIG.format(directory=made.directory, consul=consul, token=""))
-        agent = ("agent", "-dev", "-config", str(config))
-        made.spawn("nomad", core, nomad, *agent, environment={"AWS_CA_BUNDLE": ""})
-        until("Nomad has a ready client", lambda: "ready" in core.try_run(nomad, "node", "status").stdout, 60)
-        job = made.directory / "tagged.nomad.hcl"
-        job.write_text(TAGGED_JOB)
-
-        def ids() -> list[str]:
-            found = made.consul_get("/v1/agent/services").values()
-            return sorted(each["ID"] for each in found if each["Service"] == "web-app")
-
-        done = core.try_run(nomad, "job", "run", "-detach", str(job))
-        assert done.returncode == 0, done.stdout + done.stderr
-        try:
-            address = made.address("web-app", seconds=90)
-            answer = until("served by name", lambda: http_get(core, f"http://{address}:8080/"), 60)
-            assert answer[0] == 200 and "Directory listing" in answer[1]
-            until("both instances, and ours beside them", lambda: len(ids()) == 3, 60)
-            assert [each.partition("-")[0] for each in ids()] == ["_nomad", "_nomad", "web"]
-
-            def backends() -> set[str]:
-                found = connector.status()["connector"]["services"]["web-app"]["backends"]
-                return {each["backend"] for each in found if each["verdict"] == "passing"}
-
-            until("both are backends", lambda: len(backends()) == 2)
-            theirs = ids()[:2]
-            connector.stop()
-            until("only ours is gone", lambda: ids() == theirs)
-            connector.start()
-            until("ours again", lambda: ids() == [*theirs, "web-app@beside"], 60)
-        finally:
-            done = core.try_run(nomad, "job", "stop", "-purge", "web-app")
-        assert done.returncode == 0, done.stdout + done.stderr
-        until("gone with theirs", lambda: ids() == [], 60)
+def _run(nomad: NomadCluster, line: str, folder: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [*nomad.core.prefix, "sh", "-c", line],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+    )
+    assert done.returncode == 0 and done.stdout, f"{line}: {done.stdout}{done.stderr}\n{nomad.logs()}"

@@ -6,6 +6,7 @@ The tests are one story, in the order of this file: each goes on from where the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -233,9 +234,8 @@ def test_the_mesh_is_deployed_and_a_service_is_reached_by_name(
     web_app(mesh)
     address = mesh.lab.address("web-app")
     (allocation,) = running(mesh)
-    for name in mesh.names:
-        host = mesh.lab.host(name)
-        answer = until("served", lambda at=host: http_get(at, f"http://{address}:{WEB_PORT}/"), 30)
+    for host in map(mesh.lab.host, mesh.names):
+        answer = until("served", functools.partial(http_get, host, f"http://{address}:{WEB_PORT}/"), 30)
         assert answer == (200, f"hello from {allocation}\n")
     assert connectors(mesh) == [f"web-app@nomad--{allocation[:8]}"]
 

@@ -49,7 +49,7 @@ consul {{
 client {{
   enabled           = true
   node_class        = "{node_class}"
-  network_interface = "eth0"
+  network_interface = "{device}"
   servers           = ["{server}:4647"]
   gc_interval       = "1s"
   options           = {{ "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean" }}
@@ -66,12 +66,16 @@ class NomadCluster:
     names: tuple[str, ...]
     login: bool = False
     """Whether the jobs log in to Consul, which then denies by default."""
+    loopback: bool = False
+    """Whether tasks have ports on loopback, as in dev mode; for a single host."""
     agents: dict[str, Running] = field(default_factory=dict)
     consuls: dict[str, Running] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.binary = str(require_binary("nomad"))
+
     def start(self, consul: str = "newest") -> None:
         """Start Consul and Nomad everywhere and wait until every client is ready."""
-        self._binary = str(require_binary("nomad"))
         server, *clients = self.names
         self.consuls[server] = self.lab.start_consul(
             consul, server, acl=self.login, more={"client_addr": f"127.0.0.1 {self.core.address}"}
@@ -104,10 +108,11 @@ class NomadCluster:
             token=MANAGEMENT_TOKEN if self.login else "",
             node_class="edge" if at is server else "apps",
             server=server.address,
+            device="lo" if self.loopback else "eth0",
         )
         config = self.lab.directory / f"nomad-{name}.hcl"
         config.write_text(text + (_SERVER.format() if at is server else ""))
-        argv = (self._binary, "agent", "-config", str(config))
+        argv = (self.binary, "agent", "-config", str(config))
         self.agents[name] = self.lab.spawn(f"nomad-{name}", at, *argv, environment={"AWS_CA_BUNDLE": ""})
 
     def ready(self) -> bool:
@@ -122,17 +127,21 @@ class NomadCluster:
         """The host of the server."""
         return self.lab.host(self.names[0])
 
+    @property
+    def address(self) -> str:
+        """Where Nomad's HTTP API is."""
+        return f"http://{self.core.address}:{NOMAD_PORT}"
+
     def get(self, path: str) -> Any:
         """Return what Nomad's HTTP API answers; OSError when it does not with 200."""
-        code, text = http_get(self.core, f"http://{self.core.address}:{NOMAD_PORT}{path}")
+        code, text = http_get(self.core, self.address + path)
         if code != 200:
             raise OSError(f"Nomad {path}: {code} {text[:200]}")
         return json.loads(text)
 
     def run(self, *argv: str, fails: bool = False) -> str:
         """Run the nomad command to its end and return what it printed; AssertionError with that when it fails."""
-        environment = ("env", f"NOMAD_ADDR=http://{self.core.address}:{NOMAD_PORT}", "AWS_CA_BUNDLE=")
-        done = self.core.try_run(*environment, self._binary, *argv, seconds=JOB_SECONDS)
+        done = self.core.try_run("env", f"NOMAD_ADDR={self.address}", self.binary, *argv, seconds=JOB_SECONDS)
         assert done.returncode == 0 or fails, f"nomad {' '.join(argv)}:\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -196,8 +205,8 @@ class NomadCluster:
 
         (text,) = re.findall(r"^```json\n(.*?)^```", CONSUL_PAGE.read_text(), re.MULTILINE | re.DOTALL)
         method = json.loads(text)
-        keys = f"http://{self.core.address}:{NOMAD_PORT}/.well-known/jwks.json"
-        write("auth-method", method | {"Config": method["Config"] | {"JWKSURL": keys}})
+        keys = {"JWKSURL": f"{self.address}/.well-known/jwks.json"}
+        write("auth-method", method | {"Config": method["Config"] | keys})
         rules = {"dnsd": self.lab.rules("dnsd"), "agent": self.lab.rules("agent")}
         rules |= {job: self.lab.rules("connector", served) for job, served in services.items()}
         for job, text in rules.items():
@@ -229,9 +238,11 @@ class NomadCluster:
 
 
 @contextlib.contextmanager
-def cluster(made: Lab, *names: str, login: bool = False, consul: str = "newest") -> Iterator[NomadCluster]:
+def cluster(
+    made: Lab, *names: str, login: bool = False, consul: str = "newest", loopback: bool = False
+) -> Iterator[NomadCluster]:
     """A Nomad on these hosts of a lab, started and ready."""
-    nomad = NomadCluster(made, names, login)
+    nomad = NomadCluster(made, names, login, loopback)
     try:
         nomad.start(consul)
         yield nomad
