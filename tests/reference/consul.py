@@ -30,7 +30,7 @@ from ztna.leases import (
     Wish,
 )
 from ztna.names import ConnectorId, ServiceName
-from ztna.published import META_CONNECTOR, META_PORTS, META_VIRTUAL_IP, META_WILDCARD
+from ztna.published import META_CONNECTOR, META_FRONTED_BY, META_PORTS, META_VIRTUAL_IP, META_WILDCARD
 from ztna.sections import Endpoint
 from ztna.wire.control import Address
 
@@ -56,6 +56,7 @@ META = (
         META_PORTS,
         "what it publishes, as `tcp:80,udp:53`; without it tags `ztna-tcp:80` count, then the own port",
     ),
+    (META_FRONTED_BY, "of an instance that others registered: the id of the one connector that is to front it"),
     (META_VIRTUAL_IP, "the virtual address it asks for (`virtual_ip` of a route)"),
     (META_WILDCARD, "`true`: every name under the service's leads to it (`wildcard` of a route)"),
 )
