@@ -103,6 +103,28 @@ def test_flows_go_on_and_new_ones_go_elsewhere_until_the_last_has_ended(made: La
     assert alpha.events("drain_cut_short") == []
 
 
+def test_no_new_flow_is_lost_on_a_session_that_was_only_just_opened(made: Lab) -> None:
+    """A denial on a young session is about the flow alone, unless its connector leaves."""
+    core = made.host("core")
+    both = {name: connector(made, name, link) for link, name in enumerate(("alpha", "beta"), 1)}
+    until("both serve", lambda: len(made.dig("core", "web-app.ztna.local", "SRV")) == 2)
+    made.agent("laptop-1", ["web-app"], direct=False).wait_ready()
+    url = f"http://{made.address('web-app')}:8080/"
+    until("the relay lists both", lambda: relay_lists(made).count(",") == 1)
+    serving = until("served", lambda: http_get(core, url)[1]).rpartition(" ")[2].strip()
+    (other,) = both.keys() - {serving}
+    with core.socket() as held:  # so that the connector lives on while it drains
+        held.connect((made.address("web-app"), 8080))
+        until("it is held", lambda: both[serving].status()["connector"]["tcp_flows"] == 1)
+        both[serving].signal(signal.SIGTERM)
+        until("draining", lambda: both[serving].events("stopping"))
+        answers = [http_get(core, url) for _ in range(50)]
+        assert answers[-1] == (200, f"hello from {other}\n")
+        assert {code for code, _ in answers} == {200}
+        assert both[serving].alive
+    until("it ends with its last flow", lambda: not both[serving].alive, FOLLOW_SECONDS)
+
+
 @pytest.mark.parametrize("kind", REAL_KINDS)
 def test_a_flow_that_does_not_end_is_cut_in_time(request: pytest.FixtureRequest, kind: str) -> None:
     note_version(request, kind)

@@ -56,7 +56,10 @@ META = (
         META_PORTS,
         "what it publishes, as `tcp:80,udp:53`; without it tags `ztna-tcp:80` count, then the own port",
     ),
-    (META_FRONTED_BY, "of an instance that others registered: the id of the one connector that is to front it"),
+    (
+        META_FRONTED_BY,
+        "of an instance that others registered: the id of the one connector that is to front it",
+    ),
     (META_VIRTUAL_IP, "the virtual address it asks for (`virtual_ip` of a route)"),
     (META_WILDCARD, "`true`: every name under the service's leads to it (`wildcard` of a route)"),
 )
