@@ -33,7 +33,7 @@ demo: install ## Run a whole mesh on this machine until Ctrl-C
 
 nomad: install-tools ## Run a whole mesh as jobs of a dev Nomad on this machine until Ctrl-C
 	@{ command -v nomad && command -v consul; } >/dev/null || $(BIN)/python tests/peers/fetch.py consul nomad
-	@$(BIN)/python nomad/demo.py
+	@$(BIN)/python nomad/demo.py $(ARGS)
 
 test: install-tools test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
 	@$(if $(ARGS),true,echo "a minute of 200 agents and 20 connectors amid disturbances" && $(BIN)/python -m tests.soak --seconds 60)

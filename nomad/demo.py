@@ -1,11 +1,14 @@
 """`make nomad`: the job files of this folder on a dev Nomad and Consul of this machine, until Ctrl-C.
 
+    python nomad/demo.py [--driver docker --image ztna-mesh:0.1.0 --app-image python:3.11-slim-bookworm]
+
 Relay, dnsd, agent, a host's connector, an application with a connector beside it, and a service that has the tag alone.
 Everything is on loopback and runs as the caller, with throw-away certificates; it is all gone at the end.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import functools
@@ -40,6 +43,9 @@ POLL_SECONDS = 0.25
 SERVICES = {"web-app": 8080, "plain-web": 8080}
 """The services and their ports at the virtual addresses."""
 
+_SCRIPTS = {"dnsd": "ztna-dnsd", "relay": "ztna-relay"}
+_WITH_KEYS = {"relay", "connector", "web-app"}
+"""The jobs whose tasks run as the image's user and read a key."""
 _NOMAD = """
 data_dir = "{data}"
 bind_addr = "127.0.0.1"
@@ -81,6 +87,7 @@ class Demo:
     """The processes, and where everything is."""
 
     directory: Path
+    options: argparse.Namespace
     ports: Ports = field(default_factory=Ports)
     jobs: list[str] = field(default_factory=list)
     addresses: dict[str, str] = field(default_factory=dict)
@@ -149,24 +156,37 @@ class Demo:
             )
 
     def _variables(self, job: str) -> dict[str, object]:
-        pool = {"pool": str(DEMO_POOL)}
-        consul = {"consul": self.consul_url}
-        sidecar = {"command": console_script("ztna-sidecar"), "relay": f"127.0.0.1:{self.relay}"} | consul
-        python = sys.executable
+        pool, consul = {"pool": str(DEMO_POOL)}, {"consul": self.consul_url}
+        driver, app = self._driver(job)
+        sidecar = {"relay": f"127.0.0.1:{self.relay}", **driver, **consul}
         found: dict[str, dict[str, object]] = {
-            "dnsd": {"command": console_script("ztna-dnsd"), "port": self.dns, **pool, **consul},
+            "dnsd": {"port": self.dns, **pool, **driver, **consul},
             "relay": {
-                "command": console_script("ztna-relay"),
                 "port": self.relay,
                 "forwarder_port": self.forwarder,
                 "resolver": f"127.0.0.1:{self.dns}",
+                **driver,
             },
             "agent": {"mode": "listen", **pool, **sidecar},
-            "connector": {**sidecar},
-            "web-app": {"app_command": python, "virtual_port": SERVICES["web-app"], **sidecar},
-            "plain": {"command": python, "virtual_port": SERVICES["plain-web"]},
+            "connector": sidecar,
+            "web-app": {
+                "virtual_port": SERVICES["web-app"],
+                **{f"app_{key}": value for key, value in app.items()},
+                **sidecar,
+            },
+            "plain": {"virtual_port": SERVICES["plain-web"], "driver": self.options.driver, **app},
         }
         return found[job]
+
+    def _driver(self, job: str) -> tuple[dict[str, object], dict[str, object]]:
+        """Return what a daemon's and an application's task are run by."""
+        script = _SCRIPTS.get(job, "ztna-sidecar")
+        if self.options.driver == "raw_exec":
+            return {"command": console_script(script)}, {"command": sys.executable}
+        image: dict[str, object] = {"driver": self.options.driver, "image": self.options.image}
+        if self.options.image_uid is not None and job in _WITH_KEYS:
+            image["image_uid"] = self.options.image_uid
+        return image, {"image": self.options.app_image}
 
     async def _keep_certificates(self) -> None:
         authority = Authority.create(self.directory / "ca", "make nomad")
@@ -240,11 +260,17 @@ class Demo:
                 for job in self.jobs:
                     await self._run("job", "stop", "-detach", "-purge", "-no-shutdown-delay", job)
                 await self._until("every task has ended", STOPPED_SECONDS, self._nothing_runs)
+                await self._run("system", "gc")
+                await self._until("what tasks had is removed", ENDED_SECONDS, self._nothing_is_left)
         await stop_in_order([[self.nomad_agent], [self.consul_agent]], ENDED_SECONDS)
 
     async def _nothing_runs(self) -> bool:
         allocations = await self._get(f"{self.nomad_url}/v1/allocations")
         return all(each["ClientStatus"] not in ("running", "pending") for each in allocations)
+
+    async def _nothing_is_left(self) -> bool:
+        """Whether no allocation has a directory, and with it mounts, any more."""
+        return not any((self.directory / "nomad" / "alloc").iterdir())
 
     # -- how -----------------------------------------------------------------------------------------
 
@@ -287,12 +313,12 @@ class Demo:
                 raise child.ended_error()
 
 
-async def run(directory: Path) -> int:
+async def run(directory: Path, options: argparse.Namespace) -> int:
     """Run everything until SIGINT or SIGTERM and return the exit status."""
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    demo = Demo(directory)
+    demo = Demo(directory, options)
     stopped = asyncio.create_task(stopping.wait(), name="signals")
     body = asyncio.create_task(_body(demo), name="make nomad")
     try:
@@ -316,11 +342,27 @@ async def _body(demo: Demo) -> None:
     await demo.watch()
 
 
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make nomad", description="A whole mesh as Nomad's jobs, until Ctrl-C."
+    )
+    parser.add_argument(
+        "--driver", choices=["raw_exec", "docker"], default="raw_exec", help="what tasks run by"
+    )
+    parser.add_argument("--image", default="ztna-mesh:0.1.0", help="with docker: the image of the daemons")
+    parser.add_argument("--image-uid", type=int, help="with docker: that image's user, where it is another")
+    parser.add_argument(
+        "--app-image", default="python:3.11-slim-bookworm", help="with docker: one with python3"
+    )
+    return parser.parse_args()
+
+
 def main() -> int:
     """Run it in a directory of its own, which is removed at the end."""
+    options = _options()
     directory = Path(tempfile.mkdtemp(prefix="ztna-nomad-"))
     try:
-        return asyncio.run(run(directory))
+        return asyncio.run(run(directory, options))
     except ZtnaError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
