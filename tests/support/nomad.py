@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,10 @@ class NomadCluster:
         config = self.lab.directory / f"nomad-{name}.hcl"
         config.write_text(text + (_SERVER.format() if at is server else ""))
         argv = (self.binary, "agent", "-config", str(config))
-        self.agents[name] = self.lab.spawn(f"nomad-{name}", at, *argv, environment={"AWS_CA_BUNDLE": ""})
+        # Tasks find the console scripts by name, as the job files call them.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {"AWS_CA_BUNDLE": "", "PATH": path}
+        self.agents[name] = self.lab.spawn(f"nomad-{name}", at, *argv, environment=environment)
 
     def ready(self) -> bool:
         """Whether every client is."""
