@@ -195,6 +195,11 @@ def connectors(nomad: NomadCluster) -> list[str]:
     return sorted(each["ServiceID"] for each in found if not each["ServiceID"].startswith("_nomad-"))
 
 
+def leases(nomad: NomadCluster) -> dict[str, str]:
+    """The state of each service's address."""
+    return {each["service"]: each["state"] for each in nomad.lab.kv("ztna/vip/ip/").values()}
+
+
 def certificate_of_connector(nomad: NomadCluster) -> dict[str, object]:
     """What the connector of the only allocation says of its certificate."""
     (ready,) = nomad.lab.consul_get("/v1/catalog/service/web-app-connector")
@@ -330,18 +335,17 @@ def test_a_service_with_nothing_but_the_tag_is_fronted_by_the_connector_of_its_h
     answer = until("served by name", lambda: http_get(mesh.core, f"http://{address}:{PLAIN_PORT}/"), 60)
     assert answer[0] == 200 and "Directory listing" in answer[1]
     assert connectors(mesh) == []
+    until(
+        "only the address of the job that was purged rests",
+        lambda: leases(mesh) == {"web-app": "quarantined", "plain-web": "leased"},
+        60,
+    )
+    assert set(mesh.lab.kv("ztna/vip/service/")) == {"ztna/vip/service/plain-web"}
 
 
 def test_stopped_jobs_leave_nothing(mesh: NomadCluster, untouched: dict[str, str]) -> None:
     made = mesh.lab
-    mesh.purge("plain-web")
-    until(
-        "leases rest",
-        lambda: {each["state"] for each in made.kv("ztna/vip/ip/").values()} == {"quarantined"},
-        60,
-    )
-    assert made.kv("ztna/vip/service/") == {}
-    mesh.purge("connector", "agent", "relay", "dnsd")
+    mesh.purge("plain-web", "connector", "agent", "relay", "dnsd")
     until("no task is left", lambda: not mesh.tasks(), 60)
     until(
         "no service",
