@@ -52,6 +52,7 @@ from ztna.wire.control import (
     Drain,
     Health,
     Open,
+    Retired,
 )
 
 
