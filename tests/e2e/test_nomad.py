@@ -33,9 +33,8 @@ def nomad() -> Iterator[NomadCluster]:
 
 
 def test_every_file_is_formatted(nomad: NomadCluster) -> None:
-    assert {file.name for file in FILES} == set(
-        re.findall(r"^\| `([a-z-]+\.nomad\.hcl)` \|", PAGE.read_text(), re.MULTILINE)
-    )
+    listed = re.findall(r"^\| \[[a-z-]+\.nomad\.hcl\]\(\.\./nomad/(\S+)\) \|", PAGE.read_text(), re.MULTILINE)
+    assert {file.name for file in FILES} == set(listed)
     nomad.run("fmt", "-check", str(JOBS))
 
 

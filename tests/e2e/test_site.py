@@ -68,7 +68,7 @@ def test_what_would_ask_somebody_else_is_seen() -> None:
 
 
 def test_links_out_of_the_documents_lead_to_copies(site: Path) -> None:
-    assert 'href="source/nomad/connector.nomad.hcl"' in (site / "consul.html").read_text()
+    assert 'href="source/nomad/connector.nomad.hcl"' in (site / "nomad.html").read_text()
     assert (site / "source/nomad/connector.nomad.hcl").read_bytes() == (
         ROOT / "nomad/connector.nomad.hcl"
     ).read_bytes()
