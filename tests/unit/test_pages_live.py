@@ -108,6 +108,20 @@ async def test_nothing_is_sent_while_nothing_changes_but_a_heartbeat(
         assert subject.reads > before  # it was looked, and there was nothing to tell
 
 
+async def test_what_costs_much_is_made_less_often(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(live, "COST_FACTOR", 1e9)
+    subject = Subject()
+    async with served(subject) as url, client.get(f"{url}/events") as answer:
+        await sections(answer)
+        subject.told = "second"
+        assert await answer.content.readline() == b"\n"
+        assert await answer.content.readline() == b": still here\n"
+        assert subject.reads == 1
+
+
 async def test_however_many_listen_the_state_is_read_once_a_tick(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ TICK_SECONDS = 1.0
 """What has changed is told no more often than this."""
 FRESH_PART = 0.9
 """Of a tick: a state that is younger is what every other listener gets too."""
+COST_FACTOR = 20
+"""A state is kept for as many times what it cost to make: pages take a twentieth of a core, however much there is."""
 HEARTBEAT_SECONDS = 15.0
 """How long a stream says nothing at most, so that both ends notice when the other has gone."""
 SLOW_SECONDS = 10.0
@@ -49,7 +51,7 @@ class Page:
         self._show = show
         self._listeners = 0
         self._reading = asyncio.Lock()
-        self._read_at = float("-inf")
+        self._fresh_until = float("-inf")
         self._state: Json = {}
         self._encoded: Mapping[str, bytes] = {}
         self._closing = asyncio.Event()
@@ -125,13 +127,15 @@ class Page:
     async def _refresh(self) -> None:
         """Read the state and make the sections anew, unless that was done just now for another listener."""
         async with self._reading:
-            if time.monotonic() - self._read_at < FRESH_PART * TICK_SECONDS:
+            started = time.monotonic()
+            if started < self._fresh_until:
                 return
             state = await self._read()
             # In a thread: a large page takes tens of milliseconds, and the loop has packets to carry meanwhile.
             self._encoded = await asyncio.to_thread(self._made, state, self._state or None)
             self._state = state
-            self._read_at = time.monotonic()
+            now = time.monotonic()
+            self._fresh_until = now + max(FRESH_PART * TICK_SECONDS, COST_FACTOR * (now - started))
 
     def _made(self, state: Json, earlier: Json | None) -> Mapping[str, bytes]:
         return document.encoded(self._show(state, earlier).sections)

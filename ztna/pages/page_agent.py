@@ -77,6 +77,7 @@ def _services(seen: Agent) -> Element:
             for each in (services[name] for name in order)
         ],
         "No service has an address yet.",
+        len(services),
     )
 
 

@@ -73,6 +73,7 @@ def _routes(seen: Connector) -> Element:
             for name, route in ((name, routes[name]) for name in order)
         ],
         "No service: the configuration has no routes.",
+        len(routes),
         figures=("For",),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ztna.pages.markup import Element, el
 from ztna.pages.mesh import mesh_of
 from ztna.pages.parts import (
+    ROWS_MAX,
     View,
     days,
     ending,
@@ -68,9 +69,10 @@ def _sessions(seen: Relay) -> Element:
                 size(each.bytes + each.link_bytes) if each.bytes + each.link_bytes else NONE,
                 age(each.age_s),
             )
-            for each in seen.sessions
+            for each in seen.sessions[:ROWS_MAX]
         ],
         "No session: no agent uses a service through this relay.",
+        len(seen.sessions),
         figures=("Through here", "Age"),
     )
 
@@ -90,9 +92,10 @@ def _connections(seen: Relay) -> Element:
                 days(each.certificate_days),
                 mark("warning", "silent") if each.silent else mark("up"),
             )
-            for each in seen.connections
+            for each in seen.connections[:ROWS_MAX]
         ],
         "Nobody is connected.",
+        len(seen.connections),
         figures=("Sessions", "Certificate"),
     )
 
@@ -108,9 +111,10 @@ def _srv(seen: Relay) -> Element:
                 or mark("critical", "none: no instance passes"),
                 age(each.age_s),
             )
-            for name, each in sorted(seen.srv.services.items())
+            for name, each in sorted(seen.srv.services.items())[:ROWS_MAX]
         ],
         "No connector has registered a service here.",
+        len(seen.srv.services),
         figures=("Confirmed",),
     )
 

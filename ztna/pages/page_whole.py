@@ -76,6 +76,7 @@ def _services(mesh: Mesh) -> Element:
             for each in (services[name] for name in worst_first(services, healths))
         ],
         "No service is known.",
+        len(services),
     )
     return section("services", "Services", shown)
 

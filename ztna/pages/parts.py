@@ -191,5 +191,5 @@ def passing(services: Iterable[Service]) -> int:
 
 
 def worst_first(found: Collection[str], healths: Mapping[str, str]) -> list[str]:
-    """Return the rows in the order of their names, or those in trouble first when not all will be shown."""
-    return by_trouble(healths) if len(found) > ROWS_MAX else sorted(found)
+    """Return the rows to show in the order of their names, or those in trouble first when there are more."""
+    return by_trouble(healths)[:ROWS_MAX] if len(found) > ROWS_MAX else sorted(found)

@@ -245,11 +245,9 @@ class _Drawing:
                 lines[self._line(connector, id_, f"serves {service.health}")] = None
             for backend in service.backends:
                 lines[self._line(id_, backend, "serves")] = None
-        for number, edge in enumerate(self._mesh.paths):
-            for line in self._path(
-                edge, is_labelled=len(self._mesh.paths) <= LABELS_MAX and number < LABELS_MAX
-            ):
-                lines[line] = None
+        paths = self._mesh.paths
+        for edge in paths:
+            lines |= dict.fromkeys(self._path(edge, is_labelled=len(paths) <= LABELS_MAX))
         return [el("path", d=d, class_=f"line {look}") for d, look in lines if d]
 
     def _place(self, id_: str) -> Place | None:
