@@ -64,6 +64,7 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(live, "COST_FACTOR", 0)
 
 
 async def sections(answer: aiohttp.ClientResponse) -> Any:
