@@ -19,7 +19,8 @@ TEST_PACKAGES := bind9 bind9-dnsutils ca-certificates chromium conntrack curl de
                  prometheus strace systemd unbound
 BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev stunnel4 unbound
 
-# One test process a core; files are handed out whole, the long ones first (tests/conftest.py).
+# One test process a core, and one for what mostly waits (tests/support/lanes.py); files are handed out whole, the long ones
+# first (tests/conftest.py).
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help demo nomad install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean \
@@ -37,7 +38,7 @@ nomad: install-tools ## Run a whole mesh as jobs of a dev Nomad on this machine 
 
 test: install-tools test-tools peers lint types contracts ## Lint, types, architecture contracts and every test
 	@$(if $(ARGS),true,echo "a minute of 200 agents and 20 connectors amid disturbances" && $(BIN)/python -m tests.soak --seconds 60)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $$(($(WORKERS) + 1)) --dist loadfile --no-loadscope-reorder --waiting-worker $(ARGS)
 
 lint: install-tools ## Ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.support.consul import (
     own_consul,
     unique,
 )
+from tests.support.lanes import Lanes
 
 # What takes longest, so that with several workers none is left alone with it at the end.
 LONG_FIRST = (
@@ -31,6 +33,17 @@ LONG_FIRST = (
 )
 
 __all__ = ["_shared_consuls", "acl_consul", "consul", "own_consul", "unique"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make test` ask for a worker beside those of the cores."""
+    parser.addoption("--waiting-worker", action="store_true", help="the last worker runs what mostly waits")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes | None:
+    """Give what mostly waits to a worker of its own where that is asked for."""
+    return Lanes(config, log) if config.getoption("--waiting-worker") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
