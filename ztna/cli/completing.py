@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from click.shell_completion import CompletionItem
 
 from ztna import config as configuration
@@ -25,28 +26,47 @@ ANSWER_SECONDS = 0.3
 OFFERED_MAX = 200
 DEFAULT_PORTS = {"relay": 9431, "connector": 9433, "agent": 9434}
 
-Json = dict[str, Any]
+
+class _Service(msgspec.Struct, frozen=True):
+    service: str
+    ip: str
+
+
+class _Agent(msgspec.Struct, frozen=True):
+    services: tuple[_Service, ...] = ()
+
+
+class _Connector(msgspec.Struct, frozen=True):
+    services: dict[str, Any] = {}
+
+
+class _Session(msgspec.Struct, frozen=True):
+    session: str
+    agent: str
+    service: str
+
+
+class _State(msgspec.Struct, frozen=True):
+    agent: _Agent = _Agent()
+    connector: _Connector = _Connector()
+    sessions: tuple[_Session, ...] = ()
 
 
 def services(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the services that agent, connector and relay here know."""
     found: dict[str, str] = {}
     for state in _states(ctx):
-        for each in state.get("agent", {}).get("services", ()):
-            found[each["service"]] = each["ip"]
-        for name in state.get("connector", {}).get("services", ()):
+        for name in (*(each.service for each in state.sessions), *state.connector.services):
             found.setdefault(name, "")
-        for each in state.get("sessions", ()):
-            found.setdefault(each["service"], "")
+        found |= {each.service: each.ip for each in state.agent.services}
     return _offered(found, incomplete)
 
 
 def sessions(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the sessions of the relay here, each with who has it and to what."""
-    found = {}
+    found: dict[str, str] = {}
     for state in _states(ctx):
-        for each in state.get("sessions", ()):
-            found[each["session"]] = f"{each['agent']} {each['service']}"
+        found |= {each.session: f"{each.agent} {each.service}" for each in state.sessions}
     return _offered(found, incomplete)
 
 
@@ -58,12 +78,12 @@ def _offered(found: dict[str, str], incomplete: str) -> list[CompletionItem]:
     ]
 
 
-def _states(ctx: click.Context) -> Iterator[Json]:
+def _states(ctx: click.Context) -> Iterator[_State]:
     """Ask the daemons that the command line names, or those at the default ports."""
     for address in _addresses(ctx):
         with suppress(OSError, ValueError, http.client.HTTPException, ZtnaError):
             _, body = admin.fetch(address, "/status", seconds=ANSWER_SECONDS)
-            yield from_json(body, Json)
+            yield from_json(body, _State)
 
 
 def _addresses(ctx: click.Context) -> list[str]:

@@ -137,12 +137,16 @@ class Watch:
 
 
 def _ask(asked: tuple[str, str]) -> Json | str:
-    """Return what a daemon says of itself, or why it says nothing."""
+    """Return what a daemon says of itself, or why it says nothing that can be shown."""
     try:
         _, body = admin.fetch(asked[1], "/status", seconds=ANSWER_SECONDS)
         state = from_json(body, dict)
         if "readiness" not in state:
             return str(state.get("error", "what answers there is no daemon of ours"))
+        alone = {asked[0]: state}
+        overview.rows(alone), list(overview.daemons(alone))
+    except (KeyError, TypeError, AttributeError):
+        return "its /status is not what this version of ztna reads"
     except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
         return str(error)
     return state
