@@ -101,6 +101,11 @@ CASES = [
         "ztna-agent",
         *gauge("ztna_certificate_expires_seconds", NOW_SECONDS + 80_000, NOW_SECONDS + 90_000),
     ),
+    Case(
+        "ZtnaCrlOutOfDateSoon",
+        "ztna-relay",
+        *gauge("ztna_crl_next_update_seconds", NOW_SECONDS + 9_000, NOW_SECONDS + 90_000),
+    ),
     # Who has none says 0.
     Case(
         "ZtnaCrlOutOfDateSoon", "ztna-relay", *gauge("ztna_crl_next_update_seconds", NOW_SECONDS + 9_000, 0)
@@ -187,7 +192,10 @@ CASES = [
         "ZtnaFlowsForsaken",
         "ztna-agent",
         {'ztna_tcp_flows_total{outcome="forsaken"}': "0+2x120"},
-        {'ztna_tcp_flows_total{outcome="resumed"}': "0+2x120"},
+        {
+            'ztna_tcp_flows_total{outcome="resumed"}': "0+2x120",
+            'ztna_tcp_flows_total{outcome="forsaken"}': "0x95 3x25",
+        },
         {"outcome": "forsaken"},
     ),
     Case(
