@@ -274,6 +274,22 @@ async def test_names_that_peers_choose_are_only_ever_text(context: BrowserContex
             assert before == []
 
 
+async def test_a_page_that_is_open_comes_back_with_its_daemon(context: BrowserContext) -> None:
+    page, port = await context.new_page(), 0
+    for name in ("ztna-first", "ztna-second"):
+        async with asyncio.TaskGroup() as tasks:
+            daemon = Daemon(name, Config(), tasks)
+            async with serving(daemon, Endpoint("127.0.0.1", port), None):
+                if not port:
+                    port = daemon.admin_address[1]
+                    await page.goto(f"http://127.0.0.1:{port}/")
+                await expect(page.get_by_role("heading", level=1)).to_have_text(
+                    name, timeout=WAIT_MILLISECONDS
+                )
+                await expect(page.locator("#live")).to_have_text("Live", timeout=WAIT_MILLISECONDS)
+        await expect(page.locator("#live")).to_contain_text("No answer since", timeout=WAIT_MILLISECONDS)
+
+
 async def test_daemons_and_the_mesh_end_in_time_with_pages_open(up: Up, context: BrowserContext) -> None:
     """The last of the file: SIGTERM to the agent, then Ctrl-C, with an event stream of each open."""
     agent = await context.new_page()

@@ -218,6 +218,12 @@ async def test_the_page_is_complete_before_any_stream(client: aiohttp.ClientSess
     assert "&lt;script&gt;alert(1)" in text and text.count("<script") == 1 and " UTC; load again" in text
 
 
+async def test_asking_for_the_head_of_a_stream_takes_no_place(client: aiohttp.ClientSession) -> None:
+    subject = Subject()
+    async with served(subject) as url, client.head(f"{url}/events") as answer:
+        assert answer.status == 405 and subject.page.listeners == 0
+
+
 @pytest.mark.parametrize("path", ["/page.js", "/page.svg", "/page.css"])
 async def test_its_files_are_served_and_no_other(client: aiohttp.ClientSession, path: str) -> None:
     async with served(Subject()) as url:

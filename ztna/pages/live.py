@@ -64,7 +64,7 @@ class Page:
     def add_to(self, app: web.Application) -> None:
         """Serve `/`, `/events` and the files of the page, until the application shuts down."""
         app.router.add_get("/", self._page)
-        app.router.add_get("/events", self._events)
+        app.router.add_get("/events", self._events, allow_head=False)
         for path in _FILES:
             app.router.add_get(path, self._file)
         app.on_shutdown.append(self._close)
