@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reference import commands, configuration, consul, metrics, reasons, records
+from tests.reference import commands, configuration, consul, limits, metrics, reasons, records
 from tests.reference.markdown import ROOT
 
 DIRECTORY = ROOT / "docs" / "reference"
@@ -13,6 +13,7 @@ PAGES = {
     "consul.md": consul.page,
     "metrics.md": metrics.page,
     "reasons.md": reasons.page,
+    "limits.md": limits.page,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -188,3 +189,12 @@ def test_certificates_as_vault_issues_them_are_accepted(tmp_path: Path, key_type
     verdicts = Credentials.load(config).verdicts
     for usage in ("client", "server"):
         verdicts.verify(der(config), usage)  # type: ignore[arg-type]
+
+
+def test_key_and_certificates_may_be_one_file_as_a_template_of_nomad_writes_it(tmp_path: Path) -> None:
+    config, identity = vault(tmp_path, "default")
+    one = tmp_path / "connector.pem"
+    write_private(one, b"\n" + Path(config.key).read_bytes() + b"\n" + Path(config.certificate).read_bytes())
+    both = TlsConfig(certificate=str(one), key=str(one), ca=config.ca)
+    assert Credentials.load(both).identity == identity
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(both.certificate, both.key)
