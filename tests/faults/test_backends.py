@@ -30,6 +30,8 @@ from ztna.reasons import Reason
 from ztna.telemetry import REFUSALS
 
 LINE = b"hello\n"
+FLOWS, IN_TIME_SECONDS = 5, 15.0
+"""So many flows, one after the other, where each dial of 5 s (the default) would be too long for them in all."""
 SIZES = (1_200, 1_400, 9_000, 20_000, 60_000)
 
 
@@ -316,6 +318,32 @@ async def test_no_flow_fails_when_a_backend_dies_under_load(mesh: WholeMesh) -> 
     assert mesh.connectors["rack-1"].status("connector")["services"][ECHO]["verdict"] == "passing"
     await one.start()
     await until("it is back", lambda: standing(at(one.port))["verdict"] == "passing")
+
+
+@contextlib.contextmanager
+def never_accepting() -> Iterator[Endpoint]:
+    """A backend whose backlog is full: no SYN of the flow's is answered."""
+    with contextlib.ExitStack() as held:
+        server = held.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(4):
+            filler = held.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(server.getsockname())
+        yield Endpoint(*server.getsockname())
+
+
+async def test_a_backend_that_never_answers_is_given_up_in_its_services_own_time(mesh: WholeMesh) -> None:
+    alive, unchecked = await mesh.backend("alive"), (CheckConfig(kind="none"),)
+    with never_accepting() as dead:
+        backends = (BackendConfig(address=dead, weight=100), BackendConfig(address=at(alive.port)))
+        # By its weight nearly each flow begins with the dead one.
+        keys: dict[str, Any] = {"backends": backends, "checks": unchecked, "eject_after": 1_000}
+        address = await serve(mesh, route(**keys, connect_timeout_s=0.2))
+        await answered(address)
+        async with asyncio.timeout(IN_TIME_SECONDS):
+            assert [await ask(address, LINE) for _ in range(FLOWS)] == [b"alive: hello\n"] * FLOWS
 
 
 @pytest.mark.parametrize(
