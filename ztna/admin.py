@@ -94,10 +94,21 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             return _said("only the admin socket takes actions", 403)
         if request.path not in _OPEN_PATHS and not (_is_loopback(request.remote) and _names_address(request)):
             return _said("this is for http://127.0.0.1 of the host itself, or the admin socket", 403)
+        if request.path not in _OPEN_PATHS and _is_of_another_page(request):
+            return _said("no other page may ask here", 403)
     response = await handler(request)
     if not response.prepared:
         response.headers.update(HEADERS)
     return response
+
+
+def _is_of_another_page(request: web.Request) -> bool:
+    """Say whether a page from elsewhere asks (Fetch Metadata, W3C); a link on it may still lead here.
+
+    It could read nothing, but take the places of those who look.
+    """
+    headers = request.headers
+    return headers.get("Sec-Fetch-Site") == "cross-site" and headers.get("Sec-Fetch-Mode") != "navigate"
 
 
 def _is_loopback(remote: str | None) -> bool:

@@ -83,6 +83,22 @@ async def test_a_name_that_leads_here_shows_nothing(client: aiohttp.ClientSessio
                 assert answer.status == status, host
 
 
+@pytest.mark.parametrize("path", ["/", "/status", "/events"])
+async def test_another_page_in_the_browser_may_lead_here_and_not_ask(
+    client: aiohttp.ClientSession, path: str
+) -> None:
+    async with running(None) as (_, url):
+        asked = {("cross-site", "no-cors"): 403, ("cross-site", "cors"): 403, ("cross-site", "navigate"): 200}
+        for (site, mode), status in (
+            asked | {("same-origin", "cors"): 200, ("none", "navigate"): 200}
+        ).items():
+            headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+            async with client.get(url + path, headers=headers) as answer:
+                assert answer.status == status, (site, mode)
+        async with client.get(f"{url}/metrics", headers={"Sec-Fetch-Site": "cross-site"}) as answer:
+            assert answer.status == 200
+
+
 async def test_others_than_this_host_see_no_more_than_metrics_and_health(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
