@@ -24,7 +24,7 @@ BENCH_PACKAGES := coturn dnsmasq-base dnsperf gcc haproxy iperf3 knot libc6-dev 
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help demo nomad install install-tools test lint types contracts unit test-tools peers peers-bench bench soak fmt clean \
-        lock sbom audit dist deb docs docs-serve reference
+        lock sbom audit dist deb image docs docs-serve reference
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,19 @@ docs-serve: install-tools ## Show the site on http://127.0.0.1:8000 and build it
 
 reference: install-tools ## Write docs/reference/ from the code
 	@$(BIN)/python -m tests.reference
+
+# BASE=... is another base; WHEELS=... a folder with the wheels of the lock, for a build that asks no index.
+IMAGE ?= ztna-mesh
+image: dist ## Build the container image $(IMAGE):VERSION from the wheel and the lock, and say its size
+	@command -v docker >/dev/null || { echo "an image is built by Docker: docker is missing" >&2; exit 2; }
+	@rm -rf build/image
+	@$(BIN)/python -m ztna.container.context build/image --wheel dist/ztna_mesh-*.whl $(if $(WHEELS),--wheels $(WHEELS)) >/dev/null
+	@version=$$(ls dist/ztna_mesh-*.whl | cut -d- -f2); \
+	 docker build --quiet --tag $(IMAGE):$$version $(if $(BASE),--build-arg BASE=$(BASE)) \
+	   $(if $(WHEELS),--build-arg PIP_NO_INDEX=1 --network none) --build-arg VERSION=$$version \
+	   --build-arg REVISION=$$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown) build/image >/dev/null \
+	 && docker image inspect --format '{{.Size}}' $(IMAGE):$$version \
+	   | awk -v image=$(IMAGE):$$version '{ printf "%s: %.0f MB\n", image, $$1 / 1e6 }'
 
 fmt: install-tools ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

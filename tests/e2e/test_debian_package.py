@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.console import require_tools
-from tests.support.consul import peers_folder
 from tests.support.distribution import ROOT, build, run
+from tests.support.docker import base_archive
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def debian(tmp_path: Path) -> Iterator[Chroot]:
-    archive = peers_folder() / "base-bookworm.tar.gz"
+    archive = base_archive()
     if os.geteuid() != 0 or not archive.exists():
         why = "a Debian to install in takes root and the base image that `make peers` makes"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(why)

@@ -25,7 +25,9 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 OLDEST_SUITE = "bullseye"
 OLDEST_PACKAGE_VERSION = "1.8.7"
 IMAGE_SUITE = "bookworm"
-IMAGE_PACKAGES = "python3,python3-venv,ca-certificates,bind9-dnsutils"
+IMAGE_NUMBER = 2
+"""Of what is in it: another one for other packages, so that it is made anew."""
+IMAGE_PACKAGES = "python3,python3-venv,ca-certificates,bind9-dnsutils,libnftables1"
 IMAGE_LEAVES_OUT = (
     "var/cache/apt",
     "var/lib/apt/lists",
@@ -128,7 +130,7 @@ def fetch_oldest_consul() -> None:
 
 def make_base_image() -> None:
     """Make the root file system that containers of the tests start from; tests/support/docker.py imports it."""
-    place = folder() / f"base-{IMAGE_SUITE}.tar.gz"
+    place = folder() / f"base-{IMAGE_SUITE}-{IMAGE_NUMBER}.tar.gz"
     if place.exists():
         say(f"{place} is there")
         return

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from tests.peers.fetch import IMAGE_NUMBER
 from tests.support.consul import peers_folder
-from tests.support.distribution import LOCK, copy_sources, locked_wheels, pip
+from tests.support.distribution import copy_sources, locked_wheels, pip
+from ztna.container import context
 
 ENGINE_SECONDS = 40
 BUILD_SECONDS = 600
-BASE_IMAGE = "ztna-mesh-test-base:bookworm"
-_ROOT = Path(__file__).resolve().parents[2]
+BASE_IMAGE = f"ztna-mesh-test-base:{IMAGE_NUMBER}"
+REVISION = "0123456789abcdef"
+_OURS = Path(tempfile.gettempdir()) / f"ztna-mesh-tests-docker-{os.geteuid()}"
+_HOST = f"unix://{_OURS}/docker.sock"
 
 
 def why_not() -> str | None:
     """Say why no engine with an image can be had here; None when one can."""
-    if not _base_archive().exists():
+    if not base_archive().exists():
         return "the containers' base image is not here: `make peers` makes it"
     if _answers(None):
         return None
@@ -40,35 +49,81 @@ def _answers(host: str | None) -> bool:
 
 
 @contextlib.contextmanager
+def required_engine() -> Iterator[str | None]:
+    """Yield the address of an engine, for testcontainers too; without one skip the test, or in CI fail it."""
+    if (reason := why_not()) is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    with engine() as host, pytest.MonkeyPatch.context() as environment:
+        if host:
+            environment.setenv("DOCKER_HOST", host)
+        environment.setenv("TESTCONTAINERS_RYUK_DISABLED", "true")  # its image would have to be pulled
+        yield host
+
+
+@contextlib.contextmanager
 def engine() -> Iterator[str | None]:
-    """Yield the address of an engine (None: the default one answers); ours is ended and removed."""
+    """Yield the address of an engine (None: the default one answers).
+
+    Ours is one for all test processes, as two would undo each other's packet filter: the first starts it, the last
+    one out ends and removes it.
+    """
     if _answers(None):
         yield None
         return
-    directory = Path(tempfile.mkdtemp(prefix="ztna-docker-"))
-    host = f"unix://{directory}/docker.sock"
-    with (directory / "log").open("wb") as log:
+    _OURS.mkdir(mode=0o700, exist_ok=True)
+    with (_OURS / "users").open("w") as users:
+        with _alone():
+            fcntl.flock(users, fcntl.LOCK_SH)
+            if not _answers(_HOST):
+                _start()
+        try:
+            yield _HOST
+        finally:
+            with _alone():
+                try:
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    pass  # others use it
+                else:
+                    _end()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Be the one who starts or ends the engine."""
+    with (_OURS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start() -> None:
+    with (_OURS / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *("dockerd", "--host", host, "--data-root", str(directory / "data")),
-                *("--exec-root", str(directory / "exec"), "--pidfile", str(directory / "pid")),
+                *("dockerd", "--host", _HOST, "--data-root", str(_OURS / "data")),
+                *("--exec-root", str(_OURS / "exec"), "--pidfile", str(_OURS / "pid")),
             ],
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
-    try:
-        deadline = time.monotonic() + ENGINE_SECONDS
-        while not _answers(host):
-            assert process.poll() is None, f"dockerd ended:\n{(directory / 'log').read_text()[-2000:]}"
-            assert time.monotonic() < deadline, (
-                f"dockerd does not answer:\n{(directory / 'log').read_text()[-2000:]}"
-            )
-            time.sleep(0.2)
-        yield host
-    finally:
-        process.terminate()
-        process.wait(ENGINE_SECONDS)
-        shutil.rmtree(directory, ignore_errors=True)
+    deadline = time.monotonic() + ENGINE_SECONDS
+    while not _answers(_HOST):
+        said = (_OURS / "log").read_text()[-2000:]
+        assert process.poll() is None, f"dockerd ended:\n{said}"
+        assert time.monotonic() < deadline, f"dockerd does not answer:\n{said}"
+        time.sleep(0.2)
+
+
+def _end() -> None:
+    pid = int((_OURS / "pid").read_text())
+    handle = os.pidfd_open(pid)  # it may be the child of another test process
+    signal.pidfd_send_signal(handle, signal.SIGTERM)
+    ended, _, _ = select.select([handle], [], [], ENGINE_SECONDS)
+    os.close(handle)
+    assert ended, f"dockerd {pid} goes on after SIGTERM"
+    for name in ("data", "exec"):
+        shutil.rmtree(_OURS / name, ignore_errors=True)
 
 
 def docker(host: str | None, *argv: str) -> str:
@@ -85,20 +140,37 @@ def docker(host: str | None, *argv: str) -> str:
 
 def base_image(host: str | None) -> str:
     """Return a Debian with Python and dig, from the archive that `make peers` made; no registry is asked."""
-    docker(host, "import", str(_base_archive()), BASE_IMAGE)
+    if not docker(host, "images", "--quiet", BASE_IMAGE):
+        docker(host, "import", str(base_archive()), BASE_IMAGE)
     return BASE_IMAGE
 
 
-def _base_archive() -> Path:
-    return peers_folder() / "base-bookworm.tar.gz"
+def base_archive() -> Path:
+    """Return where `make peers` puts it."""
+    return peers_folder() / f"base-bookworm-{IMAGE_NUMBER}.tar.gz"
 
 
-def build_folder(directory: Path) -> Path:
-    """Make the folder that an image of ours is built in: the Dockerfile, the lock, and all wheels."""
-    wheels = shutil.copytree(locked_wheels(), directory / "wheels")
-    shutil.copy(LOCK, directory)
-    source = copy_sources(directory / "source")
-    pip("wheel", "--wheel-dir", wheels, "--no-deps", "--no-build-isolation", source)
+def our_image(host: str | None, folder: Path) -> str:
+    """Build the product's image of these sources, without any network, and return its name."""
+    wheel = our_wheel(folder / "wheel")
+    digest = context.write(folder / "image", wheel=wheel, wheels=locked_wheels())
+    name = f"ztna-mesh-test:{digest[:12]}"
+    arguments = {
+        "BASE": base_image(host),
+        "PIP_NO_INDEX": "1",
+        "VERSION": wheel.name.split("-")[1],
+        "REVISION": REVISION,
+    }
+    told = [part for each in arguments.items() for part in ("--build-arg", "=".join(each))]
+    docker(host, "build", "--quiet", "--network", "none", "--tag", name, *told, str(folder / "image"))
+    return name
+
+
+def our_wheel(folder: Path) -> Path:
+    """Build the wheel of these sources in a new folder."""
+    folder.mkdir()
+    source = copy_sources(folder / "source")
+    pip("wheel", "--wheel-dir", folder, "--no-deps", "--no-build-isolation", source)
     shutil.rmtree(source)
-    shutil.copy(_ROOT / "tests/e2e/image/Dockerfile", directory / "Dockerfile")
-    return directory
+    (wheel,) = folder.glob("*.whl")
+    return wheel
