@@ -99,6 +99,8 @@ class MeshContainers:
         self._network: Network | None = None
         self.containers: dict[str, DockerContainer] = {}
         """By name: consul, dnsd, relay, connector, agent; to pause, to kill, to read the logs of."""
+        self.image = ""
+        """The name of the image that they run, once they do."""
 
     @property
     def network(self) -> Network:
@@ -177,7 +179,7 @@ class MeshContainers:
 
     def _start(self) -> None:
         network, container = _testcontainers()
-        image = self._image()
+        image = self.image = self._built()
         self._network = self._open.enter_context(network())
         volume = self._volume(image)
         commands: Mapping[str, tuple[str, list[int | str], dict[str, str]]] = {
@@ -199,7 +201,7 @@ class MeshContainers:
         for name in commands:
             self._until(f"{name} to be ready", partial(self._done, name, _HEALTH), (name,))
 
-    def _image(self) -> str:
+    def _built(self) -> str:
         """Return the name of the image, which is built if the engine does not have it."""
         from testcontainers.core.image import DockerImage
 

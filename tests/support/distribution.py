@@ -16,6 +16,7 @@ from tests.support.consul import peers_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements/run.txt"
+TEST_LOCK = ROOT / "requirements/test.txt"
 BUILD_SECONDS = 600
 
 
@@ -40,12 +41,21 @@ def build(directory: Path) -> tuple[Path, Path]:
 
 def locked_wheels() -> Path:
     """Return a folder with the wheels that the lock names, kept beside the other real parts."""
-    key = hashlib.sha256(sys.version.encode() + LOCK.read_bytes()).hexdigest()[:12]
-    place = peers_folder() / f"wheels-{key}"
+    return _kept("wheels", LOCK, "--require-hashes", "-r", LOCK)
+
+
+def wheels_for_testing() -> Path:
+    """Return a folder with what the extra `testing` takes beside the lock, as the tests' lock has it."""
+    return _kept("wheels-testing", TEST_LOCK, "--constraint", TEST_LOCK, "testcontainers")
+
+
+def _kept(name: str, lock: Path, *wanted: str | Path) -> Path:
+    key = hashlib.sha256(sys.version.encode() + lock.read_bytes()).hexdigest()[:12]
+    place = peers_folder() / f"{name}-{key}"
     if not place.exists():
         with tempfile.TemporaryDirectory(dir=peers_folder()) as scratch:
             partial = Path(scratch) / "wheels"
-            pip("download", "--dest", partial, "--require-hashes", "--only-binary", ":all:", "-r", LOCK)
+            pip("download", "--dest", partial, "--only-binary", ":all:", *wanted)
             partial.rename(place)
     return place
 
