@@ -29,6 +29,7 @@ from ztna.errors import BadName, ProtocolError, ZtnaError
 from ztna.names import ServiceName
 
 if TYPE_CHECKING:
+    import docker
     from testcontainers.core.container import DockerContainer
     from testcontainers.core.docker_client import DockerClient
     from testcontainers.core.network import Network
@@ -179,9 +180,11 @@ class MeshContainers:
 
     def _start(self) -> None:
         network, container = _testcontainers()
+        client = _client().client
+        self._open.callback(client.close)
         image = self.image = self._built()
         self._network = self._open.enter_context(network())
-        volume = self._volume(image)
+        volume = self._volume(client, image)
         commands: Mapping[str, tuple[str, list[int | str], dict[str, str]]] = {
             "consul": (
                 f"python3 -m ztna.consul.embedded --listen 0.0.0.0:{CONSUL_PORT}",
@@ -217,12 +220,10 @@ class MeshContainers:
                 pass
             return str(built)
 
-    def _volume(self, image: str) -> str:
+    def _volume(self, client: docker.DockerClient, image: str) -> str:
         """Make a volume with certificates and configurations, and return its name."""
         from testcontainers.core.labels import create_labels
 
-        client = _client().client
-        self._open.callback(client.close)
         volume = client.volumes.create(labels=create_labels(image, None))
         self._open.callback(volume.remove, force=True)
         bringer = client.containers.create(image, volumes={volume.name: {"bind": str(PLACE), "mode": "rw"}})

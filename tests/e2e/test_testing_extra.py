@@ -129,10 +129,10 @@ def test_two_meshes_at_once_keep_to_themselves(
 def test_what_does_not_come_up_is_named_and_removed(
     make: Callable[[], MeshContainers], engine: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon's own words are in the error, at once: it ended."""
-    monkeypatch.setattr("ztna.container.mesh_files.RELAY_PORT", 0)
+    """Keys that are not its own: the daemon's words are in the error, at once, as it ended."""
+    monkeypatch.setattr("ztna.container.mesh_files.USER", 0)
     before = left(engine)
-    with pytest.raises(MeshNotReady, match=r"connector ended(.|\n)*relays\[0\]"), make():
+    with pytest.raises(MeshNotReady, match=r"relay ended(.|\n)*relay\.key.*Permission denied"), make():
         pass
     assert left(engine) == before
 

@@ -66,19 +66,16 @@ def pack_installed(folder: Path) -> Path:
     kept = [
         file for file in listed if file.name not in _OF_THIS_INSTALLATION and "__pycache__" not in file.parts
     ]
-    if not any(file.parts[0] == "ztna" for file in kept):
+    wheel = installed.read_text("WHEEL")
+    if wheel is None or not any(file.parts[0] == "ztna" for file in kept):
         raise ZtnaError(
             f"{DISTRIBUTION} is installed as editable, so it cannot be packed: build a wheel (`make dist`) and name it"
         )
-    (tag,) = _tags(installed.read_text("WHEEL") or "")
+    tag = next(line.removeprefix("Tag: ") for line in wheel.splitlines() if line.startswith("Tag: "))
     target = folder / f"{DISTRIBUTION.replace('-', '_')}-{installed.version}-{tag}.whl"
     records = next(file.parts[0] for file in kept if file.parts[0].endswith(".dist-info"))
     _zip(target, [(str(file), Path(str(file.locate())).read_bytes()) for file in kept], f"{records}/RECORD")
     return target
-
-
-def _tags(text: str) -> list[str]:
-    return [line.partition(": ")[2] for line in text.splitlines() if line.startswith("Tag: ")]
 
 
 def _zip(target: Path, files: Iterable[tuple[str, bytes]], record: str) -> None:

@@ -13,12 +13,15 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import sys
 from typing import cast
 
 READ_BYTES = 256 * 1024
 PEERS_MAX = 256
 """Senders of datagrams that have a socket of their own towards the service; the longest unheard one gives way."""
+
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 Sender = tuple[str, int]
 
@@ -67,18 +70,26 @@ class _Connections:
         try:
             there, back = await asyncio.open_connection(*self._target)
         except OSError:
-            writer.transport.abort()
+            _reset(writer)
             return
         try:
             async with asyncio.TaskGroup() as both:
                 both.create_task(_copy(reader, back), name="there")
                 both.create_task(_copy(there, writer), name="back")
         except* OSError:
-            writer.transport.abort()
-            back.transport.abort()
+            _reset(writer)
+            _reset(back)
         finally:
             writer.close()
             back.close()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection as the one on the other side was ended (SO_LINGER, socket(7))."""
+    sock = writer.get_extra_info("socket")
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+    writer.transport.abort()
 
 
 async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

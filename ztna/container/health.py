@@ -23,7 +23,7 @@ def main() -> int:
     for place in [told] if told else [f"127.0.0.1:{port}" for port in ADMIN_PORTS]:
         address, _, path = place.partition("/")
         host, _, port = address.rpartition(":")
-        if not port.isdecimal():
+        if not host or not port.isdecimal():
             print(f"READY_AT: expected host:port or host:port/path, got {place!r}")
             return 1
         try:
