@@ -41,6 +41,7 @@ HERE = "tests/e2e/test_docs.py"
 RUN_BY = {
     "docs/backup.md": "tests/e2e/test_backup.py",
     "docs/certificates.md": HERE,
+    "docs/containers.md": "tests/e2e/test_compose.py",
     "docs/discovery.md": HERE,
     "docs/hosts.md": HERE,
     "docs/monitoring.md": "tests/e2e/test_monitoring.py",
@@ -60,6 +61,8 @@ ELSEWHERE = {
 """Commands of other pages, and which tests run them."""
 CANNOT_BE_RUN = {
     "$ vault write": "no Vault; tests/unit/test_foreign_certificates.py has certificates such as its roles make",
+    "$ python -m ztna.container.context": "as tests/e2e/test_container_image.py has it built",
+    "$ pip install 'ztna-mesh[testing]'": "tests/e2e/test_testing_extra.py does so from a wheel",
     "$ apt install ./dist/ztna-mesh_": "tests/e2e/test_debian_package.py does by dpkg what apt does",
 }
 """What `console` blocks begin with, and what is tested of it."""
