@@ -25,7 +25,7 @@ from ztna.config import (
     RelayTarget,
     TlsConfig,
 )
-from ztna.names import ConnectorId
+from ztna.names import ConnectorId, RelayName
 from ztna.sections import Server
 
 PLACE = Path("/var/lib/ztna")
@@ -35,7 +35,7 @@ USER = 65532
 POOL = IPv4Network("127.100.0.0/16")
 """On the loopback of the agent's container, where it needs no privileges to listen."""
 DNS_PORT, CONSUL_PORT, RELAY_PORT = 5533, 8500, 4433
-RELAY = "relay"
+RELAY = RelayName("relay")
 CONNECTOR = "connector"
 CERTIFICATE_DAYS = 2
 DRAIN_SECONDS = 0.2
