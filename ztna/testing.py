@@ -46,6 +46,7 @@ ZONE = "ztna.local"
 BASE_VARIABLE, WHEELS_VARIABLE = "ZTNA_TESTING_BASE", "ZTNA_TESTING_WHEELS"
 
 _FIRST_GATE_PORT = 7001
+_NOT_RUNNING = "the mesh is not running: use it within `with MeshContainers() as mesh:`"
 _HEALTH = ["python3", "-I", "-S", "/opt/ztna/container/health.py"]
 _HARDENED = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"]}
 
@@ -97,6 +98,7 @@ class MeshContainers:
         self._open = ExitStack()
         self._services: dict[ServiceName, _Service] = {}
         self._addresses: dict[ServiceName, Address] = {}
+        self._gates = 0
         self._network: Network | None = None
         self.containers: dict[str, DockerContainer] = {}
         """By name: consul, dnsd, relay, connector, agent; to pause, to kill, to read the logs of."""
@@ -107,7 +109,7 @@ class MeshContainers:
     def network(self) -> Network:
         """The Docker network of the mesh: what joins it can be the backend of a service. Raises MeshNotReady."""
         if self._network is None:
-            raise MeshNotReady("the mesh is not running: use it within `with MeshContainers() as mesh:`")
+            raise MeshNotReady(_NOT_RUNNING)
         return self._network
 
     def __enter__(self) -> Self:
@@ -128,6 +130,8 @@ class MeshContainers:
     ) -> None:
         """Remove every container, the volume and the network."""
         self._network = None
+        self._gates = 0
+        self._services, self._addresses, self.containers = {}, {}, {}
         with _engine_errors():
             self._open.close()
 
@@ -235,27 +239,29 @@ class MeshContainers:
 
     def _gate(self, service: ServiceName) -> Address:
         told = self._services[service]
-        number = len(self._addresses)
-        if number >= SERVICES_MAX:
+        if self._gates >= SERVICES_MAX:
             raise MeshNotReady(
                 f"{service}: {SERVICES_MAX} services have an address already; use another mesh"
             )
-        port = _FIRST_GATE_PORT + number
+        port = _FIRST_GATE_PORT + self._gates
+        self._gates += 1
         words = [told.protocol, str(port), str(self.resolve(service)), str(told.port)]
         self._exec("agent", ["python3", "-m", "ztna.container.gate", *words])
-        agent = self.containers["agent"]
-        return Address(agent.get_container_host_ip(), _published(agent, port, told.protocol))
+        return _published(self.containers["agent"], port, told.protocol)
 
     # -- asking ----------------------------------------------------------------------------------------
 
     def _found(self, service: ServiceName) -> IPv4Address | None:
-        dnsd = self.containers["dnsd"]
-        server = (dnsd.get_container_host_ip(), _published(dnsd, DNS_PORT, "tcp"))
-        return _ask(server, f"{service}.{ZONE}")
+        return _ask(_published(self._container("dnsd"), DNS_PORT, "tcp"), f"{service}.{ZONE}")
+
+    def _container(self, name: str) -> DockerContainer:
+        if name not in self.containers:
+            raise MeshNotReady(_NOT_RUNNING)
+        return self.containers[name]
 
     def _done(self, name: str, argv: list[str]) -> tuple[bool, str]:
         """Run a command in a container; return whether it ended with 0, and what it said."""
-        ended = self.containers[name].exec(argv)
+        ended = self._container(name).exec(argv)
         return ended.exit_code == 0, ended.output.decode(errors="replace").strip()
 
     def _exec(self, name: str, argv: list[str]) -> None:
@@ -336,14 +342,20 @@ def _gate_ports() -> list[int | str]:
     return [f"{port}/{protocol}" for port in ports for protocol in ("tcp", "udp")]
 
 
-def _published(container: DockerContainer, port: int, protocol: str) -> int:
-    """Return the port of the engine's host that leads to a port of a container."""
+def _published(container: DockerContainer, port: int, protocol: str) -> Address:
+    """Return where this host reaches a port of a container.
+
+    By IPv4: the engine publishes on a port of each family, which are not the same, and `localhost` may be either.
+    """
     wrapped = container.get_wrapped_container()
     wrapped.reload()
-    return int(wrapped.ports[f"{port}/{protocol}"][0]["HostPort"])
+    ports = wrapped.ports[f"{port}/{protocol}"]
+    chosen = next(int(each["HostPort"]) for each in ports if ":" not in each["HostIp"])
+    host = container.get_container_host_ip()
+    return Address("127.0.0.1" if host == "localhost" else host, chosen)
 
 
-def _ask(server: tuple[str, int], name: str) -> IPv4Address | None:
+def _ask(server: Address, name: str) -> IPv4Address | None:
     """Return the address that a DNS server has for a name, over TCP (RFC 1035 4.2.2). Raises OSError, ProtocolError."""
     question = dns.encode_query(int.from_bytes(os.urandom(2), "big"), name, dns.Type.A, DNS_BYTES_MAX)
     with socket.create_connection(server, DNS_SECONDS) as connection:

@@ -119,11 +119,16 @@ def test_two_meshes_at_once_keep_to_themselves(
                 writer.join()
             assert hashlib.sha256(received).digest() == hashlib.sha256(sent).digest()
         assert one.address("shell") != other.address("shell")
+        before_again = one.address("shell")
+        one.add("shell", "backend:7000", port=23)
+        assert one.address("shell") not in (before_again, one.address("echo"))
         with pytest.raises(BadName, match="nothing was not added to this mesh; there are shell, echo"):
             one.address("nothing")
         with pytest.raises(MeshNotReady, match=r"nothing\.ztna\.local has no address"):
             one.resolve("nothing")
     assert left(engine) == before
+    with pytest.raises(MeshNotReady, match="use it within `with MeshContainers"):
+        one.resolve("shell")
 
 
 def test_what_does_not_come_up_is_named_and_removed(
