@@ -44,6 +44,7 @@ from ztna.quic_connection import (
 )
 from ztna.quic_engine import (
     CID_BYTES,
+    CONGESTION_CONTROL,
     DATAGRAM_FRAME_BYTES_MAX,
     DATAGRAM_QUEUE_MAX,
     RESET_TOKEN_BYTES,
@@ -213,6 +214,7 @@ class _Endpoint(ABC):
         return QuicConfiguration(
             alpn_protocols=list(settings.alpn),
             connection_id_length=CID_BYTES,
+            congestion_control_algorithm=CONGESTION_CONTROL,
             idle_timeout=settings.idle_timeout_s,
             is_client=is_client,
             max_data=settings.connection_window,

@@ -22,6 +22,7 @@ from ztna.quic_engine import (
     CONNECTION_WINDOW_BYTES,
     STREAM_WINDOW_BYTES,
     TRANSPORT_INTERNAL_ERROR,
+    UDP_PAYLOAD_BYTES_MIN,
     Engine,
     bounded_phrase,
     close_code,
@@ -34,6 +35,8 @@ from ztna.verdicts import Followed
 STREAM_UNSENT_BYTES_MAX = 1024 * 1024
 HANDSHAKE_SECONDS = 10.0
 PAYLOAD_PROBES = 3
+PAYLOAD_RAISE_SECONDS = 60.0
+"""When a path that swallowed large packets is asked again whether it carries them."""
 TIMER_SLACK_SECONDS = 0.0005
 TIMER_STEP_SECONDS = 0.000_001
 ROUND_TRIPS_WAITING_MAX = 16
@@ -148,6 +151,8 @@ class Connection:
         self._handshake_until = now + HANDSHAKE_SECONDS
         self._tick_at = now + endpoint.settings.ping_interval_s
         self._probes_left = PAYLOAD_PROBES
+        self._larger = endpoint.settings.udp_payload_probe
+        self._raise_at = float("inf")
 
     def __repr__(self) -> str:
         name = self.identity.name if self._handler else "?"
@@ -255,7 +260,8 @@ class Connection:
         self._endpoint.touch(self)
 
     def use_udp_payload(self, size: int) -> None:
-        """Send packets of at most this size from now on, on a way that is known to carry them."""
+        """Send packets of at most this size from now on, on a way that carries them as far as is known."""
+        self._larger = max(self._larger, size)
         self._engine.use_udp_payload(size)
 
     def restart_path(self) -> None:
@@ -263,7 +269,7 @@ class Connection:
         self._engine.use_udp_payload(self._endpoint.settings.udp_payload)
         if self.is_open and self._engine.is_confirmed:
             self._engine.path_changed(self._now())
-        self._probes_left = PAYLOAD_PROBES
+        self._probes_left, self._raise_at = PAYLOAD_PROBES, float("inf")
         self._probe_payload()
         self._endpoint.touch(self)
 
@@ -312,6 +318,8 @@ class Connection:
             self._act_on_time()
         if self._ended is None:
             self._act()
+            if self._engine.is_in_black_hole:
+                self._leave_black_hole()
             sent = self._flush_engine()
             # The peer may use at once what it was just told: a CID without a route would be answered with a reset.
             self._act_on_events()
@@ -506,8 +514,16 @@ class Connection:
         if now >= self._tick_at:
             self._tick(now)
 
+    def _leave_black_hole(self) -> None:
+        """Send no larger packets than every path carries (RFC 8899 5.3.3), and try larger ones again much later."""
+        _log.info("path_narrow", where=self._endpoint.settings.where, udp_payload=self._engine.udp_payload)
+        now = self._now()
+        self._engine.use_udp_payload(UDP_PAYLOAD_BYTES_MIN)
+        self._engine.path_changed(now)
+        self._probes_left, self._raise_at = 0, now + PAYLOAD_RAISE_SECONDS
+
     def _probe_payload(self) -> None:
-        larger = self._endpoint.settings.udp_payload_probe
+        larger = self._larger
         if larger > self._engine.udp_payload and self._probes_left and self._engine.is_confirmed:
             self._probes_left -= 1
             self._engine.probe_udp_payload(larger)
@@ -517,4 +533,6 @@ class Connection:
         if self._handler is None:
             return
         self._engine.send_ping(0)
+        if now >= self._raise_at:
+            self._probes_left, self._raise_at = PAYLOAD_PROBES, float("inf")
         self._probe_payload()

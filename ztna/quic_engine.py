@@ -10,12 +10,14 @@ import hashlib
 import hmac
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from aioquic import tls
 from aioquic._buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.congestion.base import register_congestion_control
+from aioquic.quic.congestion.reno import RenoCongestionControl
 from aioquic.quic.connection import (
     CONNECTION_LIMIT_FRAME_CAPACITY,
     MAX_STREAM_DATA_FRAME_CAPACITY,
@@ -25,7 +27,7 @@ from aioquic.quic.connection import (
     QuicReceiveContext,
 )
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType
-from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
+from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder, QuicSentPacket
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -34,6 +36,11 @@ from ztna.errors import Refused
 from ztna.fair_queue import FairQueue
 from ztna.reasons import Reason
 
+CONGESTION_CONTROL = "ztna-reno"
+UDP_PAYLOAD_BYTES_MIN = 1200
+"""What every path carries (RFC 9000 14)."""
+LARGE_LOST_MAX = 6
+"""So many larger packets lost in a row, and none that came: the path does not carry them (RFC 8899 4.3)."""
 CID_BYTES = 20
 RESET_TOKEN_BYTES = 16
 DATAGRAM_FRAME_BYTES_MAX = 65536
@@ -86,6 +93,31 @@ def close_phrase(error: Refused) -> str:
 def bounded_phrase(text: str) -> str:
     """Cut a close phrase so that it fits three times into the smallest packet (one per packet space)."""
     return text.encode()[:CLOSE_PHRASE_BYTES].decode(errors="ignore")
+
+
+class _Congestion(RenoCongestionControl):
+    """aioquic's own, which also counts the packets that are lost for their size."""
+
+    large_lost = 0
+
+    def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
+        super().on_packet_acked(now=now, packet=packet)
+        if packet.sent_bytes > UDP_PAYLOAD_BYTES_MIN:
+            self.large_lost = 0
+
+    def on_packets_lost(self, *, now: float, packets: Iterable[QuicSentPacket]) -> None:
+        super().on_packets_lost(now=now, packets=packets)
+        self._count_large(packets)
+
+    def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
+        super().on_packets_expired(packets=packets)
+        self._count_large(packets)
+
+    def _count_large(self, packets: Iterable[QuicSentPacket]) -> None:
+        self.large_lost += sum(each.sent_bytes > UDP_PAYLOAD_BYTES_MIN for each in packets)
+
+
+register_congestion_control(CONGESTION_CONTROL, _Congestion)
 
 
 def _flooded(code: QuicErrorCode, frame_type: int, phrase: str) -> QuicConnectionError:
@@ -195,6 +227,14 @@ class Engine(QuicConnection):
     def use_udp_payload(self, size: int) -> None:
         """Send packets of at most this size from now on."""
         self._max_datagram_size = size
+        control: Any = self._loss._cc
+        control.large_lost = 0
+
+    @property
+    def is_in_black_hole(self) -> bool:
+        """Whether the path carries no packets of the size that is used now, and says nothing about it."""
+        control: Any = self._loss._cc
+        return self._max_datagram_size > UDP_PAYLOAD_BYTES_MIN and control.large_lost >= LARGE_LOST_MAX
 
     def path_changed(self, now: float) -> None:
         """Ask for an answer at once: packets take another way now, and what was sent on the old one may be lost.

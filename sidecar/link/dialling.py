@@ -204,11 +204,14 @@ def _has_come(dialling: asyncio.Task[Dialled]) -> bool:
 
 
 def settings(identity: Identity) -> Settings:
-    """Return how to speak to a relay. Source: protocol.md: 1360 bytes between relay and connector, less elsewhere."""
+    """Return how to speak to a relay. Source: protocol.md: 1360 bytes between relay and connector, less elsewhere.
+
+    That much only once a probe of it was acknowledged, so that a narrow path takes the handshake.
+    """
     return Settings(
         alpn=(ALPN,),
-        udp_payload=CONNECTOR_UDP_PAYLOAD_BYTES if identity.connector else UDP_PAYLOAD_BYTES,
-        udp_payload_probe=UDP_PAYLOAD_PROBED_BYTES,
+        udp_payload=UDP_PAYLOAD_BYTES,
+        udp_payload_probe=CONNECTOR_UDP_PAYLOAD_BYTES if identity.connector else UDP_PAYLOAD_PROBED_BYTES,
         ping_interval_s=PING_SECONDS,
         where=WHERE,
     )

@@ -22,7 +22,7 @@ from ztna.errors import IdentityError, LinkError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.quic import DATAGRAM_QUEUE_MAX, Connection
 from ztna.quic_connection import ROUND_TRIPS_WAITING_MAX
-from ztna.quic_engine import Engine, new_cid, reset_token
+from ztna.quic_engine import LARGE_LOST_MAX, Engine, new_cid, reset_token
 from ztna.quiet import INTERVAL_SECONDS
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS, REFUSALS
@@ -598,6 +598,36 @@ async def test_a_path_that_loses_large_packets_keeps_small_ones(serve: Any, dial
     assert theirs.datagram_limit == 1156
     assert theirs.send_datagram(b"d" * 1156)
     await mine.until(lambda: mine.datagrams)
+
+
+async def test_a_path_that_begins_to_swallow_large_packets_gets_small_ones_and_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, serve: Any, dial: Any
+) -> None:
+    """RFC 8899 4.3: nothing says that they are too large, they only do not arrive."""
+    monkeypatch.setattr(quic_connection, "PAYLOAD_RAISE_SECONDS", 0.2)
+    server = serve(udp_payload=1200, udp_payload_probe=1350, ping_interval_s=0.05)
+    swallowed: list[int] = []
+    is_narrow = False
+
+    class Shrinking:
+        def send(self, packets: Sequence[tuple[bytes, Any]]) -> None:
+            large = [len(data) for data, _ in packets if len(data) > 1200 and is_narrow]
+            swallowed.extend(large)
+            server.socket.send([each for each in packets if len(each[0]) <= 1200 or not is_narrow])
+
+    server.server._path = Shrinking()
+    mine = await dial(server.address, udp_payload=1200).connect()
+    (theirs,) = server.server.connections
+    await soon(lambda: theirs.datagram_limit == 1306)
+    is_narrow = True
+    stream = theirs.open_stream(unidirectional=True)
+    assert theirs.send_stream(stream, bytes(200_000), end=True)
+    await mine.until(lambda: stream in mine.ended_streams)
+    assert len(mine.streams[stream]) == 200_000
+    assert theirs.datagram_limit == 1156
+    assert len(swallowed) >= LARGE_LOST_MAX
+    is_narrow = False
+    await soon(lambda: theirs.datagram_limit == 1306)
 
 
 async def test_what_breaks_the_engine_costs_that_peer_only(
