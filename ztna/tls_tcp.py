@@ -21,6 +21,7 @@ from typing import Any
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
 from ztna.identity import Identity
+from ztna.narrow import SEGMENT_BYTES, NarrowHosts
 from ztna.reasons import Reason
 from ztna.telemetry import HANDSHAKES
 from ztna.verdicts import Followed, Verdicts
@@ -34,13 +35,19 @@ KEEPALIVE_INTERVAL_SECONDS = 2
 KEEPALIVE_PROBES = 3
 RECORD_BYTES = 16 * 1024
 CONTEXTS_MAX = 16
+HUNG_SECONDS = 1.0
+"""A handshake that the other end breaks off after so long is taken for one that hung: what it sent was not heard."""
 
 _HANDSHAKES = HANDSHAKES.labels("tls")
 _TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has it from Python 3.12 on
 _INT = struct.Struct("i")
+_TCP_INFO = struct.Struct("24xI28xI")
+"""tcpi_unacked and tcpi_last_ack_recv of linux/tcp.h."""
 _DER = 2  # _ssl.ENCODING_DER
 _VERIFY_EXPIRED = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _VERIFY_WRONG_PURPOSE = 26  # X509_V_ERR_INVALID_PURPOSE: the extended key usage
+_narrow = NarrowHosts()
+"""One for the whole process: a path is as narrow for whoever uses it."""
 
 
 async def connect(address: SockAddr, timeout_s: float) -> socket.socket:
@@ -52,6 +59,9 @@ async def connect(address: SockAddr, timeout_s: float) -> socket.socket:
         raise LinkError(f"{address[0]}:{address[1]}: {error.strerror or error}") from None
     try:
         sock.setblocking(False)
+        if _narrow.is_suspect(address[0], time.monotonic()):
+            # Said in the SYN, it binds the other end too (RFC 9293, 3.7.1).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.get_running_loop().sock_connect(sock, address)
@@ -94,8 +104,11 @@ async def secure(
     *,
     server_side: bool,
     timeout_s: float = HANDSHAKE_SECONDS,
+    dialled: bool | None = None,
 ) -> TlsStream:
     """Take a connected, non-blocking socket over, do the handshake on it and say who the peer is.
+
+    `dialled` says that this end made the TCP connection, as TLS clients do: when it hangs, the path may be narrow.
 
     Closes the socket, having read nothing past the handshake, unless the ALPN is exactly `alpn` and the peer's whole
     presented chain proves an identity for its role. Raises IdentityError, or LinkError for anything else.
@@ -106,14 +119,14 @@ async def secure(
     except OSError as error:  # reset since it was connected: `ssl` asks for the peer's name
         sock.close()
         raise LinkError(f"the connection broke before TLS: {error.strerror or error}") from None
+    dialled = not server_side if dialled is None else dialled
     try:
-        async with asyncio.timeout(timeout_s):
-            await _handshake(tls)
+        await _handshake_watched(tls, timeout_s, dialled)
         if tls.selected_alpn_protocol() != alpn:
             raise LinkError(f"the peer speaks {tls.selected_alpn_protocol() or 'no ALPN'}, not {alpn}")
         identity = credentials.verdicts.verify(_presented_chain(tls), "client" if server_side else "server")
         _HANDSHAKES.observe(time.monotonic() - began)
-        return TlsStream(tls, identity, credentials.verdicts)
+        return TlsStream(tls, identity, credentials.verdicts, dialled=dialled)
     except TimeoutError:
         tls.close()
         raise LinkError(f"no TLS handshake within {timeout_s:g} s") from None
@@ -131,8 +144,9 @@ async def secure(
 class TlsStream:
     """An authenticated connection; its owner is called when it can be read or written and must not block."""
 
-    def __init__(self, tls: ssl.SSLSocket, identity: Identity, verdicts: Verdicts) -> None:
+    def __init__(self, tls: ssl.SSLSocket, identity: Identity, verdicts: Verdicts, *, dialled: bool) -> None:
         self.identity = identity
+        self._suspicion = _Suspicion(tls) if dialled else None
         self._verdicts = verdicts
         self._followed: Followed | None = None
         self.peer_address: SockAddr = tls.getpeername()[:2]
@@ -177,6 +191,19 @@ class TlsStream:
 
         Raises OSError (ssl.SSLError among them) when the connection is broken.
         """
+        try:
+            size = self._fill(buffer)
+        except OSError as error:
+            if self._suspicion is not None:
+                self._suspicion.ended(is_dead=not isinstance(error, ssl.SSLError))
+            raise
+        if self._suspicion is not None:
+            self._suspicion.was_heard |= size > 0
+            if self.is_ended:
+                self._suspicion.ended()
+        return size
+
+    def _fill(self, buffer: memoryview) -> int:
         read = self._read
         size = len(buffer)
         got = 0
@@ -232,6 +259,20 @@ class TlsStream:
             return 0
         (size,) = _INT.unpack(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(_INT.size)))
         return int(size)
+
+    def delivery(self) -> tuple[int, float]:
+        """Return how many segments the peer's kernel has not acknowledged, and for how many seconds nothing came.
+
+        Raises OSError once closed.
+        """
+        info = self._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        unacknowledged, ack_age_ms = _TCP_INFO.unpack(info)
+        return int(unacknowledged), ack_age_ms / 1000
+
+    def give_up(self) -> None:
+        """Take the way to the peer for dead: `close` follows."""
+        if self._suspicion is not None:
+            self._suspicion.ended(is_dead=True)
 
     def limit_unsent(self, size: int) -> None:
         """Have the kernel take nothing more while so many bytes wait to be sent (TCP_NOTSENT_LOWAT, tcp(7))."""
@@ -322,6 +363,33 @@ class TlsStream:
 @lru_cache(maxsize=CONTEXTS_MAX)
 def _context(credentials: Credentials, alpn: str, server_side: bool) -> ssl.SSLContext:
     return credentials.server_context(alpn) if server_side else credentials.client_context(alpn)
+
+
+class _Suspicion:
+    """What the end of a dialled connection says of the way to its host."""
+
+    def __init__(self, tls: ssl.SSLSocket) -> None:
+        """Take a connected socket. Raises OSError."""
+        self.was_heard = False
+        self._host: str = tls.getpeername()[0]
+        self._began = time.monotonic()
+
+    def ended(self, *, is_dead: bool = False) -> None:
+        """Suspect the host when the connection died, or was closed after a while and nothing had come."""
+        now = time.monotonic()
+        if is_dead or (not self.was_heard and now - self._began > HUNG_SECONDS):
+            _narrow.suspect(self._host, now)
+
+
+async def _handshake_watched(tls: ssl.SSLSocket, timeout_s: float, dialled: bool) -> None:
+    suspicion = _Suspicion(tls)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _handshake(tls)
+    except OSError:  # TimeoutError and ssl.SSLError among them
+        if dialled:
+            suspicion.ended()
+        raise
 
 
 async def _handshake(tls: ssl.SSLSocket) -> None:

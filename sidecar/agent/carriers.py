@@ -19,6 +19,7 @@ from sidecar.agent.commands import Session, SessionKey
 from sidecar.link.budget import Budget
 from sidecar.link.patience import patience
 from sidecar.link.quic_stream import QuicStream
+from sidecar.link.stall import LOOK_SECONDS
 from sidecar.link.stream import FORWARDER_BOUND_SECONDS, Carrier
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
@@ -106,6 +107,7 @@ class Carriers:
         self._routes: dict[ConnectorId, _Route] = {}
         self._tokens: dict[SessionKey, deque[asyncio.Future[bytes]]] = {}
         self._carriers: dict[Carrier, str] = {}  # and which leaf of ours each was shown
+        self._looking: asyncio.TimerHandle | None = None
 
     def dial_token(self, relay: str, message: DialToken) -> None:
         """Give the token to whoever asked first for that session; one that nobody waits for lapses."""
@@ -330,7 +332,16 @@ class Carriers:
     def _track(self, carrier: Carrier, connector: ConnectorId, own: Credentials) -> Carrier:
         self._carriers[carrier] = own.identity.fingerprint
         carrier.closed.add_done_callback(lambda _: self._forget(carrier, connector))
+        if self._looking is None:
+            self._looking = self._loop.call_later(LOOK_SECONDS, self._look)
         return carrier
+
+    def _look(self) -> None:
+        """Find out, while there are carriers, which of them lead nowhere."""
+        now = self._loop.time()
+        for carrier in tuple(self._carriers):
+            carrier.look(now)
+        self._looking = self._loop.call_later(LOOK_SECONDS, self._look) if self._carriers else None
 
     def _forget(self, carrier: Carrier, connector: ConnectorId) -> None:
         self._carriers.pop(carrier, None)

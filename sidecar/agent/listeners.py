@@ -23,6 +23,7 @@ from ztna.packet import build_echo_reply, build_udp
 from ztna.telemetry import dropped, logger
 from ztna.udp import SockAddr, bind_udp
 
+RECEIVE_BUFFER_BYTES = 256 * 1024
 BACKLOG_CONNECTIONS = 1024
 ACCEPTS_PER_WAKEUP = 64
 DATAGRAMS_PER_WAKEUP = 64
@@ -382,6 +383,8 @@ def _listening(at: VirtualPort) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _let_bind(sock)
         sock.bind(at.called)
+        # Programs are on this host: what they send ahead of the carriers only goes cold in the CPU's caches.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         sock.listen(BACKLOG_CONNECTIONS)
         sock.setblocking(False)
     except OSError:

@@ -14,6 +14,7 @@ from typing import Protocol
 from sidecar.link.flow import TcpFlow
 from sidecar.link.packet_stream import PacketStream
 from sidecar.link.quic_stream import QuicStream
+from sidecar.link.stall import Stall, Verdict
 from ztna.errors import IdentityError, ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
@@ -61,6 +62,12 @@ class ByteStream(Protocol):
     @property
     def unacknowledged_bytes(self) -> int:
         """How many written bytes the other end's host has not acknowledged."""
+
+    def delivery(self) -> tuple[int, float]:
+        """How many segments are not acknowledged, and for how many seconds nothing came. Raises OSError."""
+
+    def give_up(self) -> None:
+        """Take the way for dead."""
 
     def limit_unsent(self, size: int) -> None:
         """Bound what is taken and not sent."""
@@ -112,6 +119,9 @@ class FrameStream:
         # The first may be half written: TLS wants the same bytes again. True marks the DATA frame of the flow.
         self._unsent: list[tuple[memoryview, bool]] = []
         self._is_finishing = False
+        self._stall = Stall(asyncio.get_running_loop().time())
+        self._received_bytes = self._sent_bytes = 0
+        self._seen_bytes = 0
         self._end_reason = Reason.CLOSED_BY_PEER
         self._on_frame = on_frame
         self._on_closed = on_closed
@@ -127,6 +137,23 @@ class FrameStream:
         host = self.own_address[0]
         if host not in held and not ip_address(host).is_loopback:
             self.close(Reason.PEER_GONE)
+
+    def look(self, now: float) -> None:
+        """Close when the way is dead, by sidecar.link.stall; call it each LOOK_SECONDS while something is carried."""
+        moved = self._received_bytes + self._sent_bytes
+        if self.is_closed or (moved == self._seen_bytes and self._stall.is_settled):
+            return
+        self._seen_bytes = moved
+        try:
+            verdict = self._stall.look(now, self._received_bytes, *self._tls.delivery())
+        except OSError:
+            return  # which the next read tells
+        if verdict is Verdict.DEAD:
+            _log.info("carrier_dead", peer=self.peer.name, address=self.peer_address[0])
+            self._tls.give_up()
+            self.close(Reason.PEER_GONE)
+        elif verdict is Verdict.ASK and isinstance(self.flow, TcpFlow):
+            self.flow.ask()
 
     @property
     def unacknowledged_bytes(self) -> int:
@@ -227,7 +254,9 @@ class FrameStream:
                 self._is_finishing = True
             self._sent.count += written
             if written == len(frame):
+                self._sent_bytes += written
                 return True
+        self._sent_bytes += written
         self._unsent.append((frame[written:], is_piece))
         return False
 
@@ -241,6 +270,7 @@ class FrameStream:
                 self.close(Reason.PEER_GONE)
                 return
             self._sent.count += written
+            self._sent_bytes += written
             if written < len(rest):
                 unsent[0] = (rest[written:], is_piece)
                 return
@@ -258,6 +288,7 @@ class FrameStream:
         try:
             size = self._tls.read_into(_SCRATCH)
             self._received.count += size
+            self._received_bytes += size
             if size and not self._is_finishing:
                 self._dispatch(self._reader.feed(_SCRATCH[:size]))
         except ProtocolError as error:

@@ -155,6 +155,14 @@ class TcpFlow:
             self._carrier.send(encode(ResetFrame(self._reset_code)))
             self._end(reusable=False)
 
+    def ask(self) -> None:
+        """Say again what is acknowledged, so that the other end's host answers if it is there.
+
+        Not once its FIN has come: then it may take the flow for complete by now, and the next one's OPEN is due.
+        """
+        if not (self._is_over or self._carrier.is_blocked or self.state.has_fin):
+            self._send_ack()
+
     @property
     def ending(self) -> Ending:
         """How a finished flow ended."""

@@ -178,7 +178,14 @@ class StreamListener:
         deadline = time.monotonic() + self._first_open_s
         try:
             notice_dead_peer(sock)
-            tls = await secure(sock, self.credentials, ALPN, server_side=True, timeout_s=self._first_open_s)
+            tls = await secure(
+                sock,
+                self.credentials,
+                ALPN,
+                server_side=True,
+                timeout_s=self._first_open_s,
+                dialled=session is not None,
+            )
         except Refused as error:
             refused(_WHERE, error.reason)
             raise

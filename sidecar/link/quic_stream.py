@@ -86,6 +86,13 @@ class QuicStream:
         """How many written bytes the other end has not acknowledged."""
         return self._connection.unsent_bytes(self._stream_id)
 
+    def delivery(self) -> tuple[int, float]:
+        """Nothing to worry about: the link minds the way itself."""
+        return 0, 0.0
+
+    def give_up(self) -> None:
+        """Nothing, as there is no worry."""
+
     def limit_unsent(self, size: int) -> None:
         """Nothing: packets have DATAGRAMs here."""
 

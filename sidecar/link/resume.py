@@ -200,6 +200,11 @@ class FlowState:
         self.delivered_position += size
 
     @property
+    def has_fin(self) -> bool:
+        """Whether the other end has said that nothing more comes."""
+        return self._fin_received
+
+    @property
     def fin_is_due(self) -> bool:
         """Whether the local socket has had all bytes and waits for the end of them."""
         return (

@@ -140,6 +140,11 @@ class Carrier:
         """Whether it can carry a flow now."""
         return not self._frames.is_closed and self._frames.flow is None and self._answer is None
 
+    def look(self, now: float) -> None:
+        """Close when the way to the connector, or the forwarder, is dead; call it each LOOK_SECONDS."""
+        if self.is_tcp and not self.is_idle:
+            self._frames.look(now)
+
     def network_changed(self, held: Collection[str]) -> None:
         """Close when it stands on an address that this host holds no more."""
         self._frames.network_changed(held)
