@@ -168,7 +168,8 @@ class Datagrams:
     def _begin(self, port: Datagrammed, source: SockAddr, data: bytes) -> None:
         at, number = port.at, self._broker.number()
         inner = source
-        if at.family == socket.AF_INET6:
+        if at.family == socket.AF_INET6 or (at.service, at.leased, source) in self._inner:
+            # No IPv4 address to go by, or a socket that calls the service at another of its addresses, too.
             inner = (str(IPv4Address(STAND_INS | number & STAND_INS_MASK)), source[1])
         flow = _Flow(number, port, source, inner, self._loop.time())
         self._flows[port, source] = flow

@@ -123,11 +123,12 @@ class Acceptor:
         for _ in range(ACCEPTS_PER_WAKEUP):
             try:
                 local, source = self._socket.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno not in _EXHAUSTED:
-                    raise
+                    dropped("agent_accept", "broken")  # as it waited (accept(2)); whoever is next is not
+                    continue
                 # The caller stays in the backlog; without the pause this would spin.
                 dropped("agent_accept", "exhausted")
                 self._loop.remove_reader(self._socket)

@@ -96,15 +96,16 @@ class Redirect:
         """Publish what is wanted and nothing else. Raises NftError when the table is not ours any more."""
         protocols = ("tcp",) if self._write is None else ("tcp", "udp")
         spots = {Spot(at.protocol, at.at, at.port): at for at in wanted if at.protocol in protocols}
-        before, self._spots = self._spots, spots
-        self._change_udp(
-            {spot for spot in before.keys() | spots.keys() if before.get(spot) != spots.get(spot)}
-        )
+        before = self._spots
         if pools != self._pools:
             self._nft.run(self._rules.pools(pools - self._pools, self._pools - pools))
             self._pools = pools
         for commands in self._rules.change(spots.keys() - before.keys(), before.keys() - spots.keys()):
             self._nft.run(commands)
+        self._spots = spots  # not before the kernel has it so
+        self._change_udp(
+            {spot for spot in before.keys() | spots.keys() if before.get(spot) != spots.get(spot)}
+        )
 
     async def run(self) -> None:
         """Count what the kernel refused, until cancelled."""

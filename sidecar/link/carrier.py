@@ -133,9 +133,12 @@ class FrameStream:
         self._tls.start(self._readable, self._writable, self._refused)
 
     def network_changed(self, held: Collection[str]) -> None:
-        """Close when it stands on an address that this host holds no more: nothing can reach it there."""
+        """Close when it stands on an address that this host holds no more: nothing can reach it there.
+
+        No address at all: nobody knows which there are.
+        """
         host = self.own_address[0]
-        if host not in held and not ip_address(host).is_loopback:
+        if held and host not in held and not ip_address(host).is_loopback:
             self.close(Reason.PEER_GONE)
 
     def look(self, now: float) -> None:

@@ -21,7 +21,7 @@ from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.names import SessionId
 from ztna.reasons import Reason
-from ztna.telemetry import refused
+from ztna.telemetry import dropped, refused
 from ztna.tls_tcp import SockAddr, notice_dead_peer, secure
 from ztna.wire.stream import Frame, OpenFrame, PacketsFrame, ResetFrame, ResumeFrame, encode
 
@@ -147,11 +147,12 @@ class StreamListener:
                 return
             try:
                 sock, _address = listening.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
+                    dropped(_WHERE, "broken")  # as it waited (accept(2)); whoever is next is not
+                    continue
                 refused(_WHERE, Reason.LIMIT_REACHED)
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(listening.fileno())

@@ -100,6 +100,22 @@ async def test_ipv6_programs_are_carried_as_ipv4_and_answered_as_ipv6() -> None:
     assert (ground.told[0].version, ground.told[0].source, ground.told[0].destination) == (6, SIX, "fd12::1")
 
 
+async def test_a_socket_that_calls_a_service_at_two_addresses_is_answered_from_the_one_it_called() -> None:
+    ground = Ground()
+    program = ("10.100.0.0", 40_000)
+    ground.datagrams.received(ground.port("udp", 7), b"first", program)
+    ground.datagrams.received(ground.port("udp", 7, OVERRIDE), b"second", program)
+    first, second = map(parse, ground.sent)
+    assert (first.source, first.source_port) == program
+    assert second.source not in (first.source, VIP)
+    for asked in (second, first):
+        ground.comes(build_udp(VIP, 7, asked.source, asked.source_port, asked.payload))
+    assert [(each.source, each.destination, each.payload) for each in ground.told] == [
+        (OVERRIDE, program[0], b"second"),
+        (VIP, program[0], b"first"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "mtu", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
 import socket
 from collections.abc import AsyncIterator
@@ -179,13 +180,15 @@ async def test_the_program_that_left_is_not_the_others_business(owner: Owner, ip
         assert DROPS.labels("agent_udp", "kernel_refused")._value.get() == dropped + 1
 
 
-async def test_without_descriptors_it_pauses_and_accepts_later(
-    ip: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ECONNABORTED, errno.EPROTO, errno.EHOSTUNREACH])
+async def test_after_a_failed_accept_the_next_connection_is_taken(
+    ip: str, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    """Without descriptors after a pause; what happened to one that waited is nobody else's business (accept(2))."""
     accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
     port = TcpPort(VirtualPort(WEB, "tcp", ip, 8080, ip), lambda _, sock, source: accepted.put_nowait(sock))
     real = port._socket
-    failures = [OSError(errno.EMFILE, "too many open files")]
+    failures = [OSError(number, os.strerror(number))]
 
     class Exhausted:
         def accept(self) -> object:
