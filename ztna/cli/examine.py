@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ztna import findings
-from ztna.cli import admin
+from ztna.cli import admin, examine_kernel
 from ztna.config import (
     DAEMON_SECTIONS,
     AgentConfig,
@@ -75,6 +75,8 @@ async def examine(configs: Sequence[Config]) -> AsyncIterator[Finding]:
             if name in ("connector", "agent") and credentials is not None:
                 async for finding in _relays(name, await _targets(config, name), credentials):
                     yield finding
+        for finding in examine_kernel.examine(config):
+            yield finding
         async for finding in _consul(config, [name for name in daemons if name in _CONSUL_DAEMONS], asked):
             yield finding
         async for finding in _resolvers(config):
