@@ -16,6 +16,7 @@ from sidecar.agent.listeners import (
     BACKLOG_CONNECTIONS,
     DATAGRAM_BYTES_MAX,
     DATAGRAMS_PER_WAKEUP,
+    RECEIVE_BUFFER_BYTES,
     Accept,
     Acceptor,
     PacketPort,
@@ -209,6 +210,7 @@ def _tcp_door(family: socket.AddressFamily) -> socket.socket:
         sock = socket.create_server((_LOOPBACK[family], 0), family=family, backlog=BACKLOG_CONNECTIONS)
     except OSError as error:
         raise ZtnaError(f"agent: no listener on {_LOOPBACK[family]}: {error.strerror}") from None
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
     sock.setblocking(False)
     return sock
 
