@@ -17,7 +17,10 @@ import msgspec
 from ztna.dns import Code, HostData, Message, Record, Type, decode, encode_response, is_reverse
 from ztna.errors import BadName, ProtocolError
 from ztna.names import ServiceName, Zone
+from ztna.wire.control import DNS_RESPONSE_BYTES_MAX
 
+_TRUNCATED = 0x02
+"""TC in the third byte of a header (RFC 1035, 4.1.1)."""
 _BROWSE = ("_services", "_dns-sd", "_udp")
 _TYPES = frozenset(
     {Type.A, Type.AAAA, Type.TXT, Type.SRV, Type.PTR, Type.SOA, Type.NS, Type.HTTPS, Type.CNAME, Type.HINFO}
@@ -63,7 +66,19 @@ def answer(asked: Asked, found: Message, zone: Zone, may_use: MayUse) -> bytes:
         is_list = not is_reverse(asked.name)
         # Which addresses there are is nobody's business: one that leads nowhere is refused like another's.
         return encode_response(asked.query, Code.NOERROR if is_list else Code.REFUSED)
-    return encode_response(asked.query, found.code, seen, found.authority, stale=found.stale)
+    response = encode_response(asked.query, found.code, seen, found.authority, stale=found.stale)
+    if found.truncated or len(response) > DNS_RESPONSE_BYTES_MAX:
+        return _truncated(asked, found, seen)
+    return response
+
+
+def _truncated(asked: Asked, found: Message, seen: Sequence[Record]) -> bytes:
+    """Return what fits of a list, marked as less than there is: thousands of services fit no message."""
+    while True:
+        response = encode_response(asked.query, found.code, seen, stale=found.stale)
+        if len(response) <= DNS_RESPONSE_BYTES_MAX:
+            return response[:2] + bytes((response[2] | _TRUNCATED,)) + response[3:]
+        seen = seen[: len(seen) * 3 // 4]
 
 
 def _may_ask(labels: Sequence[str], depth: int, zone: Zone, may_use: MayUse) -> bool:

@@ -146,7 +146,11 @@ class RelayedLeases:
         if not self._grants.every:
             return sorted(self._grants.services)[:SERVICES_MAX]
         message = await self._names.ask(f"_services._dns-sd._udp.{self._zone}", Type.PTR)
-        return sorted(self._grants.services | set(listed(message, self._zone)))[:SERVICES_MAX]
+        services = self._grants.services | set(listed(message, self._zone))
+        if message.truncated:
+            dropped(_WHERE, "list_truncated")
+            services |= self.leases.keys()  # who is not on it has not gone for that
+        return sorted(services)[:SERVICES_MAX]
 
     async def _look(self, service: ServiceName) -> Lease | None:
         """Return a service's lease as DNS tells it; what is not answered stays as it was, for a while."""

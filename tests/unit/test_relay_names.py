@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ipaddress import IPv4Address
 
+import msgspec
 import pytest
 
 from relay.names import Asked, answer, judge
@@ -22,6 +23,7 @@ from ztna.dns import (
 )
 from ztna.errors import ProtocolError
 from ztna.names import Zone
+from ztna.wire.control import DNS_RESPONSE_BYTES_MAX
 
 ZONE = Zone("ztna.local")
 MAY_USE = grants(["web-app"]).allows
@@ -140,6 +142,28 @@ def test_the_list_of_services_has_only_the_granted_ones() -> None:
     assert hosts == ["_web-app._tcp.ztna.local", "web-app.ztna.local"]
     message = decode(answer(judged, found(Code.NOERROR, records[1]), ZONE, MAY_USE))
     assert (message.code, message.answers) == (Code.NOERROR, ())
+
+
+@pytest.mark.parametrize("count", [10, 3_000])
+def test_a_list_that_fits_no_message_is_truncated_and_says_so(count: int) -> None:
+    """Names of different lengths, so that what fits is not just a share."""
+    name = "_services._dns-sd._udp.ztna.local"
+    services = [f"s{number}" + "x" * (50 * (number % 2)) for number in range(count)]
+    records = [Record(name, Type.PTR, 1, 10, HostData(f"_{each}._tcp.ztna.local")) for each in services]
+    judged = judge(encode_query(7, name, Type.PTR, 1232), ZONE, grants(["*"]).allows)
+    assert isinstance(judged, Asked)
+    plain = found(Code.NOERROR)
+    for truncated in (False, True):
+        whole = msgspec.structs.replace(plain, answers=tuple(records), truncated=truncated)
+        response = answer(judged, whole, ZONE, grants(["*"]).allows)
+        message = decode(response)
+        assert len(response) <= DNS_RESPONSE_BYTES_MAX
+        assert (message.id, message.code) == (7, Code.NOERROR)
+        assert message.truncated is (truncated or count == 3_000)
+        if count == 10:
+            assert len(message.answers) == count
+        else:
+            assert DNS_RESPONSE_BYTES_MAX / 100 < len(message.answers) < count
 
 
 def test_an_address_of_somebody_else_is_refused_like_one_that_nobody_has() -> None:

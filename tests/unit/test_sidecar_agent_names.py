@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Address
 from typing import Any
 
+import msgspec
 import pytest
 
 from sidecar.agent import names as names_module
@@ -102,6 +103,8 @@ class Told:
         self.let = asyncio.Event()
         self.under_way = 0
         self.asked: list[str] = []
+        self.unlisted: set[str] = set()
+        """What a list that is truncated leaves out."""
 
     async def ask(self, name: str, kind: Type) -> Message:
         self.asked.append(name)
@@ -116,12 +119,14 @@ class Told:
             self.under_way -= 1
         records = []
         if kind is Type.PTR:
-            records = [Record(name, kind, 1, 30, HostData(f"_{each}._tcp.{ZONE}")) for each in self.leases]
+            listed = [each for each in self.leases if each not in self.unlisted]
+            records = [Record(name, kind, 1, 30, HostData(f"_{each}._tcp.{ZONE}")) for each in listed]
         elif lease is not None:
             ports = ",".join(f"{port.protocol}:{port.port}" for port in lease.ports)
             strings = (f"ports={ports}".encode(), f"epoch={lease.epoch}".encode())
             records = [Record(name, kind, 1, 30, lease.ip if kind is Type.A else strings)]
-        return decode(encode_response(query, Code.NOERROR, records))
+        message = decode(encode_response(query, Code.NOERROR, records))
+        return msgspec.structs.replace(message, truncated=kind is Type.PTR and bool(self.unlisted))
 
 
 class Following:
@@ -176,6 +181,20 @@ async def test_the_granted_services_are_followed_and_told_once(monkeypatch: pyte
         # Somebody else's network is served by nobody here.
         made.told.leases["db"] = Lease(IPv4Address("192.0.2.1"), 2, ())
         await until(lambda: made.changes[-1] == {})
+
+
+async def test_what_a_truncated_list_leaves_out_is_asked_for_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with following("*", monkeypatch=monkeypatch) as made:
+        await until(lambda: made.changes and len(made.changes[-1]) == 2)
+        made.told.unlisted = {"db"}
+        await until(lambda: made.told.asked.count(f"_services._dns-sd._udp.{ZONE}") > 3)
+        before = made.told.asked.count(f"db.{ZONE}")
+        await until(lambda: made.told.asked.count(f"db.{ZONE}") > before + 2)
+        assert len(made.changes[-1]) == 2
+        del made.told.leases["db"]
+        await until(lambda: set(made.changes[-1]) == {WEB})
 
 
 async def test_one_is_read_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
