@@ -41,8 +41,8 @@ HUNG_SECONDS = 1.0
 _HANDSHAKES = HANDSHAKES.labels("tls")
 _TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has it from Python 3.12 on
 _INT = struct.Struct("i")
-_TCP_INFO = struct.Struct("24xI28xI")
-"""tcpi_unacked and tcpi_last_ack_recv of linux/tcp.h."""
+_TCP_INFO = struct.Struct("3xB20xI28xI")
+"""tcpi_probes, tcpi_unacked and tcpi_last_ack_recv of linux/tcp.h."""
 _DER = 2  # _ssl.ENCODING_DER
 _VERIFY_EXPIRED = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _VERIFY_WRONG_PURPOSE = 26  # X509_V_ERR_INVALID_PURPOSE: the extended key usage
@@ -263,11 +263,12 @@ class TlsStream:
     def delivery(self) -> tuple[int, float]:
         """Return how many segments the peer's kernel has not acknowledged, and for how many seconds nothing came.
 
-        Raises OSError once closed.
+        Probes of the kernel count, which it sends when it could not send, or has been silent. Raises OSError once
+        closed.
         """
         info = self._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-        unacknowledged, ack_age_ms = _TCP_INFO.unpack(info)
-        return int(unacknowledged), ack_age_ms / 1000
+        probes, unacknowledged, ack_age_ms = _TCP_INFO.unpack(info)
+        return int(probes + unacknowledged), ack_age_ms / 1000
 
     def give_up(self) -> None:
         """Take the way to the peer for dead: `close` follows."""
