@@ -16,7 +16,7 @@ import termios
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
@@ -41,8 +41,8 @@ HUNG_SECONDS = 1.0
 _HANDSHAKES = HANDSHAKES.labels("tls")
 _TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has it from Python 3.12 on
 _INT = struct.Struct("i")
-_TCP_INFO = struct.Struct("3xB20xI28xI")
-"""tcpi_probes, tcpi_unacked and tcpi_last_ack_recv of linux/tcp.h."""
+_TCP_INFO = struct.Struct("3xB20xI28xI8xI")
+"""tcpi_probes, tcpi_unacked, tcpi_last_ack_recv (ms) and tcpi_rtt (us) of linux/tcp.h."""
 _DER = 2  # _ssl.ENCODING_DER
 _VERIFY_EXPIRED = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _VERIFY_WRONG_PURPOSE = 26  # X509_V_ERR_INVALID_PURPOSE: the extended key usage
@@ -139,6 +139,16 @@ async def secure(
     except BaseException:
         tls.close()
         raise
+
+
+class Delivery(NamedTuple):
+    """How the other end's host takes what is sent to it."""
+
+    unacknowledged: int
+    """Segments on their way; and probes of the kernel, which it sends when it cannot send, or has been silent."""
+    ack_age_s: float
+    """For how long nothing came."""
+    rtt_s: float
 
 
 class TlsStream:
@@ -260,15 +270,11 @@ class TlsStream:
         (size,) = _INT.unpack(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(_INT.size)))
         return int(size)
 
-    def delivery(self) -> tuple[int, float]:
-        """Return how many segments the peer's kernel has not acknowledged, and for how many seconds nothing came.
-
-        Probes of the kernel count, which it sends when it could not send, or has been silent. Raises OSError once
-        closed.
-        """
+    def delivery(self) -> Delivery:
+        """Return what the kernel knows of the way to the peer. Raises OSError once closed."""
         info = self._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-        probes, unacknowledged, ack_age_ms = _TCP_INFO.unpack(info)
-        return int(probes + unacknowledged), ack_age_ms / 1000
+        probes, unacknowledged, ack_age_ms, rtt_us = _TCP_INFO.unpack(info)
+        return Delivery(probes + unacknowledged, ack_age_ms / 1e3, rtt_us / 1e6)
 
     def give_up(self) -> None:
         """Take the way to the peer for dead: `close` follows."""

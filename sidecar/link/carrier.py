@@ -19,7 +19,7 @@ from ztna.errors import IdentityError, ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
 from ztna.telemetry import LINK_TALLIES, logger, refused
-from ztna.tls_tcp import RECORD_BYTES, SockAddr
+from ztna.tls_tcp import RECORD_BYTES, Delivery, SockAddr
 from ztna.wire.stream import Data, Frame, FrameReader, encode
 
 READ_BYTES_PER_TURN = 16 * RECORD_BYTES
@@ -63,8 +63,8 @@ class ByteStream(Protocol):
     def unacknowledged_bytes(self) -> int:
         """How many written bytes the other end's host has not acknowledged."""
 
-    def delivery(self) -> tuple[int, float]:
-        """How many segments are not acknowledged, and for how many seconds nothing came. Raises OSError."""
+    def delivery(self) -> Delivery:
+        """How the other end's host takes what is sent to it. Raises OSError."""
 
     def give_up(self) -> None:
         """Take the way for dead."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ztna.errors import IdentityError
 from ztna.identity import Identity
 from ztna.quic import Connection
-from ztna.tls_tcp import SockAddr
+from ztna.tls_tcp import Delivery, SockAddr
 
 UNSENT_BYTES_MAX = 256 * 1024
 """Written and not acknowledged; beyond it the stream is blocked until half of that is free."""
@@ -86,9 +86,9 @@ class QuicStream:
         """How many written bytes the other end has not acknowledged."""
         return self._connection.unsent_bytes(self._stream_id)
 
-    def delivery(self) -> tuple[int, float]:
+    def delivery(self) -> Delivery:
         """Nothing to worry about: the link minds the way itself."""
-        return 0, 0.0
+        return Delivery(0, 0.0, 0.0)
 
     def give_up(self) -> None:
         """Nothing, as there is no worry."""

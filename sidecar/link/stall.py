@@ -11,6 +11,8 @@ from enum import Enum, auto
 
 LOOK_SECONDS = 0.5
 STALL_SECONDS = 2.5
+STALL_ROUND_TRIPS = 5
+"""What a long way has, if that is more."""
 QUIET_SECONDS = 0.5
 
 
@@ -38,8 +40,8 @@ class Stall:
         """Whether there is nothing to find out before more is sent or received."""
         return self._waits_since is None and not self._may_ask
 
-    def look(self, now: float, received: int, unacknowledged: int, ack_age_s: float) -> Verdict:
-        """Judge by the bytes received so far, the segments on their way, and how long ago an ACK came."""
+    def look(self, now: float, received: int, unacknowledged: int, ack_age_s: float, rtt_s: float) -> Verdict:
+        """Judge by the bytes received so far, the segments on their way, the last ACK's age, and the round trip time."""
         looked_at, self._looked_at = self._looked_at, now
         if received != self._received:
             self._received, self._quiet_since, self._may_ask = received, now, True
@@ -47,7 +49,7 @@ class Stall:
             self._waits_since = None
         elif self._waits_since is None or ack_age_s <= now - looked_at:
             self._waits_since = now
-        elif now - self._waits_since >= STALL_SECONDS:
+        elif now - self._waits_since >= max(STALL_SECONDS, STALL_ROUND_TRIPS * rtt_s):
             return Verdict.DEAD
         if self._may_ask and not unacknowledged and now - self._quiet_since >= QUIET_SECONDS:
             self._may_ask = False

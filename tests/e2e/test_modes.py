@@ -215,14 +215,14 @@ def test_tun_pings_the_backend_and_the_connector(mesh: Lab) -> None:
 def test_tun_pings_where_udp_is_blocked(mesh: Lab) -> None:
     """ICMP rides a stream carrier then, as UDP does."""
     laptop = mesh.host("laptop")
-    with laptop.dropping(*(f"udp {end} {{ 4433, 4434, 4435 }}" for end in ("dport", "sport"))):
-        with agent(mesh, "tun") as daemon:
-            web = vip(mesh)
-            assert "3 received" in until("ping", lambda: ping(laptop, web))
-            assert "3 received" in ping(laptop, web, "-s", "4000")
-            assert {link["carrier"] for link in daemon.status()["agent"]["links"]} == {"tls"}
-            lost = laptop.try_run("ping", "-n", "-c", "1", "-w", "10", vip(mesh, "lost"))
-            assert "Destination Net Unreachable" in lost.stdout
+    udp = (f"udp {end} {{ 4433, 4434, 4435 }}" for end in ("dport", "sport"))
+    with laptop.dropping(*udp), agent(mesh, "tun") as daemon:
+        web = vip(mesh)
+        assert "3 received" in until("ping", lambda: ping(laptop, web))
+        assert "3 received" in ping(laptop, web, "-s", "4000")
+        assert {link["carrier"] for link in daemon.status()["agent"]["links"]} == {"tls"}
+        lost = laptop.try_run("ping", "-n", "-c", "1", "-w", "10", vip(mesh, "lost"))
+        assert "Destination Net Unreachable" in lost.stdout
 
 
 def test_a_connector_that_may_not_ping_says_what_to_set(mesh: Lab) -> None:

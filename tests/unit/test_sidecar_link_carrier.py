@@ -12,6 +12,7 @@ from sidecar.link.carrier import ByteStream, FrameStream
 from sidecar.link.stall import LOOK_SECONDS, STALL_SECONDS
 from tests.support.identities import identity
 from ztna.reasons import Reason
+from ztna.tls_tcp import Delivery
 
 OWN, OTHER = "192.0.2.1", "192.0.2.2"
 
@@ -31,10 +32,10 @@ class Connection:
     def start(self, *_: object) -> None:
         pass
 
-    def delivery(self) -> tuple[int, float]:
+    def delivery(self) -> Delivery:
         if self.is_closed:
             raise OSError("closed")
-        return self.unacknowledged, self.silence_s
+        return Delivery(self.unacknowledged, self.silence_s, 0.01)
 
     def give_up(self) -> None:
         self.is_given_up = True
