@@ -41,7 +41,7 @@ class Stall:
         return self._waits_since is None and not self._may_ask
 
     def look(self, now: float, received: int, unacknowledged: int, ack_age_s: float, rtt_s: float) -> Verdict:
-        """Judge by the bytes received so far, the segments on their way, the last ACK's age, and the round trip time."""
+        """Judge by the bytes received so far, the segments on their way, the last ACK's age, and the round trip."""
         looked_at, self._looked_at = self._looked_at, now
         if received != self._received:
             self._received, self._quiet_since, self._may_ask = received, now, True
