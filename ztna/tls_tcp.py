@@ -393,7 +393,7 @@ async def _handshake_watched(tls: ssl.SSLSocket, timeout_s: float, dialled: bool
     try:
         async with asyncio.timeout(timeout_s):
             await _handshake(tls)
-    except OSError:  # TimeoutError and ssl.SSLError among them
+    except BaseException:  # given up by the caller, too, who may have less patience
         if dialled:
             suspicion.ended()
         raise
