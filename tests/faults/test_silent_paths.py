@@ -62,6 +62,25 @@ def large_echoes(mesh: Mesh) -> Iterator[None]:
     assert asker.strange() == []
 
 
+def test_a_carrier_that_is_cut_without_a_word_is_missed_before_tcp_gives_it_up(
+    request: pytest.FixtureRequest, mesh: Mesh
+) -> None:
+    """The first of these: after the others an agent does without the direct way for a minute."""
+    note_version(request, "newest")
+    host, port = (mesh.core, 4435) if is_direct(request) else (mesh.lab.host("east"), 4434)
+    with load(mesh) as running:
+        running.passes(PATIENCE_SECONDS)
+        before = mesh.agent.metric("ztna_tcp_flows_total", outcome="detached")
+        with host.dropping(f"tcp dport {port}", f"tcp sport {port}"):
+            cut = time.monotonic()
+            until(
+                "the flow is detached",
+                lambda: mesh.agent.metric("ztna_tcp_flows_total", outcome="detached") > before,
+            )
+            assert time.monotonic() - cut < GIVEN_UP_SECONDS
+        running.passes(PATIENCE_SECONDS)
+
+
 def test_a_path_becomes_a_black_hole_and_wide_again(request: pytest.FixtureRequest, mesh: Mesh) -> None:
     note_version(request, "newest")
     with load(mesh) as running, black_hole(mesh), large_echoes(mesh):
@@ -85,21 +104,3 @@ def test_a_mesh_starts_in_a_black_hole(request: pytest.FixtureRequest, mesh: Mes
         mesh.wait_known()
         with load(mesh) as running:
             running.passes(PATIENCE_SECONDS)
-
-
-def test_a_carrier_that_is_cut_without_a_word_is_missed_before_tcp_gives_it_up(
-    request: pytest.FixtureRequest, mesh: Mesh
-) -> None:
-    note_version(request, "newest")
-    host, port = (mesh.core, 4435) if is_direct(request) else (mesh.lab.host("east"), 4434)
-    with load(mesh) as running:
-        running.passes(PATIENCE_SECONDS)
-        before = mesh.agent.metric("ztna_tcp_flows_total", outcome="detached")
-        with host.dropping(f"tcp dport {port}", f"tcp sport {port}"):
-            cut = time.monotonic()
-            until(
-                "the flow is detached",
-                lambda: mesh.agent.metric("ztna_tcp_flows_total", outcome="detached") > before,
-            )
-            assert time.monotonic() - cut < GIVEN_UP_SECONDS
-        running.passes(PATIENCE_SECONDS)

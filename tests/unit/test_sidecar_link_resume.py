@@ -89,7 +89,9 @@ def test_more_than_the_window_is_refused() -> None:
 
 def test_data_or_fin_after_fin_is_refused() -> None:
     flow = state()
+    assert not flow.has_fin
     flow.fin_received()
+    assert flow.has_fin
     with pytest.raises(ProtocolError, match="after FIN"):
         flow.received(1)
     with pytest.raises(ProtocolError, match="second FIN"):
