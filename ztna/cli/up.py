@@ -257,6 +257,7 @@ def commands(mesh: Mesh, rows: list[dict[str, object]]) -> list[str]:
     """Return the lines that say what to try, with this mesh's own addresses and ports."""
     address = {str(row["service"]): row["address"] for row in rows}
     dig = f"dig @127.0.0.1 -p {mesh.dns_port}"
+    named = "".join(f" --config {mesh.options.directory}/{name}.yaml" for name in mesh.admin)
     return [
         "",
         f"Look, in a browser: http://127.0.0.1:{mesh.page_port}/",
@@ -271,7 +272,8 @@ def commands(mesh: Mesh, rows: list[dict[str, object]]) -> list[str]:
         f"  echo select | timeout 1 nc {address[DATABASE]} {VIRTUAL_PORTS[DATABASE]}",
         f"  ztna trace {WEB} --agent {mesh.agent_socket} --dns 127.0.0.1:{mesh.dns_port}",
         f"  ztna ping {WEB} --agent {mesh.agent_socket}",
-        "  ztna status" + "".join(f" --config {mesh.options.directory}/{name}.yaml" for name in mesh.admin),
+        f"  ztna status{named}",
+        f"  ztna top{named}",
         *_missing_tools(),
         f"Certificates, configurations and logs: {mesh.options.directory}",
         "",
