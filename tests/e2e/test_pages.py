@@ -17,6 +17,7 @@ from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 
 from tests.support.browser import LAUNCH, Watch, tell_violations
 from tests.support.console import command, require_tools
+from tests.support.consul import require_binary
 from tests.support.lab import until
 from ztna.admin import serving
 from ztna.config import Config, Endpoint
@@ -39,7 +40,7 @@ EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 @dataclass
 class Up:
-    """A `ztna up` that runs, and what it printed."""
+    """A `ztna up` that runs on a real Consul, and what it printed."""
 
     process: subprocess.Popen[bytes]
     text: str
@@ -66,13 +67,15 @@ class Up:
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     require_tools("chromium", "curl")
     directory = tmp_path_factory.mktemp("up")
+    (directory / "consul").symlink_to(require_binary("newest"))
     output = directory / "printed"
     with output.open("wb") as printed:
         process = subprocess.Popen(
             [command("ztna"), "up"],
             stdout=printed,
             stderr=printed,
-            env=os.environ | {"TMPDIR": str(directory), "COLUMNS": "200"},
+            env=os.environ
+            | {"TMPDIR": str(directory), "COLUMNS": "200", "PATH": f"{directory}:{os.environ['PATH']}"},
         )
     try:
         until("the commands to try", lambda: "Certificates, configurations" in output.read_text(), 60)
