@@ -208,6 +208,8 @@ def test_what_goes_on_is_counted_where_it_happens(mesh: Mesh) -> None:
     assert mesh.connector.metric("ztna_connector_service_health", service="web-app") == 2
     assert mesh.relay.metric("ztna_relay_session_open_seconds_count") >= 2
     assert mesh.dnsd.metric("ztna_dns_services") == 2
+    for daemon in (mesh.dnsd, mesh.connector, mesh.agent):
+        assert daemon.metric("ztna_consul_requests_total", outcome="rejected") == 0
 
 
 def _documented(series: str) -> Documented | None:

@@ -87,6 +87,7 @@ async def test_every_try_is_counted_by_what_became_of_it() -> None:
 
     assert await counted((500, "No cluster leader"), (200, "[]")) == (1, 0, 1, 1)
     assert await counted((404, "")) == (1, 0, 0, 1), "nothing there is an answer"
+    assert await counted((409, "{}")) == (1, 0, 0, 1), "somebody else wrote first"
     assert await counted((403, "Permission denied")) == (0, 1, 0, 1)
     assert await counted((500, 'invalid session "x"')) == (0, 1, 0, 0)
 

@@ -202,7 +202,7 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
         except ConsulError:
             _FAILED.inc()
             raise
-        (_REJECTED if 400 <= answer.code < 500 and answer.code != 404 else _ANSWERED).inc()
+        (_REJECTED if _is_rejection(answer) else _ANSWERED).inc()
         if "index" not in url.query:
             CONSUL_SECONDS.observe(loop.time() - began)
         return callback(answer)
@@ -273,6 +273,11 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
                 )
         except (aiohttp.ClientError, OSError) as error:
             raise ConsulUnavailable(f"{method} {url.path} at {self.base_uri}: {error}") from error
+
+
+def _is_rejection(answer: base.Response) -> bool:
+    """Say whether Consul said no: that nothing is there, or that somebody else wrote first, are answers like others."""
+    return 400 <= answer.code < 500 and answer.code not in (404, 409)
 
 
 def _is_unknown_token(answer: base.Response) -> bool:
