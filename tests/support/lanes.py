@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MOSTLY_WAITING = (
     "tests/contract/test_slow_clocks.py",
     "tests/e2e/test_nomad",
+    "tests/faults/test_consul_and_relay_away.py",
     "tests/faults/test_consul_life.py",
     "tests/faults/test_crash_and_reaping.py",
 )
