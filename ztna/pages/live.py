@@ -73,11 +73,14 @@ class Page:
         self._closing.set()
 
     async def _page(self, request: web.Request) -> web.Response:
-        state = await self._read()
-        view = self._show(state, self._state or None)
-        raw = msgspec.json.format(msgspec.json.encode(state), indent=2).decode()
-        text = document.document(view, raw, time.strftime("%H:%M:%S UTC", time.gmtime()))
+        # In a thread: a large page takes tens of milliseconds, and the loop has packets to carry meanwhile.
+        text = await asyncio.to_thread(self._document, await self._read(), self._state or None)
         return web.Response(text=text, content_type="text/html", charset="utf-8")
+
+    def _document(self, state: Json, earlier: Json | None) -> str:
+        raw = msgspec.json.format(msgspec.json.encode(state), indent=2).decode()
+        as_of = time.strftime("%H:%M:%S UTC", time.gmtime())
+        return document.document(self._show(state, earlier), raw, as_of)
 
     async def _file(self, request: web.Request) -> web.Response:
         text = files("ztna.pages").joinpath("static", request.path.lstrip("/")).read_text()
@@ -131,7 +134,6 @@ class Page:
             if started < self._fresh_until:
                 return
             state = await self._read()
-            # In a thread: a large page takes tens of milliseconds, and the loop has packets to carry meanwhile.
             self._encoded = await asyncio.to_thread(self._made, state, self._state or None)
             self._state = state
             now = time.monotonic()
