@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from playwright.sync_api import expect, sync_playwright
+
+from tests.support.browser import CHROMIUM, LAUNCH, Watch
+from tests.support.console import require_tools
+from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "docs/site/mkdocs.yml"
 LOADED = re.compile(
     r"""<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""", re.I
@@ -73,6 +81,43 @@ def test_links_out_of_the_documents_lead_to_copies(site: Path) -> None:
         ROOT / "nomad/connector.nomad.hcl"
     ).read_bytes()
     assert 'href="../backends.html"' in (site / "source/CHANGELOG.html").read_text()
+
+
+@pytest.fixture
+def served(site: Path) -> Iterator[str]:
+    """The site at an address of its own."""
+    handler = functools.partial(QuietHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files, and says nothing of it."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_a_browser_finds_a_reason_by_search_and_asks_nobody_else(served: str) -> None:
+    require_tools(CHROMIUM)
+    watch = Watch()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(**LAUNCH)
+        page = browser.new_page()
+        watch.over(page)
+        for path in ("tutorial.html", "reference/configuration.html", "index.html"):
+            page.goto(f"{served}/{path}")
+            expect(page.locator("h1")).to_be_visible()
+        page.locator(".md-search__input").click()
+        page.locator(".md-search__input").press_sequentially("stale_epoch")
+        found = page.locator(".md-search-result__item").first
+        expect(found).to_contain_text("stale_epoch", timeout=30_000)
+        found.locator("a").first.click()
+        expect(page.locator("article")).to_contain_text("stale_epoch")
+        browser.close()
+    assert watch.origins == {served} and watch.errors == []
 
 
 def test_what_can_be_searched_has_every_section(site: Path) -> None:
