@@ -65,7 +65,7 @@ def engine() -> Iterator[str | None]:
     """Yield the address of an engine (None: the default one answers).
 
     Ours is one for all test processes, as two would undo each other's packet filter: the first starts it, the last
-    one out ends and removes it.
+    one out ends it. What images are built upon is kept beside the other real parts.
     """
     if _answers(None):
         yield None
@@ -100,7 +100,7 @@ def _start() -> None:
     with (_OURS / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *("dockerd", "--host", _HOST, "--data-root", str(_OURS / "data")),
+                *("dockerd", "--host", _HOST, "--data-root", str(peers_folder() / "docker")),
                 *("--exec-root", str(_OURS / "exec"), "--pidfile", str(_OURS / "pid")),
             ],
             stdout=log,
@@ -116,14 +116,24 @@ def _start() -> None:
 
 
 def _end() -> None:
+    """End it, and keep only what the next image is built upon: base, and the packages of the lock.
+
+    A test run that was killed may have left something behind.
+    """
+    if left := docker(_HOST, "ps", "--all", "--quiet").split():
+        docker(_HOST, "rm", "--force", "--volumes", *left)
+    for kind in ("network", "volume"):
+        docker(_HOST, kind, "prune", "--force")
+    for name in docker(_HOST, "images", "--format", "{{.Repository}}:{{.Tag}}").split():
+        if name.startswith("ztna-mesh") and name != BASE_IMAGE:
+            docker(_HOST, "rmi", "--force", name)
     pid = int((_OURS / "pid").read_text())
     handle = os.pidfd_open(pid)  # it may be the child of another test process
     signal.pidfd_send_signal(handle, signal.SIGTERM)
     ended, _, _ = select.select([handle], [], [], ENGINE_SECONDS)
     os.close(handle)
     assert ended, f"dockerd {pid} goes on after SIGTERM"
-    for name in ("data", "exec"):
-        shutil.rmtree(_OURS / name, ignore_errors=True)
+    shutil.rmtree(_OURS / "exec", ignore_errors=True)
 
 
 def docker(host: str | None, *argv: str) -> str:
