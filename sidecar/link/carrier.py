@@ -256,10 +256,9 @@ class FrameStream:
                 asyncio.get_running_loop().call_soon(self.close, Reason.PEER_GONE)
                 self._is_finishing = True
             self._sent.count += written
+            self._sent_bytes += written
             if written == len(frame):
-                self._sent_bytes += written
                 return True
-        self._sent_bytes += written
         self._unsent.append((frame[written:], is_piece))
         return False
 
