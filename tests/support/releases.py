@@ -31,10 +31,12 @@ def earlier() -> list[str]:
 
 def unpacked(commit: str, directory: Path) -> Mapping[str, str]:
     """Unpack a release and return the environment in which our commands are its; skips where the history lacks it."""
-    known = ("git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}")
+    # Whoever checked it out may not be who runs the tests.
+    git = ("git", "-c", "safe.directory=*", "-C", str(ROOT))
+    known = (*git, "cat-file", "-e", f"{commit}^{{commit}}")
     if subprocess.run(known, capture_output=True).returncode != 0:
         pytest.skip(f"release {commit[:7]} is not in this checkout: git fetch --unshallow")
-    archive = ("git", "-C", str(ROOT), "archive", commit, *PACKAGES)
+    archive = (*git, "archive", commit, *PACKAGES)
     tree = subprocess.run(archive, capture_output=True, check=True).stdout
     subprocess.run(("tar", "-x", "-C", str(directory)), input=tree, check=True)
     environment = {"PYTHONPATH": str(directory)}
