@@ -11,6 +11,7 @@ import struct
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -853,3 +854,29 @@ async def test_an_ack_for_the_beginning_of_a_frame_that_is_still_being_written_i
     assert got == content
     assert await flow.finished
     assert early > 0
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ECONNABORTED, errno.EPROTO])
+async def test_after_a_failed_accept_the_next_carrier_is_taken(ground: Ground, number: int) -> None:
+    """What happened to one that waited is no other's business (accept(2)); without descriptors it pauses."""
+    await ground.serve(echo)
+    real = ground.listener._listening
+    assert real is not None
+    failures = [OSError(number, os.strerror(number))]
+
+    class Failing:
+        def accept(self) -> object:
+            if failures:
+                raise failures.pop()
+            return real.accept()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+    ground.listener._listening = cast(socket.socket, Failing())
+    program, _, flow = await ground.flow()
+    await program.send(b"hello")
+    assert await program.read(5) == b"hello"
+    program.end()
+    assert await flow.finished
+    assert not failures
