@@ -314,7 +314,7 @@ def test_a_flow_that_runs_outlives_a_new_certificate_and_restarts_of_nomad_and_c
         mesh.keep("nomad/jobs/web-app/web/connector", renewed)
         until("taken up", lambda: certificate_of_connector(mesh)["name"] == "spiffe://ztna/renewed", 30)
         seen.nothing_failed()
-        for each in (*mesh.agents.values(), *mesh.consuls.values()):
+        for each in (*mesh.consuls.values(), *mesh.agents.values()):
             each.restart()
         until("every client is ready", mesh.ready, 60)
         served_by(mesh, 1)

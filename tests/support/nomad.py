@@ -120,9 +120,14 @@ class NomadCluster:
         self.agents[name] = self.lab.spawn(f"nomad-{name}", at, *argv, environment=environment)
 
     def ready(self) -> bool:
-        """Whether every client is."""
-        nodes = self.get("/v1/nodes")
-        return {each["Name"] for each in nodes if each["Status"] == "ready"} == set(self.names)
+        """Whether every client is, and knows its Consul: it is given no job with a service before."""
+        nodes = [each for each in self.get("/v1/nodes") if each["Status"] == "ready"]
+        knowing = {
+            each["Name"]
+            for each in nodes
+            if "consul.version" in self.get(f"/v1/node/{each['ID']}")["Attributes"]
+        }
+        return knowing == set(self.names)
 
     # -- asking and telling Nomad --------------------------------------------------------------------
 
