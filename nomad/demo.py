@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import functools
 import json
 import os
@@ -37,7 +36,7 @@ PEERS = Path(os.environ.get("ZTNA_PEERS_DIR", Path.home() / ".cache" / "ztna-mes
 CERTIFICATE_DAYS = 2
 AGENTS_SECONDS = 60.0
 SERVED_SECONDS = 120.0
-STOPPED_SECONDS = 45.0
+STOPPED_SECONDS = 60.0
 ENDED_SECONDS = 15.0
 POLL_SECONDS = 0.25
 SERVICES = {"web-app": 8080, "plain-web": 8080}
@@ -154,6 +153,7 @@ class Demo:
             await self._until(
                 f"{service} is served", SERVED_SECONDS, functools.partial(self._is_served, service)
             )
+        await self._until("the first deployment is over", SERVED_SECONDS, self._is_deployed)
 
     def _variables(self, job: str) -> dict[str, object]:
         pool, consul = {"pool": str(DEMO_POOL)}, {"consul": self.consul_url}
@@ -211,6 +211,11 @@ class Demo:
         nodes = await self._get(f"{self.nomad_url}/v1/nodes")
         return bool(nodes) and all(node["Status"] == "ready" for node in nodes)
 
+    async def _is_deployed(self) -> bool:
+        """Whether Nomad has found the application healthy: it scales nothing before."""
+        found = await self._get(f"{self.nomad_url}/v1/job/web-app/deployment")
+        return bool(found["Status"] == "successful")
+
     async def _is_served(self, service: str) -> bool:
         found = await self._get(f"{self.consul_url}/v1/kv/ztna/vip/service/{service}?raw")
         self.addresses[service] = found["ip"]
@@ -236,9 +241,9 @@ class Demo:
             f"  curl {self.url('web-app')}",
             f"  curl {self.url('plain-web')}",
             f"  {self.nomad} job status web-app",
+            f"  {self.nomad} alloc logs -stderr -task connector -job web-app",
             f"  {self.nomad} job scale -detach web-app 3",
             f"  {self.nomad} job run -detach -var=count=3 -var=release=2 {again}",
-            f"  {self.nomad} alloc logs -stderr -task connector -job web-app",
             f"In a browser: {self.nomad_url}/ui/ and {self.consul_url}/ui/",
             f"Variables, configurations and logs: {self.directory}",
             "Ctrl-C ends everything.",
@@ -256,20 +261,20 @@ class Demo:
     async def stop(self) -> None:
         """Stop the jobs, so that each task leaves in order, then the agents."""
         if self.nomad_agent.running:
-            with contextlib.suppress(ZtnaError):
-                for job in self.jobs:
-                    await self._run("job", "stop", "-detach", "-purge", "-no-shutdown-delay", job)
-                await self._until("every task has ended", STOPPED_SECONDS, self._nothing_runs)
-                await self._run("system", "gc")
-                await self._until("what tasks had is removed", ENDED_SECONDS, self._nothing_is_left)
+            try:
+                await self._stop_jobs()
+            except ZtnaError as error:
+                print(f"not everything was stopped in order: {error}", flush=True)
         await stop_in_order([[self.nomad_agent], [self.consul_agent]], ENDED_SECONDS)
 
-    async def _nothing_runs(self) -> bool:
-        allocations = await self._get(f"{self.nomad_url}/v1/allocations")
-        return all(each["ClientStatus"] not in ("running", "pending") for each in allocations)
+    async def _stop_jobs(self) -> None:
+        for job in self.jobs:
+            await self._run("job", "stop", "-detach", "-purge", "-no-shutdown-delay", job)
+        await self._until("every task has ended", STOPPED_SECONDS, self._nothing_is_left)
 
     async def _nothing_is_left(self) -> bool:
-        """Whether no allocation has a directory, and with it mounts, any more."""
+        """Whether no allocation has a directory any more: Nomad removes it, once asked, when its tasks have ended."""
+        await self._run("system", "gc")
         return not any((self.directory / "nomad" / "alloc").iterdir())
 
     # -- how -----------------------------------------------------------------------------------------
