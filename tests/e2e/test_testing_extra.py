@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from testcontainers.core.container import DockerContainer
+from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
 
 from tests.support import docker
 from tests.support.distribution import ROOT, locked_wheels, run, wheels_for_testing
@@ -25,7 +26,13 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 PAGE = ROOT / "docs/testing.md"
 BACKENDS = ROOT / "tests/support/backends.py"
-LEFT = ["ps", "--all", "--quiet"], ["volume", "ls", "--quiet"], ["network", "ls", "--quiet"]
+KINDS = ["ps", "--all"], ["volume", "ls"], ["network", "ls"]
+RUN_EXAMPLE = """
+import unittest
+from testcontainers.core.labels import SESSION_ID
+print(SESSION_ID, flush=True)
+unittest.main("test_orders", argv=["example", "-v"])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +53,10 @@ def make(engine: str | None, wheel: Path) -> Callable[[], MeshContainers]:
     return lambda: MeshContainers(base=base, wheel=wheel, wheels=locked_wheels())
 
 
-def left(engine: str | None) -> list[list[str]]:
-    """Return what there is in the engine of containers, volumes and networks."""
-    return [sorted(docker.docker(engine, *words).split()) for words in LEFT]
+def there(engine: str | None, session: str) -> list[int]:
+    """Return how many containers, volumes and networks of a process' testcontainers the engine has."""
+    told = ("--quiet", "--filter", f"label={LABEL_SESSION_ID}={session}")
+    return [len(docker.docker(engine, *words, *told).split()) for words in KINDS]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -72,10 +80,9 @@ def test_the_example_of_the_page_runs_from_an_installed_wheel(
 ) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "test_orders.py").write_text(example)
-    before = left(engine)
     variables = {"ZTNA_TESTING_BASE": docker.base_image(engine), "ZTNA_TESTING_WHEELS": str(locked_wheels())}
     done = subprocess.run(
-        [installed, "-m", "unittest", "-v", "test_orders"],
+        [installed, "-c", RUN_EXAMPLE],
         cwd=tmp_path,
         env=environment(**variables),
         capture_output=True,
@@ -87,15 +94,15 @@ def test_the_example_of_the_page_runs_from_an_installed_wheel(
         "test_orders_are_served_by_name (test_orders.Orders.test_orders_are_served_by_name) ... ok"
         in done.stderr
     )
-    assert left(engine) == before
+    assert there(engine, done.stdout.split()[0]) == [0, 0, 0]
 
 
 def test_two_meshes_at_once_keep_to_themselves(
     make: Callable[[], MeshContainers], engine: str | None
 ) -> None:
     """Both have a service of the same name; each finds its own backend, over TCP and UDP, byte for byte."""
-    before = left(engine)
     with make() as one, make() as other, ExitStack() as backends:
+        assert there(engine, SESSION_ID) == [10, 2, 2]
         for mesh, label in ((one, "one"), (other, "other")):
             backend = DockerContainer(mesh.image).with_network(mesh.network).with_network_aliases("backend")
             backend.with_volume_mapping(BACKENDS, "/backends.py")
@@ -126,7 +133,7 @@ def test_two_meshes_at_once_keep_to_themselves(
             one.address("nothing")
         with pytest.raises(MeshNotReady, match=r"nothing\.ztna\.local has no address"):
             one.resolve("nothing")
-    assert left(engine) == before
+    assert there(engine, SESSION_ID) == [0, 0, 0]
     with pytest.raises(MeshNotReady, match="use it within `with MeshContainers"):
         one.resolve("shell")
 
@@ -136,10 +143,9 @@ def test_what_does_not_come_up_is_named_and_removed(
 ) -> None:
     """Keys that are not its own: the daemon's words are in the error, at once, as it ended."""
     monkeypatch.setattr("ztna.container.mesh_files.USER", 0)
-    before = left(engine)
     with pytest.raises(MeshNotReady, match=r"relay ended(.|\n)*relay\.key.*Permission denied"), make():
         pass
-    assert left(engine) == before
+    assert there(engine, SESSION_ID) == [0, 0, 0]
 
 
 def test_without_an_engine_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

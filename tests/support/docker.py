@@ -24,7 +24,6 @@ from ztna.container import context
 ENGINE_SECONDS = 40
 BUILD_SECONDS = 600
 BASE_IMAGE = f"ztna-mesh-test-base:{IMAGE_NUMBER}"
-REVISION = "0123456789abcdef"
 _OURS = Path(tempfile.gettempdir()) / f"ztna-mesh-tests-docker-{os.geteuid()}"
 _HOST = f"unix://{_OURS}/docker.sock"
 
@@ -165,12 +164,7 @@ def our_image(host: str | None, folder: Path) -> str:
     wheel = our_wheel(folder / "wheel")
     digest = context.write(folder / "image", wheel=wheel, wheels=locked_wheels())
     name = f"ztna-mesh-test:{digest[:12]}"
-    arguments = {
-        "BASE": base_image(host),
-        "PIP_NO_INDEX": "1",
-        "VERSION": wheel.name.split("-")[1],
-        "REVISION": REVISION,
-    }
+    arguments = {"BASE": base_image(host), "PIP_NO_INDEX": "1"}
     told = [part for each in arguments.items() for part in ("--build-arg", "=".join(each))]
     docker(host, "build", "--quiet", "--network", "none", "--tag", name, *told, str(folder / "image"))
     return name
