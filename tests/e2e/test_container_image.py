@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -109,8 +110,12 @@ def test_a_daemon_needs_no_root_no_capability_and_no_writable_root(started: type
 
 def test_the_health_says_what_is_awaited(started: type[Container]) -> None:
     dnsd = started(*DNSD)
-    log = "{{json .State.Health.Log}}"
-    said = until("a probe of the engine", lambda: json.loads(dnsd.inspect(log)), 60)[-1]
+
+    def answered() -> list[dict[str, Any]]:
+        probes = json.loads(dnsd.inspect("{{json .State.Health.Log}}"))
+        return [each for each in probes if "awaiting" in each["Output"]]
+
+    said = until("a probe of the engine that was answered", answered, 60)[-1]
     assert said["ExitCode"] == 1
     answer = json.loads(said["Output"])
     assert answer["ready"] is False and answer["awaiting"]
