@@ -89,9 +89,8 @@ def test_the_commands_it_prints_work(tmp_path: Path) -> None:
     with output.open("wb") as printed:
         process = subprocess.Popen([command("ztna"), "up"], stdout=printed, stderr=printed)
     try:
-        text = until(
-            "the commands to try", lambda: "Try, from" in output.read_text() and output.read_text(), 60
-        )
+        last = "configurations and logs: "
+        text = until("all it has to say", lambda: last in output.read_text() and output.read_text(), 60)
         lines = [line.strip().partition("   #")[0] for line in text.splitlines() if line.startswith("  ")]
         commands = [line for line in lines if line.startswith(("dig", "curl", "echo", "ztna"))]
         assert len(commands) >= 10
