@@ -130,7 +130,12 @@ def _other_agents(mesh: BenchMesh, directory: Path, names: list[str]) -> Iterato
         told.append((str(file), [(str(host), PORT) for host in hosts]))
     process = Process(directory / "agents.log", "tests.bench.idle_agents")
     try:
-        yield int(process.ask(json.dumps(told))["flows"])
+        try:
+            held = int(process.ask(json.dumps(told))["flows"])
+        except CannotMeasure as error:
+            counted = {each.name: each.status()["counted"] for each in (mesh.relay, mesh.connector)}
+            raise CannotMeasure(f"{error}\ncounted: {counted}") from None
+        yield held
     finally:
         process.end()
 
