@@ -179,6 +179,15 @@ def test_unknown_fields_are_counted_wherever_they_lie() -> None:
         assert reader.take_unknown_fields() == 3
 
 
+@pytest.mark.parametrize("value", [b"1e999", b"1" * 5000, b'"\xff"'])
+def test_an_unknown_field_may_hold_what_nobody_here_could_read(value: bytes) -> None:
+    body = b'{"type":"dial","session":"%s","new":%s}' % (SESSION.encode(), value)
+    reader = FrameReader()
+    for feed in (reader.feed, reader.feed_tls):
+        assert feed(struct.pack(">I", len(body)) + body) == [Dial(SESSION)]
+        assert reader.take_unknown_fields() == 1
+
+
 def test_a_field_that_is_called_otherwise_here_is_known() -> None:
     reader = FrameReader()
     reader.feed(frame({"type": "conflict", "cidr": "10.0.0.0/8", "with": "10.1.0.0/16"}))
