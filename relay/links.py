@@ -122,10 +122,10 @@ class LinkTable:
     """32 random bytes: challenges are derived from it, the source address and the time."""
     limits: Limits = Limits()
     drops: Counter[str] = field(default_factory=Counter)
-    passed_bytes: int = 0
-    """Passed on so far, for links that have ended too."""
     """Packets not passed on, by why: unknown_source, unbound_peer, malformed, unknown_bind, challenge_rate,
     link_rate, link_quota."""
+    passed_bytes: int = 0
+    """Passed on so far, for links that have ended too."""
     _links: dict[Hashable, Link] = field(default_factory=dict)
     _sides: dict[bytes, Side] = field(default_factory=dict)
     _routes: dict[RawAddress, Side] = field(default_factory=dict)

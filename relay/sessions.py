@@ -281,7 +281,10 @@ class Sessions:
             self._held.serving.remove(peer.key, peer.connector_id, service)
             if self._held.serving.live(service):
                 for session_id in sorted(self._held.book.routed.get((service, peer.connector_id), ())):
-                    self._runs_out(self._held.book.live[session_id], out)
+                    session = self._held.book.live[session_id]
+                    # A newer connection with this id (its next process, or another certificate) may serve on.
+                    if session.connector == peer.key:
+                        self._runs_out(session, out)
         self._news.changed(withdrawn)
 
     def _conflict(self, peer: Peer, message: control.Conflict, now: float, out: list[Command]) -> None:

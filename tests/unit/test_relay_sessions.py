@@ -532,6 +532,20 @@ def test_a_withdrawn_service_has_agents_begin_elsewhere_where_they_can() -> None
     assert {session, other} <= world.sessions.sessions.keys() and world.quiet(BOB, X)
 
 
+def test_who_withdraws_retires_none_of_the_sessions_of_a_newer_connection_with_its_id() -> None:
+    world = World()
+    world.agent()
+    world.connector(X, "con-x")
+    world.srv(WEB, "con-x")
+    old = world.opened()
+    world.connector(Y, "con-x")
+    new = world.opened(connector=Y)
+    world.settle()
+    world.say(X, control.Register(ConnectorId("con-x"), (), CANDIDATE, (WEB,)))
+    assert world.take(ALICE, control.Retired).session == old
+    assert not world.sessions.sessions[new].retired and world.quiet(ALICE)
+
+
 def test_who_has_registered_nothing_withdraws_nothing() -> None:
     world = World()
     world.agent()
