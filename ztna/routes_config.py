@@ -216,7 +216,7 @@ def shown_in_consul(routes: Iterable[RouteConfig]) -> dict[ServiceName, str]:
 
     Consul keeps a check's definition where whoever may read the service, or its node, reads it too.
     """
-    found: dict[ServiceName, str] = {}
+    found: dict[ServiceName, set[str]] = {}
     for route in routes:
         checks = [*route.checks, *(check for each in route.backends for check in each.checks or ())]
         names = {
@@ -227,8 +227,9 @@ def shown_in_consul(routes: Iterable[RouteConfig]) -> dict[ServiceName, str]:
             if SECRET_HEADER.search(name)
         }
         if names:
-            found[route.service] = (
-                f"{route.service}: checks.headers: {', '.join(sorted(names))} can be read in Consul by whoever may "
-                "read the service there, as Consul runs the check; use runner: sidecar to keep it here"
-            )
-    return found
+            found.setdefault(route.service, set()).update(names)
+    return {
+        service: f"{service}: checks.headers: {', '.join(sorted(names))} can be read in Consul by whoever may "
+        "read the service there, as Consul runs the check; use runner: sidecar to keep it here"
+        for service, names in found.items()
+    }

@@ -107,3 +107,11 @@ def test_secrets_that_go_into_consul_are_a_warning(
     assert "hunter2" not in done.output and "Host" not in done.output
     told = json.loads(run(file, "--no-files", "--json").output)
     assert told["ok"] and len(told["warnings"]) == warns
+
+
+def test_secrets_of_all_routes_of_a_service_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "connector.yaml"
+    both = CHECKED.format(runner="consul", header="Cookie")
+    other = CHECKED.format(runner="consul", header="X-Api-Key").partition("routes:\n")[2]
+    file.write_text(both + other.replace("port: 80\n", "port: 81\n"))
+    assert "web: checks.headers: Cookie, X-Api-Key can be read in Consul" in run(file, "--no-files").output
