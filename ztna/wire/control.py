@@ -410,8 +410,10 @@ class FrameReader:
         if not isinstance(message, UnknownMessage):
             try:
                 raw = decoding(_ANYTHING, body)
-            except ProtocolError:  # in what the message's own type passed over: a number that is too big for us
-                self._unknown_fields += 1
+            except ProtocolError:
+                self._unknown_fields += (
+                    1  # whose value, a number too big for us, the message's own type passed over
+                )
             else:
                 self._unknown_fields += _unknown_fields(message, raw)
         return message
