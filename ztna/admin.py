@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from ztna import log_lines, telemetry
 from ztna.config import Endpoint
@@ -108,7 +109,9 @@ def _is_of_another_page(request: web.Request) -> bool:
     It could read nothing, but take the places of those who look.
     """
     headers = request.headers
-    return headers.get("Sec-Fetch-Site") == "cross-site" and headers.get("Sec-Fetch-Mode") != "navigate"
+    # Another port of this host is the same site, and no more ours than any other page.
+    is_own = headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
+    return not is_own and headers.get("Sec-Fetch-Mode") != "navigate"
 
 
 def _is_loopback(remote: str | None) -> bool:
@@ -137,7 +140,7 @@ class _Pages:
         telemetry.WARNINGS.set(len(daemon.readiness.report()["warnings"]))
         for measure in daemon.measures:
             measure()
-        encode, content_type = choose_encoder(",".join(request.headers.getall("Accept", ())))
+        encode, content_type = _encoder(",".join(request.headers.getall("Accept", ())))
         return web.Response(body=encode(telemetry.Page(daemon.name)), headers={"Content-Type": content_type})
 
     async def healthz(self, request: web.Request) -> web.Response:
@@ -199,6 +202,14 @@ class _Pages:
 def shown(state: Json, earlier: Json | None) -> View:
     """Return the page of a daemon's state."""
     return views.view(seen.read(state), None if earlier is None else seen.read(earlier))
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    """Return prometheus_client's choice; for a version that is none, over which it fails, the plain format."""
+    try:
+        return choose_encoder(accept if accept.isascii() else "")
+    except (TypeError, ValueError):
+        return choose_encoder("")
 
 
 def _said(text: str, status: int) -> web.Response:

@@ -5,7 +5,7 @@ Where several daemons know the same, who is nearest to it is believed: relays co
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,17 +51,20 @@ def rows(states: Mapping[str, Json]) -> list[Row]:
     sessions = Counter(each["service"] for each in (relayed if relays else ends))
     running = _joined(agent.get("streams", {}).get("running", {}) for agent in agents)
     links = {link["connector"]: link for agent in agents for link in agent.get("links", ())}
+    relayed_to: dict[str, list[Json]] = defaultdict(list)
+    for each in relayed:
+        relayed_to[each["service"]].append(each)
     return [
         _row(
             name,
             listed.get(name, {}),
             fronted.get(name, {}),
-            [each for each in relayed if each["service"] == name],
+            relayed_to[name],
             running.get(name, {}),
             links,
             sessions[name],
         )
-        for name in sorted({*listed, *fronted, *(each["service"] for each in relayed)})
+        for name in sorted({*listed, *fronted, *relayed_to})
     ]
 
 

@@ -123,6 +123,18 @@ async def test_what_costs_much_is_made_less_often(
         assert subject.reads == 1
 
 
+async def test_to_wait_for_others_is_no_cost(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "COST_FACTOR", 1e9)
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)
+    subject = Subject()
+    async with served(subject) as url, client.get(f"{url}/events") as answer:
+        await sections(answer)
+        subject.told = "second"
+        assert await sections(answer) == {"a": ["p", {"id": "a"}, "second"]}
+
+
 async def test_however_many_listen_the_state_is_read_once_a_tick(
     client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ RULES = ROOT / "ztna/host/prometheus/ztna-alerts.yaml"
 RUNBOOK = ROOT / "docs/runbook.md"
 BAD, GOOD = "bad:1", "good:1"
 STARTED = "process_start_time_seconds"
+EXPIRES = "ztna_certificate_expires_seconds"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,15 @@ CASES = [
     Case(
         "ZtnaCertificateExpiresToday",
         "ztna-agent",
-        *gauge("ztna_certificate_expires_seconds", NOW_SECONDS + 80_000, NOW_SECONDS + 90_000),
+        {EXPIRES: f"{NOW_SECONDS + 80_000}+0x120", "ztna_certificate_expiring": "1+0x120"},
+        {EXPIRES: f"{NOW_SECONDS + 90_000}+0x120", "ztna_certificate_expiring": "1+0x120"},
+    ),
+    # One that lives no longer than a day is no trouble while it is young.
+    Case(
+        "ZtnaCertificateExpiresToday",
+        "ztna-agent",
+        {EXPIRES: f"{NOW_SECONDS + 20_000}+0x120", "ztna_certificate_expiring": "1+0x120"},
+        {EXPIRES: f"{NOW_SECONDS + 80_000}+0x120", "ztna_certificate_expiring": "0+0x120"},
     ),
     Case(
         "ZtnaCrlOutOfDateSoon",

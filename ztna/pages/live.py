@@ -27,7 +27,9 @@ TICK_SECONDS = 1.0
 FRESH_PART = 0.9
 """Of a tick: a state that is younger is what every other listener gets too."""
 COST_FACTOR = 20
-"""A state is kept for as many times what it cost to make: pages take a twentieth of a core, however much there is."""
+"""A state is kept for as many times the processor time that it took: pages take a twentieth of a core, however much
+there is. To wait for the answer of others costs nothing.
+"""
 HEARTBEAT_SECONDS = 15.0
 """How long a stream says nothing at most, so that both ends notice when the other has gone."""
 SLOW_SECONDS = 10.0
@@ -130,17 +132,21 @@ class Page:
     async def _refresh(self) -> None:
         """Read the state and make the sections anew, unless that was done just now for another listener."""
         async with self._reading:
-            started = time.monotonic()
-            if started < self._fresh_until:
+            if time.monotonic() < self._fresh_until:
                 return
+            started = time.thread_time()
             state = await self._read()
-            self._encoded = await asyncio.to_thread(self._made, state, self._state or None)
+            cost = time.thread_time() - started
+            self._encoded, made = await asyncio.to_thread(self._made, state, self._state or None)
             self._state = state
-            now = time.monotonic()
-            self._fresh_until = now + max(FRESH_PART * TICK_SECONDS, COST_FACTOR * (now - started))
+            kept = max(FRESH_PART * TICK_SECONDS, COST_FACTOR * (cost + made))
+            self._fresh_until = time.monotonic() + kept
 
-    def _made(self, state: Json, earlier: Json | None) -> Mapping[str, bytes]:
-        return document.encoded(self._show(state, earlier).sections)
+    def _made(self, state: Json, earlier: Json | None) -> tuple[Mapping[str, bytes], float]:
+        """Return the sections, and the processor time that they took."""
+        started = time.thread_time()
+        sections = document.encoded(self._show(state, earlier).sections)
+        return sections, time.thread_time() - started
 
 
 async def _written(request: web.Request, response: web.StreamResponse, data: bytes) -> bool:
