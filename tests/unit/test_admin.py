@@ -133,7 +133,13 @@ async def test_who_asks_for_openmetrics_gets_it_with_exemplars(client: aiohttp.C
             assert "ztna_warnings 1.0" in text
             assert "ztna_agent_services 17.0" in text, "measured when asked"
         open_metrics = "application/openmetrics-text; version"
-        for accepted in ("*/*", "text/html", f"{open_metrics}=x", f"{open_metrics}=1.x", f"{open_metrics}=2.\xe9"):
+        for accepted in (
+            "*/*",
+            "text/html",
+            f"{open_metrics}=x",
+            f"{open_metrics}=1.x",
+            f"{open_metrics}=2.\xe9",
+        ):
             async with client.get(f"{url}/metrics", headers={"Accept": accepted}) as answer:
                 text = await answer.text()
                 assert answer.content_type == "text/plain"
