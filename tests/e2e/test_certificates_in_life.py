@@ -58,7 +58,8 @@ class Mesh:
         for daemon in (self.dnsd, *self.daemons):
             daemon.wait_ready()
         self.vip = {name: made.address(name, "laptop", server=self.core.address) for name in SERVICES}
-        until("the agent serves", lambda: self.get() == 200)
+        until("the agent serves the one", lambda: self.get() == 200)
+        until("and the other", lambda: udp_ask(self.laptop, self.vip["echo-service"], 7, b"?") == b"?")
 
     def get(self) -> int:
         return http_get(self.laptop, f"http://{self.vip['web-app']}:8080/")[0]
