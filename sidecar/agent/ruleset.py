@@ -115,8 +115,12 @@ class Ruleset:
 """
 
     def change(self, add: Iterable[Spot], remove: Iterable[Spot]) -> list[str]:
-        """Return what publishes spots and takes others back, in commands of a bounded size."""
-        return [*self._elements("delete", remove), *self._elements("add", add)]
+        """Return what publishes spots and takes others back, in commands of a bounded size.
+
+        Those that the kernel may refuse for want of room come first: to add again what is there is no error to nft, to
+        delete again what is not would be.
+        """
+        return [*self._elements("add", add), *self._elements("delete", remove)]
 
     def pools(self, add: Iterable[AnyNetwork], remove: Iterable[AnyNetwork]) -> str:
         """Return what changes the networks in which nothing but what is published may be called."""

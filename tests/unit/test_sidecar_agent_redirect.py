@@ -105,6 +105,21 @@ async def test_what_nft_refused_is_not_believed_to_be_published(refuses: str) ->
     ground.redirect.close()
 
 
+async def test_what_nft_refused_to_add_has_taken_nothing_back() -> None:
+    """What was deleted once could not be deleted again: no later change would be taken."""
+    ground = Ground()
+    ground.redirect.apply([at(80)], POOLS)
+    ground.nft.refuses = "add element"
+    ground.nft.told.clear()
+    with pytest.raises(NftError):
+        ground.redirect.apply([at(81)], POOLS)
+    assert not ground.nft.told and ground.redirect.bound == {at(80)}
+    ground.nft.refuses = ""
+    ground.redirect.apply([at(81)], POOLS)
+    assert "10.100.0.2 . 80" in next(each for each in ground.nft.told if each.startswith("delete"))
+    ground.redirect.close()
+
+
 async def test_a_caller_of_what_is_not_published_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     ground = Ground()
     ground.redirect.apply([at(80)], POOLS)

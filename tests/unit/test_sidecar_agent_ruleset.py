@@ -44,9 +44,9 @@ def test_users_are_allowed_by_number_and_nobody_when_none_is() -> None:
 def test_spots_are_published_and_taken_back() -> None:
     new = [Spot("tcp", "10.100.0.1", 80), Spot("udp", "fd12::1", 53), Spot("tcp", "10.100.0.2", 80)]
     assert ANYIP.change(new, [Spot("tcp", "fd12::1", 80)]) == [
-        "delete element inet own tcp6 { fd12::1 . 80 }\n",
         "add element inet own tcp4 { 10.100.0.1 . 80, 10.100.0.2 . 80 }\n",
         "add element inet own udp6 { fd12::1 . 53 }\n",
+        "delete element inet own tcp6 { fd12::1 . 80 }\n",
     ]
     many = [Spot("tcp", "10.100.0.1", port) for port in range(1, ELEMENTS_PER_COMMAND_MAX + 2)]
     assert [command.count(" . ") for command in TUN.change(many, [])] == [ELEMENTS_PER_COMMAND_MAX, 1]
