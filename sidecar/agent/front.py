@@ -116,6 +116,8 @@ class Front:
         except ZtnaError as error:
             _log.error("redirect_failed", detail=error)
             self._warn("redirect", f"programs cannot be led here: {error}; start the agent again")
+        else:
+            self._warn("redirect", None)  # what was refused before was wanted still, and taken now
 
     async def run(self) -> None:
         """Try again what could not be had, and count what was refused, until cancelled."""

@@ -64,3 +64,31 @@ async def test_listen_never_asks_for_it(fronts: list[Front]) -> None:
     assert warnings == {}
     assert fronts[0].status() == {"listeners": "each", "allow_uids": [1001, 1002]}
     assert fronts[0].held == {}
+
+
+async def test_a_refusal_of_nftables_is_told_until_it_takes_what_is_wanted(
+    fronts: list[Front], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        answer: ZtnaError | None = ZtnaError("nft: No buffer space available")
+
+        def __init__(self, *_: object, **more: object) -> None:
+            pass
+
+        def apply(self, *_: object) -> None:
+            if self.answer is not None:
+                raise self.answer
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("sidecar.agent.front.Redirect", Refusing)
+    monkeypatch.setattr("sidecar.agent.front.RawSockets", Refusing)
+    warnings: dict[str, str | None] = {}
+    made = front("anyip", warnings)
+    fronts.append(made)
+    made.apply(LEASES, PLACES)
+    assert "No buffer space" in str(warnings["redirect"])
+    monkeypatch.setattr(Refusing, "answer", None)
+    made.apply(LEASES, PLACES)
+    assert warnings["redirect"] is None
