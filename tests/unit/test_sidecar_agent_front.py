@@ -79,6 +79,9 @@ async def test_a_refusal_of_nftables_is_told_until_it_takes_what_is_wanted(
             if self.answer is not None:
                 raise self.answer
 
+        def write(self, packet: bytes) -> None:
+            pass
+
         def close(self) -> None:
             pass
 
