@@ -20,6 +20,13 @@ STATE = {
         "services": [{"service": "web-app", "ip": "10.100.0.2"}, {"service": "db", "ip": "10.100.0.3"}]
     },
     "connector": {"services": {"mail": {}}},
+    "names": {
+        "services": [
+            {"service": "leased", "ip": "10.100.0.4"},
+            {"service": "new", "ip": None},
+            {"service": "db", "ip": None},
+        ]
+    },
     "sessions": [
         {"session": "00000000000000a1", "agent": "laptop", "service": "web-app"},
         {"session": "00000000000000b2", "agent": "bad\x1b[2Jname", "service": "seen"},
@@ -65,7 +72,9 @@ def test_services_of_all_kinds_of_daemons_are_offered_with_their_address() -> No
         found = completing.services(asked(path=address), PARAMETER, "")
         assert {each.value: each.help for each in found} == {
             "db": "10.100.0.3",
+            "leased": "10.100.0.4",
             "mail": "",
+            "new": "",
             "seen": "",
             "web-app": "10.100.0.2",
         }
@@ -103,4 +112,4 @@ def test_a_configuration_says_where_to_ask(tmp_path: Path) -> None:
     with answering(json.dumps(STATE).encode()) as address:
         file = tmp_path / "dnsd.yaml"
         file.write_text(f"dnsd: {{admin: {address}, pool: {{cidr: 127.101.0.0/16}}}}\n")
-        assert len(completing.services(asked(file=file), PARAMETER, "")) == 4
+        assert len(completing.services(asked(file=file), PARAMETER, "")) == 6

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from tests.unit.test_cli_completing import answering
 from ztna.admin import serving
-from ztna.cli.status import Seen, look, show
+from ztna.cli.status import UNREADABLE, Seen, look, show
 from ztna.config import Config, Endpoint
 from ztna.runtime import Daemon
 
@@ -76,3 +79,13 @@ async def test_an_admin_port_that_does_not_tell_says_why() -> None:
         port = server.sockets[0].getsockname()[1]
         seen = await asyncio.to_thread(look, "relay", f"127.0.0.1:{port}")
     assert seen.error == "not for you" and not seen.is_ready
+
+
+@pytest.mark.parametrize(
+    "status",
+    [{"readiness": {}}, {"readiness": 5}, {"readiness": STATUS["readiness"]}, STATUS | {"sessions": 5}],
+)
+def test_a_state_that_cannot_be_shown_is_told_and_not_fatal(status: object) -> None:
+    with answering(json.dumps(status).encode()) as address:
+        seen = look("relay", address)
+    assert seen.error == UNREADABLE and not seen.is_ready

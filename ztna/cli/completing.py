@@ -24,15 +24,15 @@ from ztna.jsontypes import from_json
 
 ANSWER_SECONDS = 0.3
 OFFERED_MAX = 200
-DEFAULT_PORTS = {"relay": 9431, "connector": 9433, "agent": 9434}
+DEFAULT_PORTS = {"relay": 9431, "dnsd": 9432, "connector": 9433, "agent": 9434}
 
 
 class _Service(msgspec.Struct, frozen=True):
     service: str
-    ip: str
+    ip: str | None = None
 
 
-class _Agent(msgspec.Struct, frozen=True):
+class _Listed(msgspec.Struct, frozen=True):
     services: tuple[_Service, ...] = ()
 
 
@@ -47,18 +47,20 @@ class _Session(msgspec.Struct, frozen=True):
 
 
 class _State(msgspec.Struct, frozen=True):
-    agent: _Agent = _Agent()
+    agent: _Listed = _Listed()
+    names: _Listed = _Listed()
     connector: _Connector = _Connector()
     sessions: tuple[_Session, ...] = ()
 
 
 def services(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Offer the services that agent, connector and relay here know."""
+    """Offer the services that the daemons here know."""
     found: dict[str, str] = {}
     for state in _states(ctx):
         for name in (*(each.service for each in state.sessions), *state.connector.services):
             found.setdefault(name, "")
-        found |= {each.service: each.ip for each in state.agent.services}
+        for each in (*state.agent.services, *state.names.services):
+            found[each.service] = each.ip or found.get(each.service, "")
     return _offered(found, incomplete)
 
 

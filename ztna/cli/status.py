@@ -25,6 +25,7 @@ from ztna.jsontypes import from_json
 from ztna.sections import Section
 
 COUNTERS = {"ztna_refusals": "refused", "ztna_drops": "dropped"}
+UNREADABLE = "its /status is not what this version of ztna reads"
 WIDTH_PIPED = 160
 COLOURS = {
     "up": "green",
@@ -90,8 +91,12 @@ def look(name: str, address: str) -> Seen:
         status = from_json(body, Json)
         if "readiness" not in status:
             raise ValueError(status.get("error", "what answers there is no daemon of ours"))
+        seen = Seen(name, address, status)
+        _headline(seen), _tables(seen)
         _, metrics = admin.fetch(address, "/metrics")
-        return Seen(name, address, status, counters(metrics.decode()))
+        return msgspec.structs.replace(seen, counted=counters(metrics.decode()))
+    except (KeyError, TypeError, AttributeError):
+        return Seen(name, address, error=UNREADABLE)
     except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
         return Seen(name, address, error=str(error))
 
@@ -116,7 +121,7 @@ def show(console: Console, seen: Iterable[Seen]) -> None:
             console.print(Text(printable(f"{each.name} at {each.admin}: {each.error}"), "red"))
             continue
         console.print(_headline(each))
-        for table in _TABLES.get(each.name, lambda status: ())(each.status):
+        for table in _tables(each):
             if table.row_count:
                 console.print(table)
         for told, found in (each.counted or {}).items():
@@ -125,6 +130,10 @@ def show(console: Console, seen: Iterable[Seen]) -> None:
                     f"{told}: " + ", ".join(f"{what} {count}" for what, count in sorted(found.items()))
                 )
         console.print()
+
+
+def _tables(each: Seen) -> list[Table]:
+    return _TABLES[each.name](each.status) if each.status is not None and each.name in _TABLES else []
 
 
 def _headline(each: Seen) -> Text:

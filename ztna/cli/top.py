@@ -27,7 +27,7 @@ from rich.text import Text
 
 from ztna import overview
 from ztna.cli import admin
-from ztna.cli.status import COLOURS, WIDTH_PIPED, asked_of, printable
+from ztna.cli.status import COLOURS, UNREADABLE, WIDTH_PIPED, asked_of, printable
 from ztna.errors import ProtocolError
 from ztna.jsontypes import from_json
 from ztna.overview import Json, Row
@@ -146,7 +146,7 @@ def _ask(asked: tuple[str, str]) -> Json | str:
         alone = {asked[0]: state}
         overview.rows(alone), list(overview.daemons(alone))
     except (KeyError, TypeError, AttributeError):
-        return "its /status is not what this version of ztna reads"
+        return UNREADABLE
     except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
         return str(error)
     return state
