@@ -30,7 +30,7 @@ from ztna.listening import bind_error, unix_socket
 from ztna.pages import seen, views
 from ztna.pages.document import HEADERS
 from ztna.pages.live import Json, Page
-from ztna.pages.mesh import mesh_of
+from ztna.pages.mesh import Mesh, mesh_of
 from ztna.pages.parts import View
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ class _Pages:
         return _json(self._state(), 200)
 
     async def mesh(self, request: web.Request) -> web.Response:
-        return _json(mesh_of([seen.read(await self.read())]), 200)
+        # In a thread, as pages are: a large mesh takes a while to put together.
+        return _json(await asyncio.to_thread(_mesh, await self.read()), 200)
 
     async def read(self) -> Json:
         """Return the state as JSON has it."""
@@ -202,6 +203,10 @@ class _Pages:
 def shown(state: Json, earlier: Json | None) -> View:
     """Return the page of a daemon's state."""
     return views.view(seen.read(state), None if earlier is None else seen.read(earlier))
+
+
+def _mesh(state: Json) -> Mesh:
+    return mesh_of([seen.read(state)])
 
 
 def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ztna import admin, telemetry
 from ztna.admin import serving
 from ztna.config import Config, Endpoint
 from ztna.errors import ConfigError, Refused, ZtnaError
+from ztna.pages import seen
+from ztna.pages.mesh import Mesh, mesh_of
 from ztna.reasons import Reason
 from ztna.runtime import Daemon
 
@@ -67,6 +70,21 @@ async def test_the_names_that_peers_choose_are_text_on_the_page_and_in_its_event
             assert cell in msgspec.json.decode(line[5:])["sessions"][3][2][4][2]
         async with client.get(f"{url}/mesh") as answer:
             assert (await answer.json())["edges"][-1]["services"] == [evil]
+
+
+async def test_a_mesh_is_put_together_beside_the_loop(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def put_together(statuses: Iterable[seen.Daemon]) -> Mesh:
+        threads.append(threading.current_thread())
+        return mesh_of(statuses)
+
+    monkeypatch.setattr(admin, "mesh_of", put_together)
+    async with running(None, "ztna-relay") as (_, url), client.get(f"{url}/mesh") as answer:
+        assert [each["kind"] for each in (await answer.json())["nodes"]] == ["relay"]
+    assert len(threads) == 1 and threads[0] is not threading.current_thread()
 
 
 async def test_what_was_refused_is_in_the_status(client: aiohttp.ClientSession) -> None:
