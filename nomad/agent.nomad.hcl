@@ -80,6 +80,11 @@ variable "domain" {
   description = "The zone of the services' names"
 }
 
+# Who the task runs as, and so owns the key: `nobody` with exec, root with docker, else whoever the client runs as.
+locals {
+  key_owner = var.driver == "exec" ? 65534 : -1
+}
+
 job "agent" {
   type        = "system"
   datacenters = var.datacenters
@@ -196,6 +201,8 @@ job "agent" {
         destination = "secrets/agent.key"
         change_mode = "noop"
         perms       = "0600"
+        uid         = local.key_owner
+        gid         = local.key_owner
         data        = "{{ with nomadVar \"nomad/jobs/agent\" }}{{ .key }}{{ end }}"
       }
 

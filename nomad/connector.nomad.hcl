@@ -76,6 +76,11 @@ variable "domain" {
   description = "The zone of the services' names"
 }
 
+# Who the task runs as, and so owns the key: the image's user, `nobody` with exec, else whoever the client runs as.
+locals {
+  key_owner = var.driver == "docker" ? var.image_uid : var.driver == "exec" ? 65534 : -1
+}
+
 job "connector" {
   type        = "system"
   datacenters = var.datacenters
@@ -191,8 +196,8 @@ job "connector" {
         destination = "secrets/connector.key"
         change_mode = "noop"
         perms       = "0600"
-        uid         = var.driver == "docker" ? var.image_uid : -1
-        gid         = var.driver == "docker" ? var.image_uid : -1
+        uid         = local.key_owner
+        gid         = local.key_owner
         data        = "{{ with nomadVar \"nomad/jobs/connector\" }}{{ .key }}{{ end }}"
       }
 

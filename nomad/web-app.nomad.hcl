@@ -126,6 +126,11 @@ variable "domain" {
   description = "The zone of the services' names"
 }
 
+# Who the task runs as, and so owns the key: the image's user, `nobody` with exec, else whoever the client runs as.
+locals {
+  key_owner = var.driver == "docker" ? var.image_uid : var.driver == "exec" ? 65534 : -1
+}
+
 job "web-app" {
   type        = "service"
   datacenters = var.datacenters
@@ -323,8 +328,8 @@ job "web-app" {
         destination = "secrets/connector.key"
         change_mode = "noop"
         perms       = "0600"
-        uid         = var.driver == "docker" ? var.image_uid : -1
-        gid         = var.driver == "docker" ? var.image_uid : -1
+        uid         = local.key_owner
+        gid         = local.key_owner
         data        = "{{ with nomadVar \"nomad/jobs/web-app/web/connector\" }}{{ .key }}{{ end }}"
       }
 

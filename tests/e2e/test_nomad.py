@@ -5,6 +5,7 @@ And the files of nomad/: formatted and valid, each with each driver.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.consul import note_version
+from tests.support.consul import note_version, require_binary
 from tests.support.lab import http_get, lab, until
 from tests.support.nomad import JOBS, METHOD, NomadCluster, cluster
 
@@ -46,6 +47,24 @@ def test_every_file_is_valid(nomad: NomadCluster, file: Path, driver: str) -> No
     assert "validation successful" in said and "Warning" not in said, said
     described = re.findall(r'^variable "(\w+)" \{\n(.*?)^\}', file.read_text(), re.MULTILINE | re.DOTALL)
     assert described and all("description" in body and "type " in body for _, body in described)
+
+
+@pytest.mark.parametrize(("driver", "owner"), [("raw_exec", -1), ("exec", 65534), ("docker", 65532)])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name.partition(".")[0])
+def test_a_key_is_read_by_its_task_alone(file: Path, driver: str, owner: int) -> None:
+    """Who runs the task owns the key; Nomad takes -1 for whoever the client runs as, and `exec` runs as nobody."""
+    relay = ["-var=relay=192.0.2.1:4433"] if 'variable "relay"' in file.read_text() else []
+    argv = [require_binary("nomad"), "job", "run", "-output", f"-var=driver={driver}", *relay, file]
+    parsed = json.loads(subprocess.run(argv, capture_output=True, check=True, timeout=60).stdout)
+    tasks = [task for group in parsed["Job"]["TaskGroups"] for task in group["Tasks"]]
+    templates = [(task, each) for task in tasks for each in task["Templates"] or ()]
+    keys = [(task, each) for task, each in templates if each["DestPath"].endswith(".key")]
+    assert len(keys) == sum(
+        any(each["DestPath"].endswith(".pem") for each in task["Templates"] or ()) for task in tasks
+    )
+    for task, each in keys:
+        wanted = -1 if task["User"] == "root" else owner
+        assert (each["Perms"], each["Uid"], each["Gid"]) == ("0600", wanted, wanted)
 
 
 @pytest.fixture

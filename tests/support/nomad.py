@@ -28,7 +28,6 @@ CONSUL_PAGE = ROOT / "docs" / "consul.md"
 METHOD = "nomad-workloads"
 NOMAD_PORT = 4646
 JOB_SECONDS = 150.0
-LEFT_SECONDS = 30.0
 
 _SERVER = """
 server {{
@@ -186,11 +185,6 @@ class NomadCluster:
             told.append(f"-- {file.parents[2].name[:8]} {file.name}\n" + "\n".join(last))
         return "\n".join(told)
 
-    def task_directory(self, allocation: str) -> Path:
-        """Return where an allocation's tasks have theirs."""
-        (found,) = self.lab.directory.glob(f"nomad-*/alloc/{allocation}")
-        return found
-
     def node(self, name: str) -> str:
         """Return the id of a client."""
         (found,) = [each["ID"] for each in self.get("/v1/nodes") if each["Name"] == name]
@@ -233,7 +227,7 @@ class NomadCluster:
     # -- the end -------------------------------------------------------------------------------------
 
     def purge(self, *jobs: str) -> None:
-        """Stop jobs, forget them, and wait until no task is left."""
+        """Have jobs stopped and forgotten, and do not wait for it."""
         for job in jobs:
             self.run("job", "stop", "-detach", "-purge", job, fails=True)
 
