@@ -121,7 +121,7 @@ class MeshContainers:
             with _engine_errors():
                 self._start()
         except BaseException:
-            self._open.close()
+            self._close()
             raise
         return self
 
@@ -129,11 +129,14 @@ class MeshContainers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove every container, the volume and the network."""
+        with _engine_errors():
+            self._close()
+
+    def _close(self) -> None:
         self._network = None
         self._gates = 0
         self._services, self._addresses, self.containers = {}, {}, {}
-        with _engine_errors():
-            self._open.close()
+        self._open.close()
 
     # -- what tests use --------------------------------------------------------------------------------
 
@@ -160,8 +163,11 @@ class MeshContainers:
         self._until(f"a way to {name}", lambda: self._done("agent", ping), ("agent", RELAY))
 
     def resolve(self, name: str) -> IPv4Address:
-        """Return the virtual address that dnsd answers for a service. Raises MeshNotReady when it has none."""
-        found = self._found(ServiceName(name))
+        """Return the virtual address that dnsd answers for a service. Raises MeshNotReady when there is none."""
+        try:
+            found = self._found(ServiceName(name))
+        except (OSError, ProtocolError) as error:
+            raise MeshNotReady(f"dnsd does not answer for {name}.{ZONE}: {error}") from None
         if found is None:
             raise MeshNotReady(f"{name}.{ZONE} has no address: add the service, with a backend that is there")
         return found
@@ -228,9 +234,11 @@ class MeshContainers:
         """Make a volume with certificates and configurations, and return its name."""
         from testcontainers.core.labels import create_labels
 
-        volume = client.volumes.create(labels=create_labels(image, None))
+        labels = create_labels(image, None)
+        volume = client.volumes.create(labels=labels)
         self._open.callback(volume.remove, force=True)
-        bringer = client.containers.create(image, volumes={volume.name: {"bind": str(PLACE), "mode": "rw"}})
+        places = {volume.name: {"bind": str(PLACE), "mode": "rw"}}
+        bringer = client.containers.create(image, volumes=places, labels=labels)
         try:
             bringer.put_archive(str(PLACE), mesh_files.archive())
         finally:
@@ -247,7 +255,10 @@ class MeshContainers:
         self._gates += 1
         words = [told.protocol, str(port), str(self.resolve(service)), str(told.port)]
         self._exec("agent", ["python3", "-m", "ztna.container.gate", *words])
-        return _published(self.containers["agent"], port, told.protocol)
+        try:
+            return _published(self.containers["agent"], port, told.protocol)
+        except OSError as error:
+            raise MeshNotReady(f"agent: {error}") from None
 
     # -- asking ----------------------------------------------------------------------------------------
 
@@ -265,7 +276,10 @@ class MeshContainers:
         return ended.exit_code == 0, ended.output.decode(errors="replace").strip()
 
     def _exec(self, name: str, argv: list[str]) -> None:
-        done, said = self._done(name, argv)
+        try:
+            done, said = self._done(name, argv)
+        except OSError as error:  # the engine's refusals are such, too
+            raise MeshNotReady(f"{name}: {error}") from None
         if not done:
             raise MeshNotReady(f"{name}: {said}")
 
@@ -332,9 +346,14 @@ def _engine_errors() -> Iterator[None]:
 @contextmanager
 def _alone(key: str) -> Iterator[None]:
     """Be the one process that builds this image: the others find it built."""
-    with (Path(tempfile.gettempdir()) / f"ztna-testing-{os.getuid()}-{key}.lock").open("w") as lock:
+    path = Path(tempfile.gettempdir()) / f"ztna-testing-{os.getuid()}-{key}.lock"
+    # Others may write there too: no link of theirs is followed.
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _gate_ports() -> list[int | str]:
@@ -343,14 +362,16 @@ def _gate_ports() -> list[int | str]:
 
 
 def _published(container: DockerContainer, port: int, protocol: str) -> Address:
-    """Return where this host reaches a port of a container.
+    """Return where this host reaches a port of a container. Raises ConnectionError when that has ended.
 
     By IPv4: the engine publishes on a port of each family, which are not the same, and `localhost` may be either.
     """
     wrapped = container.get_wrapped_container()
     wrapped.reload()
-    ports = wrapped.ports[f"{port}/{protocol}"]
-    chosen = next(int(each["HostPort"]) for each in ports if ":" not in each["HostIp"])
+    ports = wrapped.ports.get(f"{port}/{protocol}") or ()
+    chosen = next((int(each["HostPort"]) for each in ports if ":" not in each["HostIp"]), None)
+    if chosen is None:
+        raise ConnectionError(f"port {port} of {wrapped.name} is not published: it is {wrapped.status}")
     host = container.get_container_host_ip()
     return Address("127.0.0.1" if host == "localhost" else host, chosen)
 
