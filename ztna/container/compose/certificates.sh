@@ -7,10 +7,12 @@ cd /authority
 issue() {
   name=$1
   shift
-  [ ! -e "/to/$name/$name.pem" ] || return 0
+  [ ! -e "/to/$name/ca.pem" ] || return 0
+  rm -f "/to/$name/$name.pem" "/to/$name/$name.key"
   ztna ca issue "$name" "$@" --out "/to/$name"
-  cp ztna-ca/ca.pem "/to/$name/"
   chown 65532:65532 "/to/$name"/*
+  # The last of them: what was begun and not ended is made anew.
+  cp ztna-ca/ca.pem "/to/$name/"
 }
 
 issue relay --relay edge-1
