@@ -92,7 +92,7 @@ image: dist ## Build the container image $(IMAGE):VERSION from the wheel and the
 	@version=$$(ls dist/ztna_mesh-*.whl | cut -d- -f2); \
 	 docker build --quiet --tag $(IMAGE):$$version $(if $(BASE),--build-arg BASE=$(BASE)) \
 	   $(if $(WHEELS),--build-arg PIP_NO_INDEX=1 --network none) --build-arg VERSION=$$version \
-	   --build-arg REVISION=$$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown) build/image >/dev/null \
+	   --build-arg REVISION=$$(git -c safe.directory='*' describe --always --dirty --abbrev=40 2>/dev/null || echo unknown) build/image >/dev/null \
 	 && docker image inspect --format '{{.Size}}' $(IMAGE):$$version \
 	   | awk -v image=$(IMAGE):$$version '{ printf "%s: %.0f MB\n", image, $$1 / 1e6 }'
 

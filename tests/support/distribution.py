@@ -50,14 +50,22 @@ def wheels_for_testing() -> Path:
 
 
 def _kept(name: str, lock: Path, *wanted: str | Path) -> Path:
-    key = hashlib.sha256(sys.version.encode() + lock.read_bytes()).hexdigest()[:12]
-    place = peers_folder() / f"{name}-{key}"
+    place = peers_folder() / f"{name}-{_key(lock)}"
     if not place.exists():
+        peers_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=peers_folder()) as scratch:
             partial = Path(scratch) / "wheels"
             pip("download", "--dest", partial, "--only-binary", ":all:", *wanted)
-            partial.rename(place)
+            try:
+                partial.rename(place)
+            except OSError:
+                if not place.exists():  # else another test process was quicker, with the same
+                    raise
     return place
+
+
+def _key(lock: Path) -> str:
+    return hashlib.sha256(sys.version.encode() + lock.read_bytes()).hexdigest()[:12]
 
 
 def pip(verb: str, *words: str | Path) -> None:

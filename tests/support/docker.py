@@ -107,11 +107,16 @@ def _start() -> None:
             start_new_session=True,
         )
     deadline = time.monotonic() + ENGINE_SECONDS
-    while not _answers(_HOST):
-        said = (_OURS / "log").read_text()[-2000:]
-        assert process.poll() is None, f"dockerd ended:\n{said}"
-        assert time.monotonic() < deadline, f"dockerd does not answer:\n{said}"
-        time.sleep(0.2)
+    try:
+        while not _answers(_HOST):
+            said = (_OURS / "log").read_text()[-2000:]
+            assert process.poll() is None, f"dockerd ended:\n{said}"
+            assert time.monotonic() < deadline, f"dockerd does not answer:\n{said}"
+            time.sleep(0.2)
+    except BaseException:
+        process.terminate()
+        process.wait(ENGINE_SECONDS)
+        raise
 
 
 def _end() -> None:
