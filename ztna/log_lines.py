@@ -65,7 +65,10 @@ class _Human(logging.Formatter):
         text += "".join(f" {name}={_quoted(value)}" for name, value in fields.items())
         if self._colour and record.levelname in _COLOURS:
             text = f"{_COLOURS[record.levelname]}{text}\x1b[0m"
-        return f"{text}\n{traceback}" if traceback else text
+        if traceback:
+            # The text of an error may be a peer's.
+            text = "\n".join((text, *map(_one_line, str(traceback).split("\n"))))
+        return text
 
 
 def _fields(record: logging.LogRecord, formatter: logging.Formatter) -> dict[str, object]:

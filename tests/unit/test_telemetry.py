@@ -108,6 +108,16 @@ def test_an_unforeseen_error_has_its_traceback(format_: str) -> None:
         assert "ValueError: boom" in json.loads(out.getvalue())["traceback"]
 
 
+def test_a_terminal_obeys_no_errors_text() -> None:
+    out = written(LogConfig(format="human"))
+    try:
+        raise ValueError("\x1b]0;title\x07")
+    except ValueError as error:
+        log.exception("unexpected", error)
+    lines = out.getvalue().splitlines()
+    assert lines[1].startswith("Traceback") and "\x1b" not in out.getvalue() and "]0;title" in lines[-1]
+
+
 def test_refusals_and_drops_are_counted() -> None:
     def value(name: str, **labels: str) -> float:
         return telemetry.REGISTRY.get_sample_value(name, labels) or 0.0
