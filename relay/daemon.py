@@ -349,11 +349,13 @@ class Relay:
     def _ask_about(self, named: set[ServiceName], peer: Peer) -> None:
         """Have DNS asked for what a peer has registered, and never for what it only named."""
         registrant = self._sessions.peers.get(peer.key)
-        served = named & registrant.services if registrant is not None else set()
+        if registrant is None or registrant.connector_id is None:
+            return
+        served = named & registrant.services
         if served:
             self.puller.watch(self._sessions.looked_up)
             for service in served:
-                self.puller.ask_soon(service)
+                self.puller.expect(service, registrant.connector_id)
 
     def datagram_received(self, peer: ControlPeer, data: bytes) -> None:
         """Take a packet that a connector sends to a v1 agent."""

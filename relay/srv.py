@@ -1,8 +1,8 @@
 """Pulls the SRV records of the registered services from DNS and publishes them as one table.
 
 Asks again before a TTL ends, jittered; asks soon and then ever more rarely for names that have no records
-yet; keeps an answer until the next good one. How old an answer may be is relay.policy's decision, and who may
-serve too.
+yet, or not those of a connector that has just registered; keeps an answer until the next good one. How old an
+answer may be is relay.policy's decision, and who may serve too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from relay.policy import EMPTY_TABLE, Route, SrvEntry, SrvTable, routes_of
 from ztna.errors import ResolverUnavailable
-from ztna.names import ServiceName, Zone
+from ztna.names import ConnectorId, ServiceName, Zone
 from ztna.resolver import SrvAnswer, TxtAnswer
 from ztna.telemetry import dropped, logger
 
@@ -30,6 +30,8 @@ REFRESH_SECONDS_MAX = 300.0
 NEGATIVE_SECONDS_MIN = 0.2
 NEGATIVE_SECONDS_MAX = 2.0
 """A connector that registered is about to be in the catalog: its name is asked for more often than told to."""
+EXPECTED_SECONDS = 10.0
+"""For so long, where the name has others' records already: one that is not well yet may never come."""
 FAILURE_SECONDS_MIN = 0.5
 FAILURE_SECONDS_MAX = 5.0
 FRESH_SECONDS_MAX = 10.0
@@ -82,6 +84,14 @@ class _Name:
     asked_at: float = -ASK_SOON_SECONDS
     again: bool = False
     """There was news while it was being asked for."""
+    expected: dict[ConnectorId, float] = field(default_factory=dict)
+    """Connectors that registered and have no record yet, and until when that may come any moment."""
+
+    def still_expects(self, routes: Iterable[Route], now: float) -> bool:
+        """Strike off who has come or is late; say whether anybody is left."""
+        come = {route.connector_id for route in routes}
+        self.expected = {who: end for who, end in self.expected.items() if who not in come and now < end}
+        return bool(self.expected)
 
 
 class SrvPuller:
@@ -136,8 +146,15 @@ class SrvPuller:
             if service not in wanted and name.drop_at is None:
                 name.drop_at = drop_at
 
+    def expect(self, service: ServiceName, connector_id: ConnectorId) -> None:
+        """Ask again at once: a connector has just registered the name, and may be new in the catalog."""
+        name = self._names.get(service)
+        if name is not None:
+            name.expected[connector_id] = self._clock() + EXPECTED_SECONDS
+            self.ask_soon(service)
+
     def ask_soon(self, service: ServiceName) -> None:
-        """Ask again at once: a connector has just registered the name, which may be new in the catalog."""
+        """Ask again at once: there is news of the name."""
         name = self._names.get(service)
         if name is not None:
             name.repeats = 0
@@ -231,7 +248,7 @@ class SrvPuller:
         if len(routes) < len(answer.records):
             dropped("relay.srv", "foreign_target", len(answer.records) - len(routes))
         self._record(service, routes, answer.server)
-        if routes:
+        if not name.still_expects(routes, self._clock()) and routes:
             name.repeats = 0
             return _between(answer.ttl_s)
         name.repeats += 1

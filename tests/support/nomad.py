@@ -70,6 +70,8 @@ class NomadCluster:
     """Whether tasks have ports on loopback, as in dev mode; for a single host."""
     agents: dict[str, Running] = field(default_factory=dict)
     consuls: dict[str, Running] = field(default_factory=dict)
+    abandoned: set[str] = field(default_factory=set)
+    """The tokens that there were as a task was killed, which had no time to give up its own."""
 
     def __post_init__(self) -> None:
         self.binary = str(require_binary("nomad"))

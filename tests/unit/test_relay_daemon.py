@@ -277,7 +277,7 @@ async def test_who_may_not_serve_a_name_does_not_have_it_asked_for(
     await mesh.connector("con-x")
     agent, other = await mesh.agent(), await mesh.peer(mesh.pki.connector("con-y", [SERVICE]))
     asked: list[str] = []
-    monkeypatch.setattr(mesh.relay.puller, "ask_soon", asked.append)
+    monkeypatch.setattr(mesh.relay.puller, "expect", lambda service, _connector_id: asked.append(service))
     monkeypatch.setattr(mesh.relay.puller, "watch", lambda services: asked.append("all"))
     agent.say(control.Register(ConnectorId("con-z"), (control.Offering(SERVICE),)))
     await agent.expect(control.Refused)

@@ -13,7 +13,7 @@ from relay import srv
 from relay.policy import EMPTY_TABLE, SrvTable
 from relay.srv import SrvPuller
 from tests.support.dns_server import DnsServer
-from ztna.names import ServiceName, Zone
+from ztna.names import ConnectorId, ServiceName, Zone
 from ztna.resolver import Resolver, SrvAnswer, SrvRecord, TxtAnswer
 
 WEB, DB = ServiceName("web"), ServiceName("db")
@@ -51,11 +51,15 @@ class Pulling:
                 self._published.clear()
                 await self._published.wait()
 
-    async def until_asked(self, more: int) -> None:
-        goal = len(self.dns.asked) + more
+    async def until_asked(self, more: int, of: str = "") -> None:
+        """Wait for so many more questions whose name begins so."""
+        goal = self._asked(of) + more
         async with asyncio.timeout(DEADLINE_S):
-            while len(self.dns.asked) < goal:
+            while self._asked(of) < goal:
                 await asyncio.sleep(0.01)
+
+    def _asked(self, of: str) -> int:
+        return sum(each.startswith(of) for each in self.dns.asked)
 
     def connectors(self, service: ServiceName = WEB) -> list[str] | None:
         entry = self.table.entries.get(service)
@@ -128,9 +132,39 @@ async def test_a_new_registration_asks_at_once(pulling: Pulling) -> None:
     pulling.puller.watch([WEB])
     await pulling.until(lambda: pulling.connectors() == ["con-x"])
     pulling.dns.routes["web"].append((0, 1, "con-y"))
-    pulling.puller.ask_soon(WEB)
-    pulling.puller.ask_soon(DB)
+    pulling.puller.expect(WEB, ConnectorId("con-y"))
+    pulling.puller.expect(DB, ConnectorId("con-y"))
     await pulling.until(lambda: pulling.connectors() == ["con-x", "con-y"])
+
+
+async def test_a_registered_connector_is_asked_about_until_it_is_in_dns_beside_others(
+    pulling: Pulling,
+) -> None:
+    """It registers at the relay a moment before Consul has it: others' records say nothing of when it comes."""
+    pulling.dns.ttl_s = 300
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    pulling.puller.expect(WEB, ConnectorId("con-y"))
+    await pulling.until_asked(3, of="web.")
+    pulling.dns.routes["web"].append((0, 1, "con-y"))
+    await pulling.until(lambda: pulling.connectors() == ["con-x", "con-y"])
+    assert pulling.puller._names[WEB].expected == {}
+
+
+async def test_a_registered_connector_that_does_not_come_is_not_asked_about_for_ever(
+    pulling: Pulling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(srv, "EXPECTED_SECONDS", 0.0)
+    pulling.dns.ttl_s = 300
+    pulling.dns.routes["web"] = [(0, 1, "con-x")]
+    pulling.puller.watch([WEB])
+    await pulling.until(lambda: pulling.connectors() == ["con-x"])
+    pulling.puller.expect(WEB, ConnectorId("con-y"))
+    await pulling.until_asked(1, of="web.")
+    await pulling.until(lambda: not pulling.puller._names[WEB].asking)
+    name = pulling.puller._names[WEB]
+    assert name.expected == {} and name.due_at > asyncio.get_running_loop().time() + 60
 
 
 async def test_a_stale_answer_renews_and_changes_nothing(pulling: Pulling) -> None:
