@@ -6,7 +6,7 @@
 #   nomad job run -var relay=10.0.0.1:4433 nomad/agent.nomad.hcl
 #
 # The modes anyip and tun change the host's network, so the agent has to be root there: raw_exec by a client that is,
-# or docker by one whose plugin allows the capability (`allow_caps`) and, for tun, the device. With `exec` it is not.
+# or docker by one whose plugin allows the two capabilities (`allow_caps`). With `exec` it is not.
 # Mode listen needs no privileges, and a pool inside 127.0.0.0/8.
 
 variable "driver" {
@@ -133,6 +133,11 @@ job "agent" {
       kill_timeout = "15s"
       kill_signal  = "SIGTERM"
 
+      # Where the image's health check asks; others have no use for it.
+      env {
+        READY_AT = "127.0.0.1:${NOMAD_PORT_admin}"
+      }
+
       dynamic "config" {
         for_each = var.driver == "docker" ? [] : [var.command]
 
@@ -150,7 +155,7 @@ job "agent" {
           command      = config.value
           args         = ["agent", "--config", "${NOMAD_TASK_DIR}/agent.yaml"]
           network_mode = "host"
-          cap_add      = var.mode == "listen" ? [] : ["net_admin"]
+          cap_add      = var.mode == "listen" ? [] : ["net_admin", "net_raw"]
           devices      = var.mode == "tun" ? [{ host_path = "/dev/net/tun", container_path = "/dev/net/tun" }] : []
         }
       }

@@ -128,6 +128,11 @@ job "connector" {
       kill_timeout = "30s"
       kill_signal  = "SIGTERM"
 
+      # Where the image's health check asks; others have no use for it.
+      env {
+        READY_AT = "127.0.0.1:${NOMAD_PORT_admin}"
+      }
+
       dynamic "config" {
         for_each = var.driver == "docker" ? [] : [var.command]
 

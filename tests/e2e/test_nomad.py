@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.namespaces, pytest.mark.nomad, pytest.mark.slow]
 FILES = sorted(JOBS.glob("*.nomad.hcl"))
 PAGE = JOBS.parent / "docs" / "nomad.md"
 COMMAND_SECONDS = 120
+NEEDED = ["net_admin", "net_raw"]
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +55,39 @@ def test_every_file_is_valid(nomad: NomadCluster, file: Path, driver: str) -> No
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name.partition(".")[0])
 def test_a_key_is_read_by_its_task_alone(file: Path, driver: str, owner: int) -> None:
     """Who runs the task owns the key; Nomad takes -1 for whoever the client runs as, and `exec` runs as nobody."""
+    for task in tasks(file, driver):
+        made = {each["DestPath"]: each for each in task["Templates"] or ()}
+        keys = [each for path, each in made.items() if path.endswith(".key")]
+        assert len(keys) == any(path.endswith(".pem") for path in made)
+        for each in keys:
+            wanted = -1 if task["User"] == "root" else owner
+            assert (each["Perms"], each["Uid"], each["Gid"]) == ("0600", wanted, wanted)
+
+
+@pytest.mark.parametrize(("mode", "capabilities"), [("listen", []), ("anyip", NEEDED), ("tun", NEEDED)])
+def test_an_agent_in_docker_is_given_what_its_mode_needs(mode: str, capabilities: list[str]) -> None:
+    """Nomad takes away from Docker's own what a client does not allow, so each is asked for by name."""
+    (task,) = tasks(JOBS / "agent.nomad.hcl", "docker", f"-var=mode={mode}")
+    assert task["Config"]["cap_add"] == capabilities
+    assert len(task["Config"]["devices"]) == (mode == "tun")
+
+
+def tasks(file: Path, driver: str, *variables: str) -> list[dict[str, Any]]:
+    """Return the tasks of a job as Nomad parses it, which takes no agent."""
     relay = ["-var=relay=192.0.2.1:4433"] if 'variable "relay"' in file.read_text() else []
-    argv = [require_binary("nomad"), "job", "run", "-output", f"-var=driver={driver}", *relay, file]
-    parsed = json.loads(subprocess.run(argv, capture_output=True, check=True, timeout=60).stdout)
-    tasks = [task for group in parsed["Job"]["TaskGroups"] for task in group["Tasks"]]
-    templates = [(task, each) for task in tasks for each in task["Templates"] or ()]
-    keys = [(task, each) for task, each in templates if each["DestPath"].endswith(".key")]
-    assert len(keys) == sum(
-        any(each["DestPath"].endswith(".pem") for each in task["Templates"] or ()) for task in tasks
-    )
-    for task, each in keys:
-        wanted = -1 if task["User"] == "root" else owner
-        assert (each["Perms"], each["Uid"], each["Gid"]) == ("0600", wanted, wanted)
+    argv = [
+        require_binary("nomad"),
+        "job",
+        "run",
+        "-output",
+        f"-var=driver={driver}",
+        *variables,
+        *relay,
+        file,
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return [task for group in json.loads(done.stdout)["Job"]["TaskGroups"] for task in group["Tasks"]]
 
 
 @pytest.fixture
