@@ -23,6 +23,7 @@ import msgspec
 from ztna import config as configuration
 from ztna.cli import admin, completing
 from ztna.cli.dns import endpoint
+from ztna.cli.ending import interruptible
 from ztna.config import Config, Endpoint
 from ztna.errors import BadName, ConfigError, ZtnaError
 from ztna.names import ServiceName
@@ -83,22 +84,25 @@ def ping(
     times: list[float] = []
     lost = 0
     try:
-        for number in itertools.count(1):
-            try:
-                _, pong = admin.ask(
-                    target, f"/ping/{name}", Pong, method="POST", seconds=PROBE_SECONDS, who="agent"
-                )
-            except ZtnaError as error:
-                lost += 1
-                _say({"seq": number, "error": str(error)} if as_json else f"{name}: {error}")
-            else:
-                times.append(pong.ms)
-                _say(
-                    {"seq": number, **msgspec.structs.asdict(pong)} if as_json else _told(name, number, pong)
-                )
-            if number == count:
-                break
-            time.sleep(interval)
+        with interruptible():
+            for number in itertools.count(1):
+                try:
+                    _, pong = admin.ask(
+                        target, f"/ping/{name}", Pong, method="POST", seconds=PROBE_SECONDS, who="agent"
+                    )
+                except ZtnaError as error:
+                    lost += 1
+                    _say({"seq": number, "error": str(error)} if as_json else f"{name}: {error}")
+                else:
+                    times.append(pong.ms)
+                    _say(
+                        {"seq": number, **msgspec.structs.asdict(pong)}
+                        if as_json
+                        else _told(name, number, pong)
+                    )
+                if number == count:
+                    break
+                time.sleep(interval)
     except KeyboardInterrupt:
         click.echo(err=True)
     if not as_json:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 import msgspec
@@ -27,6 +26,7 @@ from rich.text import Text
 
 from ztna import overview
 from ztna.cli import admin
+from ztna.cli.ending import interruptible
 from ztna.cli.status import COLOURS, UNREADABLE, WIDTH_PIPED, asked_of, printable
 from ztna.errors import ProtocolError
 from ztna.jsontypes import from_json
@@ -86,14 +86,15 @@ def top(files: tuple[Path, ...], interval: float, sort: str, once: bool, as_json
         click.echo("no terminal: shown once; --json follows without one", err=True)
         once = True
     try:
-        if once:
-            sys.exit(_once(watch, interval, sort, as_json))
-        elif as_json:
-            for snapshot in watch.follow(interval, time.sleep):
-                click.echo(_json(snapshot, sort))
-                sys.stdout.flush()
-        else:
-            _live(watch, interval, sort)
+        with interruptible():
+            if once:
+                sys.exit(_once(watch, interval, sort, as_json))
+            elif as_json:
+                for snapshot in watch.follow(interval, time.sleep):
+                    click.echo(_json(snapshot, sort))
+                    sys.stdout.flush()
+            else:
+                _live(watch, interval, sort)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
@@ -221,20 +222,14 @@ class _Keys:
 
 @contextmanager
 def _unbuffered_keys() -> Iterator[None]:
-    """Have keys come as they are typed, unseen. SIGTERM ends as Ctrl-C does, for the terminal's sake."""
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
+    """Have keys come as they are typed, unseen."""
     fd = sys.stdin.fileno()
     kept = termios.tcgetattr(fd)
-    before = signal.signal(signal.SIGTERM, end)
     try:
         tty.setcbreak(fd)
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, kept)
-        signal.signal(signal.SIGTERM, before)
 
 
 def _shown(snapshot: Snapshot, sort: str, width: int, room: int, keys: str = "") -> Group:
