@@ -82,8 +82,7 @@ class Verdicts:
 
     def require(self, identity: Identity) -> None:
         """Raise IdentityError when a peer that is in may not stay: for each new flow, so it costs a table look-up."""
-        now = self._wall()
-        error = self._judge(identity, now) if identity.valid_at(now) else self._trust.judge(identity, now)
+        error = self._judge(identity, self._wall())
         if error is not None:
             raise error
 
@@ -121,7 +120,10 @@ class Verdicts:
             self._turn = asyncio.get_running_loop().call_soon(self._judge_some)
 
     def _judge(self, identity: Identity, now: datetime) -> IdentityError | None:
-        """Return the verdict on a peer inside its dates, of memory while the trust is the same."""
+        """Return the verdict on a peer: inside its dates of memory, while the trust is the same."""
+        if not identity.valid_at(now):
+            # Never remembered: a clock that was wrong is set right again.
+            return self._trust.judge(identity, now)
         # One leaf may have come by several ways, of which one was revoked.
         key = (identity.fingerprint, identity.path[1:])
         if key not in self._judged:

@@ -114,7 +114,8 @@ class Serving:
         self.streams.served.began = authority.began
         self._verdicts = credentials.verdicts
         self._verdicts.on_refused = self.peer_refused
-        self._fallen: dict[str, Reason] = {}
+        self._fallen: dict[str, Identity] = {}
+        """Agents whose certificates did not stand when last looked at: relays may not have noticed yet."""
         self._fronting = fronting
         self._leases = leases
         self._tasks = tasks
@@ -129,10 +130,10 @@ class Serving:
 
     def peer_refused(self, identity: Identity, error: IdentityError) -> None:
         """End what was offered for an agent whose certificate does not stand any more."""
-        if error.reason in (Reason.REVOKED, Reason.EXPIRED):  # which is for ever
+        if error.reason in (Reason.REVOKED, Reason.EXPIRED):
             if len(self._fallen) >= FALLEN_MAX:
                 del self._fallen[next(iter(self._fallen))]
-            self._fallen[identity.fingerprint] = error.reason
+            self._fallen[identity.fingerprint] = identity
         agent = PeerIdentity(identity.name, identity.fingerprint)
         now = self._loop.time()
         for session in [each for each in self.sessions.live() if each.agent == agent]:
@@ -321,8 +322,8 @@ class Serving:
             return Reason.DRAINING
         if client.peer is not None and self._verdicts.unknown(client.peer):
             return Reason.POLICY_UNKNOWN
-        if offer.agent.fingerprint in self._fallen:
-            return self._fallen[offer.agent.fingerprint]
+        if (reason := self._fell(offer.agent.fingerprint)) is not None:
+            return reason
         services = self._fronting.table.services
         if offer.service not in services:
             return Reason.NO_SUCH_SERVICE
@@ -335,6 +336,19 @@ class Serving:
             return None
         stands = standing(offer.lease, self._leases.lease(offer.service))
         return {"stale": Reason.STALE_EPOCH, "newer": Reason.POLICY_UNKNOWN, "current": None}[stands]
+
+    def _fell(self, fingerprint: str) -> Reason | None:
+        """Return why an agent may not come in by what we saw of its certificate ourselves."""
+        fallen = self._fallen.get(fingerprint)
+        if fallen is None:
+            return None
+        try:
+            self._verdicts.require(fallen)
+        except IdentityError as error:
+            return error.reason
+        # Our clock was wrong, or the CRL took it back.
+        del self._fallen[fingerprint]
+        return None
 
     def _refuse(self, client: RelayClient, offer: Offered, reason: Reason) -> None:
         refused(_WHERE, reason)

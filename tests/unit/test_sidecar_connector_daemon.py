@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -344,6 +345,18 @@ async def test_registers_with_relay_and_consul(pki: Pki) -> None:
         ground.peer.say(Drain(5.0))
         ground.peer.say(Health(ECHO, "passing"))
         await until("the refusal shows", lambda: ground.status["relays"][0]["refused"] == {DOWN: "no_grant"})
+
+
+async def test_an_agent_whose_certificate_fell_is_refused_for_as_long_as_it_does_not_stand(pki: Pki) -> None:
+    """A clock that was days ahead bars nobody once it is right."""
+    async with connector(pki) as ground:
+        await ground.leased()
+        serving = ground.daemon.status_sources["connector"].__self__._serving  # type: ignore[attr-defined]
+        expired = replace(ground.agent.identity, not_after=datetime(2020, 1, 1, tzinfo=UTC))
+        serving.peer_refused(expired, IdentityError(Reason.EXPIRED, "ann"))
+        await ground.refused(Reason.EXPIRED)
+        serving.peer_refused(ground.agent.identity, IdentityError(Reason.EXPIRED, "ann"))
+        await ground.accepted(SECOND)
 
 
 async def test_offers(pki: Pki) -> None:

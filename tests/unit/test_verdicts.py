@@ -84,6 +84,20 @@ async def test_expiry_ends_whoever_it_is_about(pki: Pki) -> None:
         guests.verdicts.require(lasting)
 
 
+async def test_a_clock_that_was_wrong_bars_nobody_once_it_is_right(pki: Pki) -> None:
+    guests = Guests(pki)
+    identity, _ = guests.enter("alice")
+    right = guests.now
+    guests.now += timedelta(days=400)
+    guests.verdicts.use(guests.trust)
+    guests.verdicts.follow(identity, lambda error: guests.ended.append(("again", error.reason)))
+    await until(lambda: len(guests.ended) == 2)
+    with pytest.raises(IdentityError, match="expired"):
+        guests.verdicts.require(identity)
+    guests.now = right
+    guests.verdicts.require(identity)
+
+
 async def test_who_left_is_not_ended_and_forgotten(pki: Pki) -> None:
     guests = Guests(pki)
     guests.enter("stays")
