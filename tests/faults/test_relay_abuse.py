@@ -129,7 +129,7 @@ async def test_connectors_that_come_and_go_leave_nothing_behind(mesh: RunningRel
     relay = mesh.relay
     assert len(relay.sessions.peers) == 2 == len(relay.server.connections)
     assert relay.sessions.services == {SERVICE}
-    assert len(relay.sessions._serving.live(SERVICE)) == 1
+    assert len(relay.sessions._held.serving.live(SERVICE)) == 1
     assert sum(relay._doorkeeper._names.values()) == 2
     assert len(relay.sessions.sessions) <= CHURN + 1
     relay.server.clock = lambda: time.monotonic() + 60
@@ -157,7 +157,7 @@ async def test_registering_again_and_again_adds_nothing(mesh: RunningRelay) -> N
     assert refusals(Reason.NO_GRANT) == before + 500
     peer = mesh.relay.sessions.peers[1]
     assert peer.services == {SERVICE}
-    assert [len(keys) for keys in mesh.relay.sessions._serving._serving[SERVICE].values()] == [1]
+    assert [len(keys) for keys in mesh.relay.sessions._held.serving._serving[SERVICE].values()] == [1]
 
 
 # Peers that do not read

@@ -149,7 +149,7 @@ async def test_a_crl_past_its_next_update_lets_nothing_new_begin_and_ends_nothin
     spliced = await Spliced.open(mesh, agent, connector, opened)
     mesh.pki.revoke(until=datetime.now(UTC) - timedelta(seconds=2))
     async with asyncio.timeout(WAIT_SECONDS):
-        while not mesh.relay.sessions._unvouched:
+        while not mesh.relay.sessions._opening._unvouched:
             await asyncio.sleep(0.02)
     agent.say(control.Open(request=2, service=SERVICE))
     assert (await agent.expect(control.Denied, request=2)).reason is Reason.POLICY_UNKNOWN
@@ -161,7 +161,7 @@ async def test_a_crl_past_its_next_update_lets_nothing_new_begin_and_ends_nothin
     await spliced.works()
     mesh.pki.revoke()
     async with asyncio.timeout(WAIT_SECONDS):
-        while mesh.relay.sessions._unvouched:
+        while mesh.relay.sessions._opening._unvouched:
             await asyncio.sleep(0.02)
     await agent.open_with(connector, request=3)
     await mesh.agent("late")
@@ -179,7 +179,7 @@ async def test_a_crl_file_that_lacks_the_peers_issuer_closes_the_door_to_those_w
     # Another CA's list by mistake, good for a day: what the relay has of the peers' own issuer runs out.
     replace_file(mesh.pki.crl_file, mesh.pki.rogue.crl(None))
     async with asyncio.timeout(WAIT_SECONDS):
-        while not mesh.relay.sessions._unvouched:
+        while not mesh.relay.sessions._opening._unvouched:
             await asyncio.sleep(0.02)
     agent.say(control.Open(request=2, service=SERVICE))
     assert (await agent.expect(control.Denied, request=2)).reason is Reason.POLICY_UNKNOWN
@@ -188,7 +188,7 @@ async def test_a_crl_file_that_lacks_the_peers_issuer_closes_the_door_to_those_w
             await asyncio.sleep(0.02)
     replace_file(mesh.pki.crl_file, mesh.pki.authority.crl(None))
     async with asyncio.timeout(WAIT_SECONDS):
-        while mesh.relay.sessions._unvouched:
+        while mesh.relay.sessions._opening._unvouched:
             await asyncio.sleep(0.02)
     await agent.open_with(connector, request=3)
     async with asyncio.timeout(WAIT_SECONDS):
