@@ -68,17 +68,20 @@ def test_a_carrier_that_is_cut_without_a_word_is_missed_before_tcp_gives_it_up(
     """The first of these: after the others an agent does without the direct way for a minute."""
     note_version(request, "newest")
     host, port = (mesh.core, 4435) if is_direct(request) else (mesh.lab.host("east"), 4434)
-    with load(mesh) as running:
+    with load(mesh) as running, running.upload_begun() as held:
+        until("the flow is carried", lambda: mesh.agent.metric("ztna_flows", protocol="tcp") > 0)
         running.passes(PATIENCE_SECONDS)
         before = mesh.agent.metric("ztna_tcp_flows_total", outcome="detached")
         with host.dropping(f"tcp dport {port}", f"tcp sport {port}"):
             cut = time.monotonic()
+            held.sendall(b"said as it is cut")
             until(
                 "the flow is detached",
                 lambda: mesh.agent.metric("ztna_tcp_flows_total", outcome="detached") > before,
             )
             assert time.monotonic() - cut < GIVEN_UP_SECONDS
         running.passes(PATIENCE_SECONDS)
+        running.finish_upload(held, b" and after", b"said as it is cut")
 
 
 def test_a_path_becomes_a_black_hole_and_wide_again(request: pytest.FixtureRequest, mesh: Mesh) -> None:

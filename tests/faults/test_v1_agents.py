@@ -33,7 +33,7 @@ ECHO_ID, WEB_ID = ECHO.encode(), WEB.encode()
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is busy makes no connector look silent, which would be answered otherwise."""
-    monkeypatch.setattr("relay.sessions.ACCEPT_SECONDS", 30.0)
+    monkeypatch.setattr("relay.opening.ACCEPT_SECONDS", 30.0)
 
 
 @pytest.fixture
