@@ -193,7 +193,7 @@ def served_by(nomad: NomadCluster, count: int) -> None:
 def routed(nomad: NomadCluster) -> int:
     """How many connectors of web-app the relay may send agents to."""
     (found,) = nomad.lab.consul_get("/v1/catalog/service/ztna-relay")
-    code, text = http_get(nomad.lab.host(found["Node"]), f"http://127.0.0.1:{found['ServicePort']}/status")
+    code, text = http_get(nomad.core, f"http://127.0.0.1:{found['ServicePort']}/status")
     assert code == 200
     return len(json.loads(text)["srv"]["services"]["web-app"]["connectors"])
 
