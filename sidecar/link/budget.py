@@ -7,7 +7,7 @@ counted as it comes, and a flow without room stops reading its local socket.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ztna.wire.stream import WINDOW_BYTES_MAX, WINDOW_BYTES_MIN
 
@@ -17,9 +17,11 @@ KEPT_FLOOR_BYTES = 16 * 1024
 KEPT_FRACTION = 8
 
 # The share of a limit that is in use, in 64ths, below which a new flow gets the window beside it. Few flows are fast,
-# many still fit: 2, 8 and 32 flows a peer with these windows, then 400 with the smallest. The last eighth is never
-# reserved: it is left for what is kept unacknowledged.
-_WINDOW_TIERS = ((8, WINDOW_BYTES_MAX), (16, 1024 * 1024), (24, 256 * 1024), (56, WINDOW_BYTES_MIN))
+# many still fit: 2, 8 and 32 flows a peer with these windows, then 400 with the smallest. A process soon gives small
+# ones: it has many peers, and room for 2,300 flows. The last eighth is never reserved: it is left for what is kept
+# unacknowledged.
+_PEER_TIERS = ((8, WINDOW_BYTES_MAX), (16, 1024 * 1024), (24, 256 * 1024), (56, WINDOW_BYTES_MIN))
+_PROCESS_TIERS = ((4, WINDOW_BYTES_MAX), (8, 1024 * 1024), (12, 256 * 1024), (56, WINDOW_BYTES_MIN))
 
 
 class Budget:
@@ -35,7 +37,10 @@ class Budget:
     def open(self, peer: str) -> Share | None:
         """Reserve a window for a new flow with a peer (its verified name); None at the limit."""
         used_by_peer = self._peers.get(peer, 0)
-        window = min(_window(self.used, self._process_bytes), _window(used_by_peer, self._peer_bytes))
+        window = min(
+            _window(self.used, self._process_bytes, _PROCESS_TIERS),
+            _window(used_by_peer, self._peer_bytes, _PEER_TIERS),
+        )
         if not window:
             return None
         self._change(peer, window + KEPT_FLOOR_BYTES)
@@ -100,8 +105,8 @@ class Share:
             self._budget._change(self._peer, -size)
 
 
-def _window(used: int, limit: int) -> int:
-    for sixty_fourths, window in _WINDOW_TIERS:
+def _window(used: int, limit: int, tiers: Sequence[tuple[int, int]]) -> int:
+    for sixty_fourths, window in tiers:
         if used < limit * sixty_fourths // 64 and used + window + KEPT_FLOOR_BYTES <= limit:
             return window
     return 0

@@ -31,6 +31,12 @@ def test_one_peer_cannot_take_everything_and_all_peers_not_more_than_the_process
     assert budget.open("new") is None
 
 
+def test_many_peers_have_two_thousand_flows_together() -> None:
+    budget = Budget()
+    shares = [budget.open(f"agent-{number % 200}") for number in range(2300)]
+    assert all(share is not None for share in shares)
+
+
 def test_what_is_closed_is_given_back_once() -> None:
     budget = Budget()
     share = budget.open("a")
