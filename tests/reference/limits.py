@@ -47,7 +47,7 @@ CONSTANTS = (
     (
         "sidecar.link.budget",
         "PROCESS_BYTES",
-        "bytes that a sidecar keeps for flows until they are acknowledged",
+        "bytes of a sidecar for TCP windows and what is not acknowledged: room for 2,300 flows",
     ),
     ("sidecar.link.budget", "PEER_BYTES", "of these for one peer"),
     ("sidecar.link.known", "REMEMBERED_FLOWS_MAX", "ended flows that a connector remembers"),
