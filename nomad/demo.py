@@ -140,6 +140,7 @@ class Demo:
         for child in (self.consul_agent, self.nomad_agent):
             await child.start()
         await self._until("Nomad has a ready client", AGENTS_SECONDS, self._client_is_ready)
+        await self._until("Nomad has a key for its variables", AGENTS_SECONDS, self._keyring_is_ready)
         await self._keep_certificates()
         for job in ("dnsd", "relay", "agent", "connector", "web-app", "plain"):
             file = self.directory / f"{job}.vars.hcl"
@@ -210,6 +211,11 @@ class Demo:
     async def _client_is_ready(self) -> bool:
         nodes = await self._get(f"{self.nomad_url}/v1/nodes")
         return bool(nodes) and all(node["Status"] == "ready" for node in nodes)
+
+    async def _keyring_is_ready(self) -> bool:
+        """Whether Nomad takes variables: a new leader makes the key that it seals them with some time after its clients."""
+        keys = await self._get(f"{self.nomad_url}/v1/operator/keyring/keys")
+        return any(key["State"] == "active" for key in keys or ())
 
     async def _is_deployed(self) -> bool:
         """Whether Nomad has found the application healthy: it scales nothing before."""

@@ -238,9 +238,9 @@ class Registrar:
         self._forget_all_but(desired)
         self._kept = {own_id: why for own_id, why in self._kept.items() if own_id in known}
         await _each(self._deregister, planned.deregister)
-        await _each(self._register, planned.register)
         if removed := [each for each in planned.deregister if each not in self._kept]:
             _log.info("zombies_removed", ids=" ".join(removed))
+        await _each(self._register, planned.register)
         if planned.register:
             _log.info("registered", services=len(planned.register))
         self._count_refusals()

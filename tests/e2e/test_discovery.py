@@ -353,4 +353,5 @@ def test_what_a_killed_connector_had_stays_in_consul_until_all_places_have_spoke
             return found == {"shell@alpha", "db@alpha"} and made.check_states("db") == ["passing"]
 
         until("the zombie is removed, what was waited for is not", is_settled)
+        until("it has said so", lambda: mesh.connector.events("zombies_removed") != [])
         assert [each["ids"] for each in mesh.connector.events("zombies_removed")] == ["web-app@alpha"]

@@ -121,14 +121,16 @@ class NomadCluster:
         self.agents[name] = self.lab.spawn(f"nomad-{name}", at, *argv, environment=environment)
 
     def ready(self) -> bool:
-        """Whether every client is, and knows its Consul: it is given no job with a service before."""
+        """Whether every client is and knows its Consul, before which it is given no job with a service; and variables
+        can be sealed."""
         nodes = [each for each in self.get("/v1/nodes") if each["Status"] == "ready"]
         knowing = {
             each["Name"]
             for each in nodes
             if "consul.version" in self.get(f"/v1/node/{each['ID']}")["Attributes"]
         }
-        return knowing == set(self.names)
+        keys = self.get("/v1/operator/keyring/keys") or ()
+        return knowing == set(self.names) and any(key["State"] == "active" for key in keys)
 
     # -- asking and telling Nomad --------------------------------------------------------------------
 
