@@ -213,7 +213,7 @@ class Demo:
         return bool(nodes) and all(node["Status"] == "ready" for node in nodes)
 
     async def _keyring_is_ready(self) -> bool:
-        """Whether Nomad takes variables: a new leader makes the key that it seals them with some time after its clients."""
+        """Whether Nomad takes variables: a new leader makes the key that seals them when its clients are there."""
         keys = await self._get(f"{self.nomad_url}/v1/operator/keyring/keys")
         return any(key["State"] == "active" for key in keys or ())
 
