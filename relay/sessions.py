@@ -51,7 +51,7 @@ class Sessions:
 
     def __init__(self, rules: Rules, random: Callable[[int], bytes], software: str = "") -> None:
         """`random(n)` returns n unpredictable bytes; `software` is the release to name to peers."""
-        self._greeting = control.Hello(software=software)
+        self._greeting = control.Hello(software=control.Software(software))
         self._known_fresh: frozenset[str] = frozenset()
         self._held = Holdings(rules, random)
         self._opening = Opening(self._held)

@@ -38,7 +38,7 @@ from ztna.renewal import Renewal
 from ztna.runtime import CONSUL_TOKEN, Daemon, sleep_or_stop
 from ztna.telemetry import SERVICE_HEALTH, VERDICT_AGE, dropped, logger, refused
 from ztna.wire import control
-from ztna.wire.control import Address, AnyMessage, Offering, Register
+from ztna.wire.control import Address, AnyMessage, Offering, Register, Software
 
 SERVICES_PER_REGISTER = 200
 """How many services one `register` names: some 120 bytes each with a few ports, far below a frame's 64 KiB."""
@@ -149,7 +149,7 @@ class _Connector:
             accept=self._use_credentials,
         )
         self._link_address: Address | None = None
-        self._software = version("ztna-mesh")
+        self._software = Software(version("ztna-mesh"))
         self._registrar: Registrar | None = None
         self._delegation: Delegation | None = None
 

@@ -24,6 +24,7 @@ from ztna.wire.control import (
     AnyMessage,
     FrameReader,
     Hello,
+    Software,
     UnknownMessage,
     encode,
 )
@@ -79,7 +80,7 @@ class Control:
             stream_id = self._connection.open_stream()
             if stream_id != _CONTROL_STREAM:
                 raise LinkError(f"the control stream has id {stream_id}, expected {_CONTROL_STREAM}")
-        self._connection.send_stream(_CONTROL_STREAM, encode(Hello(software=version("ztna-mesh"))))
+        self._connection.send_stream(_CONTROL_STREAM, encode(Hello(software=Software(version("ztna-mesh")))))
 
     def send(self, message: AnyMessage) -> bool:
         """Send a message; False when the relay's features lack its type, or it takes nothing more."""

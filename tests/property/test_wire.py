@@ -45,7 +45,9 @@ counters = st.integers(0, 2**63 - 1)
 published = st.builds(Port, st.sampled_from(["tcp", "udp", "icmp"]), st.integers(1, 65535))
 
 control_messages: st.SearchStrategy[AnyMessage] = st.one_of(
-    st.builds(control.Hello, st.integers(0, 99), st.frozensets(texts, max_size=5), texts),
+    st.builds(
+        control.Hello, st.integers(0, 99), st.frozensets(texts, max_size=5), texts.map(control.Software)
+    ),
     st.builds(
         control.Register,
         connectors,
@@ -187,6 +189,16 @@ def test_unknown_fields_change_no_control_message_and_are_counted(
     reader = control.FrameReader()
     assert reader.feed(len(body).to_bytes(4) + body) == [message]
     assert reader.take_unknown_fields() == len(new)
+
+
+@usual
+@given(st.text(st.characters(exclude_categories=("Cs",))))
+def test_a_release_of_any_text_is_read_and_can_be_printed(software: str) -> None:
+    body = json.dumps({"type": "hello", "software": software}).encode()
+    (message,) = control.FrameReader().feed(len(body).to_bytes(4) + body)
+    assert isinstance(message, control.Hello)
+    assert message.software.isprintable()
+    assert len(message.software) == min(len(software), control.SOFTWARE_CHARACTERS_MAX)
 
 
 @usual

@@ -200,8 +200,22 @@ def test_a_release_is_told_in_few_words() -> None:
         (message,) = FrameReader().feed(frame({"type": kind, "software": "0.2.0", **fields}))
         assert isinstance(message, Hello | Register)
         assert message.software == "0.2.0"
+
+
+def test_of_a_release_from_the_future_what_can_be_shown_is_kept() -> None:
+    for kind, fields in (("hello", {}), ("register", {"connector_id": "con-1", "services": []})):
+        for said, shown in (
+            ("9" * 65, "9" * 64),
+            ("9" * 60_000, "9" * 64),
+            ("9.0\x1b[2J\n\u202e+caf\u00e9", "9.0?[2J??+caf\u00e9"),
+            ("\n" * 65, "?" * 64),
+        ):
+            (message,) = FrameReader().feed(frame({"type": kind, "software": said, **fields}))
+            assert isinstance(message, Hello | Register)
+            assert message.software == shown
+            assert FrameReader().feed(encode(message)) == [message]
         with pytest.raises(ProtocolError, match="software"):
-            FrameReader().feed(frame({"type": kind, "software": "0" * 65, **fields}))
+            FrameReader().feed(frame({"type": kind, "software": 9, **fields}))
 
 
 def test_unknown_types_are_told_apart_and_cut() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from ipaddress import IPv4Address, ip_address
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import msgspec
 
@@ -53,8 +53,21 @@ _TAG = "type"
 
 Counter = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Software = Annotated[str, msgspec.Meta(max_length=SOFTWARE_CHARACTERS_MAX)]
-"""A release (`0.1.0`), empty from one that does not say: shown to operators, and nothing is decided by it."""
+
+
+class Software(str):
+    """A release (`0.1.0`), empty from one that does not say: shown to operators, and nothing is decided by it.
+
+    So no text is refused, whatever releases to come call themselves: it is cut to SOFTWARE_CHARACTERS_MAX, and what
+    cannot be printed is a `?`.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str = "") -> Self:
+        """Return what of the text is shown."""
+        shown = text[:SOFTWARE_CHARACTERS_MAX]
+        return super().__new__(cls, "".join(each if each.isprintable() else "?" for each in shown))
 
 
 class Address(msgspec.Struct, frozen=True, order=True):
@@ -126,7 +139,7 @@ class Hello(Message, frozen=True, tag=_snake):
 
     version: int = PROTOCOL_VERSION
     features: frozenset[str] = FEATURES
-    software: Software = ""
+    software: Software = Software()
 
 
 class Register(Message, frozen=True, tag=_snake):
@@ -136,7 +149,7 @@ class Register(Message, frozen=True, tag=_snake):
     services: tuple[Offering, ...]
     link_address: Address | None = None
     withdrawn: tuple[ServiceName, ...] = ()
-    software: Software = ""
+    software: Software = Software()
 
 
 class Registered(Message, frozen=True, tag=_snake):
