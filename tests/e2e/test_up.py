@@ -83,6 +83,17 @@ def test_ctrl_c_ends_everything_in_time_and_leaves_nothing(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["printed"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_check_that_a_signal_ended_says_so_by_its_exit_status(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    kept = tmp_path / "kept"
+    with subprocess.Popen([command("ztna"), "up", "--check", "--keep", str(kept)]) as process:
+        until("it has begun", lambda: kept.is_dir() and list(kept.iterdir()), 60)
+        process.send_signal(number)
+        assert process.wait(END_SECONDS + 5) == 128 + number
+
+
 def test_the_commands_it_prints_work(tmp_path: Path) -> None:
     require_tools("dig", "curl", "nc")
     output = tmp_path / "printed"

@@ -1,7 +1,10 @@
-"""`ztna init host | laptop`: what is written is accepted, nothing is overwritten, and the next steps are told."""
+"""`ztna init host | laptop | prometheus`: what is written is accepted, nothing overwritten, the next steps are told."""
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from pathlib import Path
 
 import pytest
@@ -92,11 +95,76 @@ def test_what_a_daemon_would_refuse_is_not_written(tmp_path: Path, arguments: li
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["host", "laptop", "prometheus"])
+def test_a_directory_that_cannot_be_is_named_and_root_would_not_help(tmp_path: Path, what: str) -> None:
     (tmp_path / "file").write_text("")
-    done = run("host", "--dir", tmp_path / "file" / "x")
+    assert run(what, "--dir", tmp_path / "file").exit_code == 2, "a file is no directory: wrong usage"
+    done = run(what, "--dir", tmp_path / "file" / "x")
     assert done.exit_code == 1
-    assert "cannot be written" in str(done.exception) and "another --dir" in str(done.exception)
+    said = str(done.exception)
+    assert "cannot be written: Not a directory" in said and "name another --dir" in said
+    assert "as root" not in said
+
+
+@pytest.mark.parametrize(
+    ("what", "user", "advice"),
+    [
+        ("host", 1000, "run it as root, or name another --dir"),
+        ("host", 0, "Permission denied; name another --dir"),
+        ("prometheus", 1000, "Permission denied; name another --dir"),
+    ],
+)
+def test_who_lacks_rights_is_sent_to_root_only_where_root_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, user: int, advice: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    _refusing(monkeypatch, errno.EACCES)
+    done = run(what, "--dir", tmp_path)
+    assert done.exit_code == 1 and advice in str(done.exception)
+
+
+def test_units_that_cannot_be_written_are_blamed_on_their_own_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "HIDDEN_FROM_UNITS", ())
+    (tmp_path / "file").write_text("")
+    done = run("laptop", "--dir", tmp_path / "etc", "--units", tmp_path / "file" / "x")
+    assert done.exit_code == 1
+    assert "name another --units" in str(done.exception) and "--dir" not in str(done.exception)
+
+
+def test_a_full_disk_leaves_no_half_a_file_that_would_be_kept(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *_args, **_options: _Full(self))
+        done = run("prometheus", "--dir", tmp_path)
+    assert done.exit_code == 1 and "No space left" in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+    assert run("prometheus", "--dir", tmp_path).output.count("wrote") == 3
+
+
+def test_prometheus_gets_its_files_and_the_next_steps(tmp_path: Path) -> None:
+    done = run("prometheus", "--dir", tmp_path / "monitoring")
+    assert done.exit_code == 0, done.output
+    assert f"promtool check config {tmp_path}/monitoring/prometheus.yml" in done.output
+    assert run("prometheus", "--dir", tmp_path / "monitoring").output.count("kept") == 3
+
+
+def _refusing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+
+
+class _Full(io.StringIO):
+    """A new file on a full disk."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        path.touch()
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_units_start_this_installation_with_what_the_configuration_needs(

@@ -5,6 +5,7 @@ Never over a file that is there: such a file is left as it is, and named.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -122,13 +123,14 @@ def laptop(**asked: Unpack[_Asked]) -> None:
     "directory",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path(),
-    help="Where to write them; else here.",
+    show_default=True,
+    help="Where to write them.",
 )
 def prometheus(directory: Path) -> None:
     """Write a scrape configuration and the alerts for Prometheus, and a dashboard for Grafana to import."""
     for file in sorted((_FILES / "prometheus").iterdir(), key=lambda each: each.name):
-        _tell(directory / file.name, file.read_text())
-    click.echo("next: docs/monitoring.md; what each alert means and what to do about it: docs/runbook.md")
+        _tell(directory / file.name, file.read_text(), "name another --dir")
+    _say_next(_steps_to_see(directory))
 
 
 def _plan(templates: Mapping[str, str], mode: str, asked: _Asked, connector_id: str = "") -> _Plan:
@@ -154,13 +156,11 @@ def _plan(templates: Mapping[str, str], mode: str, asked: _Asked, connector_id: 
 
 def _carry_out(plan: _Plan) -> None:
     texts = {plan.directory / f"{name}.yaml": _configuration(plan, name) for name in plan.templates}
-    if plan.units is not None:
-        texts |= dict(_units(plan, plan.units))
-    for path, text in texts.items():
-        _tell(path, text)
-    click.echo("\nNext:")
-    for number, step in enumerate(_next_steps(plan), 1):
-        click.echo(f"{number}. {step}")
+    units = {} if plan.units is None else dict(_units(plan, plan.units))
+    for option, files in (("--dir", texts), ("--units", units)):
+        for path, text in files.items():
+            _tell(path, text, f"name another {option}", "run it as root")
+    _say_next(_next_steps(plan))
 
 
 def _configuration(plan: _Plan, name: str) -> str:
@@ -198,23 +198,49 @@ def _drop_ins(plan: _Plan) -> Iterator[tuple[str, str]]:
         yield "relay", "low-ports.conf"
 
 
-def _tell(path: Path, text: str) -> None:
-    click.echo(f"wrote {path}" if _write(path, text) else f"kept  {path}, which was there")
+def _tell(path: Path, text: str, advice: str, with_rights: str = "") -> None:
+    """Write a file that is not there. Raises ConfigError with the advice; `with_rights` is for who lacks them."""
+    try:
+        was_written = _write(path, text)
+    except PermissionError as error:
+        told = f"{with_rights}, or {advice}" if with_rights and os.geteuid() != 0 else advice
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; {told}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; mend that, or {advice}") from None
+    click.echo(f"wrote {path}" if was_written else f"kept  {path}, which was there")
 
 
 def _write(path: Path, text: str) -> bool:
-    """Write a file that is not there; return whether it was not."""
+    """Write a file whole, or not at all; return False when there is one. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            file.write(text)
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror}; run it as root, or name another --dir"
-        ) from None
+    try:
+        with file:
+            file.write(text)
+    except OSError:
+        path.unlink()  # half a file would be kept by the next attempt
+        raise
     return True
+
+
+def _say_next(steps: Iterator[str]) -> None:
+    click.echo("\nNext:")
+    for number, step in enumerate(steps, 1):
+        click.echo(f"{number}. {step}")
+
+
+def _steps_to_see(directory: Path) -> Iterator[str]:
+    file = directory / "prometheus.yml"
+    yield (
+        "Name the hosts' admin ports in it where they are not the default ones, and have it checked:"
+        f"\n     promtool check config {file}"
+    )
+    yield f"Have Prometheus read it:\n     prometheus --config.file={file}"
+    yield f"Import {directory / 'ztna-dashboard.json'} into Grafana"
+    yield "What each alert means and what to do about it: docs/runbook.md"
 
 
 def _next_steps(plan: _Plan) -> Iterator[str]:

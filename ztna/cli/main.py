@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from importlib.metadata import version
 
@@ -29,6 +30,10 @@ _COMMANDS = {
 }
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status of a command that Ctrl-C ended before it was done, as shells give it (POSIX 2.8.2)."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when asked for: `ztna ca` need not load QUIC."""
 
@@ -44,13 +49,24 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command. One that Ctrl-C ended before it was done has not failed: that has a status of its own."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort) as error:
+            if not any(isinstance(each, KeyboardInterrupt) for each in (error, error.__context__)):
+                raise  # a question was answered with no
+        click.echo("\nInterrupted", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)
+
 
 @click.command(cls=LazyGroup)
 @click.version_option(version("ztna-mesh"), prog_name="ztna")
 def cli() -> None:
     """Zero-trust service mesh for Consul: private services, reached by name.
 
-    Exit status: 0 fine, 1 failed, 2 wrong usage or configuration.
+    Exit status: 0 fine, 1 failed, 2 wrong usage or configuration, 130 interrupted. Ctrl-C is how commands end that
+    go on until then (top, up, ping, leases watch): no interruption.
     """
 
 

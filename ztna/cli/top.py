@@ -14,7 +14,7 @@ import tty
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -86,17 +86,15 @@ def top(files: tuple[Path, ...], interval: float, sort: str, once: bool, as_json
         click.echo("no terminal: shown once; --json follows without one", err=True)
         once = True
     try:
-        with interruptible():
-            if once:
-                sys.exit(_once(watch, interval, sort, as_json))
-            elif as_json:
+        if once:
+            sys.exit(_once(watch, interval, sort, as_json))
+        with suppress(KeyboardInterrupt), interruptible():
+            if as_json:
                 for snapshot in watch.follow(interval, time.sleep):
                     click.echo(_json(snapshot, sort))
                     sys.stdout.flush()
             else:
                 _live(watch, interval, sort)
-    except KeyboardInterrupt:
-        pass
     except BrokenPipeError:
         # Whoever read it has had enough; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,6 +30,8 @@ from ztna.errors import ConsulError, ZtnaError
 
 VIEW_SECONDS = 1.0
 LEASED_SECONDS = 15.0
+SIGNALLED = 128
+"""The exit status of a check that a signal ended is so much above the signal's number, as shells give it."""
 
 
 @click.command()
@@ -102,24 +104,24 @@ def _directory(keep: Path | None) -> Iterator[Path]:
 
 
 async def _run(options: MeshOptions, console: Console, check_only: bool, as_json: bool) -> int:
-    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    stopping: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stopping.put_nowait, number)
     mesh: Mesh | None = None
     body: asyncio.Task[int] | None = None
     try:
         mesh = Mesh(options, lambda text: console.print(f"[yellow]note:[/] {text}", soft_wrap=True))
         body = asyncio.create_task(_body(mesh, console, check_only, as_json), name="ztna up")
-        stopped = asyncio.create_task(stopping.wait(), name="signals")
+        stopped = asyncio.create_task(stopping.get(), name="signals")
         await asyncio.wait((body, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not body.done():
-            body.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await body
-            return 1 if check_only else 0
-        return body.result()
+        if body.done():
+            stopped.cancel()
+            return body.result()
+        body.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await body
+        return SIGNALLED + stopped.result() if check_only else 0
     except ZtnaError as error:
         if as_json:
             click.echo(json.dumps({"ok": False, "error": str(error)}))
