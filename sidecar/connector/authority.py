@@ -54,9 +54,9 @@ class FlowAuthority:
         backend_tls: BackendTls,
         verdicts: Verdicts,
         datagrams: Datagrams,
-        is_draining: Callable[[], bool],
+        denies: Callable[[ServiceName], bool],
     ) -> None:
-        """`datagrams` take what comes in packets."""
+        """`datagrams` take what comes in packets; `denies` tells whether we leave and begin no flow of a service."""
         self._fronting = fronting
         self._sessions = sessions
         self._leases = leases
@@ -64,13 +64,13 @@ class FlowAuthority:
         self._backend_tls = backend_tls
         self._verdicts = verdicts
         self._datagrams = datagrams
-        self._is_draining = is_draining
+        self._denies = denies
         self._claims: dict[Key, Claim] = {}
 
     async def open(self, peer: Identity, frame: OpenFrame) -> socket.socket:
         """Return a socket connected to the backend of this flow. Raises FlowRefused."""
         session = self._session(peer, frame.session, frame.service)
-        if self._is_draining():
+        if self._denies(frame.service):
             refused(_WHERE, Reason.DRAINING)
             raise FlowRefused(OpenStatus.DENIED, "the connector is draining")
         if frame.service not in self._fronting:

@@ -43,8 +43,6 @@ from ztna.wire.control import Address, AnyMessage, Offering, Register, Software
 SERVICES_PER_REGISTER = 200
 """How many services one `register` names: some 120 bytes each with a few ports, far below a frame's 64 KiB."""
 TICK_SECONDS = 1.0
-HANDOVER_SECONDS = 1.0
-"""How long after SIGTERM flows may still be begun: relays tell agents to go elsewhere meanwhile."""
 
 HEALTH = {"critical": 0, "warning": 1, "passing": 2}
 """What the metrics call each verdict."""
@@ -222,19 +220,13 @@ class _Connector:
         """Take nothing new, leave relays and Consul, let TCP flows finish for a while, end everything.
 
         Relays hear it first, so that none sends a session here; what crosses that on its way is refused as draining,
-        and the relay tries another connector. Their connections stay for the sessions that run. A moment later agents
-        have heard of it too, and what they begin until then is good.
+        and the relay tries another connector. Their connections stay for the sessions that run.
         """
-        self._serving.is_draining = True
+        self._serving.begin_drain(self._config.drain_s)
         for client in self._relays:
             self._register(client, (), tuple(self._fronting.table.services))
         leaving = self._tasks.create_task(registrar.leave(), name="leave Consul")
-        handover_s = (
-            min(HANDOVER_SECONDS, self._config.drain_s) if any(self._serving.sessions.live()) else 0.0
-        )
-        await asyncio.sleep(handover_s)
-        self._serving.denies_flows = True
-        if not await self._serving.drained(self._config.drain_s - handover_s):
+        if not await self._serving.drained():
             _log.warning("drain_cut_short", seconds=self._config.drain_s)
         await leaving
         self._serving.close()

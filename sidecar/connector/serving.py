@@ -7,11 +7,13 @@ sidecar.connector.sessions' to decide. Health comes from outside. Source: protoc
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 from sidecar.connector.authority import FlowAuthority
 from sidecar.connector.backend_tls import BackendTls
 from sidecar.connector.datagrams import Datagrams
+from sidecar.connector.draining import Drain
 from sidecar.connector.flow_log import FlowLog
 from sidecar.connector.flows import RelayConnection
 from sidecar.connector.fronting import Fronting
@@ -78,10 +80,7 @@ class Serving:
         tasks: asyncio.TaskGroup,
     ) -> None:
         self.sessions = Sessions()
-        self.is_draining = False
-        """Whether it takes no sessions any more."""
-        self.denies_flows = False
-        """Whether it takes no flows any more, on sessions that it has."""
+        self._drain: Drain | None = None
         self.datagrams = Datagrams(
             fronting,
             self.sessions,
@@ -108,7 +107,7 @@ class Serving:
             backend_tls=backend_tls,
             verdicts=credentials.verdicts,
             datagrams=self.datagrams,
-            is_draining=lambda: self.denies_flows,
+            denies=self._denies_flows,
         )
         self.streams = StreamListener(credentials, authority, tasks=tasks, budget=Budget())
         self.streams.served.began = authority.began
@@ -243,23 +242,44 @@ class Serving:
         self.links.tidy()
         self.streams.close_unowned(self.sessions.has_agent, self._loop.time())
 
-    async def drained(self, drain_s: float) -> bool:
-        """Let TCP flows finish, those of a service for its own time, others for `drain_s`; say whether all did."""
-        began, did_all = self._loop.time(), True
-        while flows := [flow for flow in self.streams.served.flows() if not flow.finished.done()]:
-            ends_at = {flow: began + self._drain_s(flow.opened.service, drain_s) for flow in flows}
-            for flow in [each for each, at in ends_at.items() if at <= self._loop.time()]:
-                did_all = False
-                del ends_at[flow]
-                flow.reset(Reason.DRAINING)
-            if ends_at:
-                left_s = max(0.0, min(ends_at.values()) - self._loop.time())
-                await asyncio.wait([flow.finished for flow in ends_at], timeout=left_s)
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes no sessions any more."""
+        return self._drain is not None
+
+    def begin_drain(self, seconds: float) -> None:
+        """Take no more sessions, and flows as Drain says."""
+        services = self._fronting.table.services.values()
+        self._drain = Drain(
+            self._loop.time(),
+            seconds,
+            {each.service: each.drain_s for each in services if each.drain_s is not None},
+            frozenset(session.service for session in self.sessions.live()),
+        )
+
+    async def drained(self) -> bool:
+        """Let TCP flows finish as the drain that began says; say whether all did."""
+        drain, did_all = self._drain, True
+        while drain is not None:
+            now = self._loop.time()
+            running: dict[ServiceName, list[asyncio.Future[bool]]] = {}
+            for flow in [each for each in self.streams.served.flows() if not each.finished.done()]:
+                if drain.ends_at(flow.opened.service) <= now:
+                    did_all = False
+                    flow.reset(Reason.DRAINING)
+                else:
+                    running.setdefault(flow.opened.service, []).append(flow.finished)
+            look_at = drain.next_timer(now, running)
+            if look_at is None:
+                break
+            if running:
+                await asyncio.wait(itertools.chain(*running.values()), timeout=look_at - now)
+            else:
+                await asyncio.sleep(look_at - now)
         return did_all
 
-    def _drain_s(self, service: ServiceName, drain_s: float) -> float:
-        routes = self._fronting.table.services.get(service)
-        return drain_s if routes is None or routes.drain_s is None else min(drain_s, routes.drain_s)
+    def _denies_flows(self, service: ServiceName) -> bool:
+        return self._drain is not None and self._drain.takes_until(service) <= self._loop.time()
 
     def close(self) -> None:
         """End everything, telling agents and relays."""

@@ -528,10 +528,14 @@ async def test_an_agent_has_no_more_tcp_flows_than_its_limit(mesh: WholeMesh) ->
     held[1][1].close()
 
 
-async def test_a_service_drains_for_its_own_time(mesh: WholeMesh, tmp_path: Path) -> None:
+async def test_a_service_drains_for_its_own_time(
+    mesh: WholeMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handover is part of it: one that never ended would keep the connector past every deadline here."""
+    monkeypatch.setattr("sidecar.connector.draining.HANDOVER_SECONDS", 10 * WAIT_SECONDS)
     file, backend = tmp_path / "flows.log", await mesh.backend("echo")
     short = route(backend=at(backend.port), drain_s=0.2)
-    address = await serve(mesh, short, flow_log=str(file), drain_s=WAIT_SECONDS)
+    address = await serve(mesh, short, flow_log=str(file), drain_s=10 * WAIT_SECONDS)
     await answered(address)
     reader, writer = await asyncio.open_connection(address, 7007)
     with contextlib.closing(writer):

@@ -730,7 +730,7 @@ async def test_draining_takes_nothing_new_and_tells_everybody(pki: Pki) -> None:
 async def test_flows_are_taken_until_agents_have_heard_that_it_drains(
     pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecar.connector.daemon.HANDOVER_SECONDS", 4.0)
+    monkeypatch.setattr("sidecar.connector.draining.HANDOVER_SECONDS", 4.0)
     async with connector(pki, drain_s=5.0) as ground:
         await ground.leased()
         await ground.accepted()
