@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,9 +23,13 @@ from tests.support.distribution import copy_sources, locked_wheels, pip
 from ztna.container import context
 
 ENGINE_SECONDS = 40
+GUARD_SECONDS = 1.0
+"""How long an engine goes on, at most, after its last user was killed."""
 BUILD_SECONDS = 600
 BASE_IMAGE = f"ztna-mesh-test-base:{IMAGE_NUMBER}"
-_OURS = Path(tempfile.gettempdir()) / f"ztna-mesh-tests-docker-{os.geteuid()}"
+ROOT = Path(__file__).resolve().parents[2]
+_PLACE = "ZTNA_TESTS_DOCKER_DIR"
+_OURS = Path(os.environ.get(_PLACE, f"{tempfile.gettempdir()}/ztna-mesh-tests-docker-{os.geteuid()}"))
 _HOST = f"unix://{_OURS}/docker.sock"
 
 
@@ -64,7 +69,8 @@ def engine() -> Iterator[str | None]:
     """Yield the address of an engine (None: the default one answers).
 
     Ours is one for all test processes, as two would undo each other's packet filter: the first starts it, the last
-    one out ends it. What images are built upon is kept beside the other real parts.
+    one out ends it, or the guard when that one was killed. What images are built upon is kept beside the other real
+    parts.
     """
     if _answers(None):
         yield None
@@ -84,7 +90,7 @@ def engine() -> Iterator[str | None]:
                 except BlockingIOError:
                     pass  # others use it
                 else:
-                    _end()
+                    _end(int((_OURS / "pid").read_text()))
 
 
 @contextlib.contextmanager
@@ -106,6 +112,15 @@ def _start() -> None:
             stderr=log,
             start_new_session=True,
         )
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, str(process.pid)],
+            cwd=ROOT,
+            env=os.environ | {_PLACE: str(_OURS)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + ENGINE_SECONDS
     try:
         while not _answers(_HOST):
@@ -119,11 +134,35 @@ def _start() -> None:
         raise
 
 
-def _end() -> None:
-    """End it, and keep only what the next image is built upon: base, and the packages of the lock.
+def _guard(pid: int) -> None:
+    """End the engine once none of its users is left; return when it has ended, whoever ended it.
 
-    A test run that was killed may have left something behind.
+    A user that is killed gives up its lock and nothing else, so that somebody has to look.
     """
+    with contextlib.suppress(ProcessLookupError), (_OURS / "users").open("w") as users:
+        handle = os.pidfd_open(pid)
+        while not select.select([handle], [], [], GUARD_SECONDS)[0]:
+            with _alone(), contextlib.suppress(BlockingIOError):
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _end(pid)
+                return
+
+
+def _end(pid: int) -> None:
+    """End it, and keep only what the next image is built upon: base, and the packages of the lock."""
+    handle = os.pidfd_open(pid)  # it may be the child of another test process
+    try:
+        _clean()
+    finally:
+        signal.pidfd_send_signal(handle, signal.SIGTERM)
+        ended, _, _ = select.select([handle], [], [], ENGINE_SECONDS)
+        os.close(handle)
+    assert ended, f"dockerd {pid} goes on after SIGTERM"
+    shutil.rmtree(_OURS / "exec", ignore_errors=True)
+
+
+def _clean() -> None:
+    """Remove what a test run that was killed may have left behind, and the images of these sources."""
     if left := docker(_HOST, "ps", "--all", "--quiet").split():
         docker(_HOST, "rm", "--force", "--volumes", *left)
     for kind in ("network", "volume"):
@@ -131,13 +170,6 @@ def _end() -> None:
     for name in docker(_HOST, "images", "--format", "{{.Repository}}:{{.Tag}}").split():
         if name.startswith("ztna-mesh") and name != BASE_IMAGE:
             docker(_HOST, "rmi", "--force", name)
-    pid = int((_OURS / "pid").read_text())
-    handle = os.pidfd_open(pid)  # it may be the child of another test process
-    signal.pidfd_send_signal(handle, signal.SIGTERM)
-    ended, _, _ = select.select([handle], [], [], ENGINE_SECONDS)
-    os.close(handle)
-    assert ended, f"dockerd {pid} goes on after SIGTERM"
-    shutil.rmtree(_OURS / "exec", ignore_errors=True)
 
 
 def docker(host: str | None, *argv: str) -> str:
@@ -183,3 +215,7 @@ def our_wheel(folder: Path) -> Path:
     shutil.rmtree(source)
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+if __name__ == "__main__":
+    _guard(int(sys.argv[1]))
