@@ -155,8 +155,24 @@ job "agent" {
           command      = config.value
           args         = ["agent", "--config", "${NOMAD_TASK_DIR}/agent.yaml"]
           network_mode = "host"
-          cap_add      = var.mode == "listen" ? [] : ["net_admin", "net_raw"]
           devices      = var.mode == "tun" ? [{ host_path = "/dev/net/tun", container_path = "/dev/net/tun" }] : []
+
+          # No capability but what its mode needs, and nothing of the image can be written to. In `listen` it may
+          # listen at ports below 1024, too.
+          cap_drop        = ["all"]
+          cap_add         = var.mode == "listen" ? ["net_bind_service"] : ["net_admin", "net_raw"]
+          security_opt    = ["no-new-privileges"]
+          readonly_rootfs = true
+
+          mount {
+            type   = "tmpfs"
+            target = "/run"
+          }
+
+          mount {
+            type   = "tmpfs"
+            target = "/tmp"
+          }
         }
       }
 

@@ -152,6 +152,21 @@ job "dnsd" {
           command      = config.value
           args         = ["--config", "${NOMAD_TASK_DIR}/dnsd.yaml"]
           network_mode = "host"
+
+          # No capability, and nothing of the image can be written to.
+          cap_drop        = ["all"]
+          security_opt    = ["no-new-privileges"]
+          readonly_rootfs = true
+
+          mount {
+            type   = "tmpfs"
+            target = "/run"
+          }
+
+          mount {
+            type   = "tmpfs"
+            target = "/tmp"
+          }
         }
       }
 

@@ -156,6 +156,21 @@ job "relay" {
           command      = config.value
           args         = ["--config", "${NOMAD_TASK_DIR}/relay.yaml"]
           network_mode = "host"
+
+          # No capability, and nothing of the image can be written to.
+          cap_drop        = ["all"]
+          security_opt    = ["no-new-privileges"]
+          readonly_rootfs = true
+
+          mount {
+            type   = "tmpfs"
+            target = "/run"
+          }
+
+          mount {
+            type   = "tmpfs"
+            target = "/tmp"
+          }
         }
       }
 

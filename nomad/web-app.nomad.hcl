@@ -281,6 +281,21 @@ job "web-app" {
           command      = config.value
           args         = ["connector", "--config", "${NOMAD_TASK_DIR}/connector.yaml"]
           network_mode = "host"
+
+          # No capability, and nothing of the image can be written to.
+          cap_drop        = ["all"]
+          security_opt    = ["no-new-privileges"]
+          readonly_rootfs = true
+
+          mount {
+            type   = "tmpfs"
+            target = "/run"
+          }
+
+          mount {
+            type   = "tmpfs"
+            target = "/tmp"
+          }
         }
       }
 

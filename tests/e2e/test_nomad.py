@@ -64,7 +64,9 @@ def test_a_key_is_read_by_its_task_alone(file: Path, driver: str, owner: int) ->
             assert (each["Perms"], each["Uid"], each["Gid"]) == ("0600", wanted, wanted)
 
 
-@pytest.mark.parametrize(("mode", "capabilities"), [("listen", []), ("anyip", NEEDED), ("tun", NEEDED)])
+@pytest.mark.parametrize(
+    ("mode", "capabilities"), [("listen", ["net_bind_service"]), ("anyip", NEEDED), ("tun", NEEDED)]
+)
 def test_an_agent_in_docker_is_given_what_its_mode_needs(mode: str, capabilities: list[str]) -> None:
     """Nomad takes away from Docker's own what a client does not allow, so each is asked for by name."""
     (task,) = tasks(JOBS / "agent.nomad.hcl", "docker", f"-var=mode={mode}")
