@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from aiohttp import web
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
 from tests.support.browser import LAUNCH, Watch, tell_violations
@@ -21,6 +22,7 @@ from tests.support.consul import require_binary
 from tests.support.lab import until
 from ztna.admin import serving
 from ztna.config import Config, Endpoint
+from ztna.pages import live
 from ztna.runtime import Daemon
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -291,6 +293,64 @@ async def test_a_page_that_is_open_comes_back_with_its_daemon(context: BrowserCo
                 )
                 await expect(page.locator("#live")).to_have_text("Live", timeout=WAIT_MILLISECONDS)
         await expect(page.locator("#live")).to_contain_text("No answer since", timeout=WAIT_MILLISECONDS)
+
+
+async def test_one_page_too_many_says_so_and_is_live_when_loaded_after_another_was_closed(
+    context: BrowserContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "LISTENERS_MAX", 1)
+    async with asyncio.TaskGroup() as tasks:
+        daemon = Daemon("ztna-full", Config(), tasks)
+        async with serving(daemon, Endpoint("127.0.0.1", 0), None):
+            first, second = await context.new_page(), await context.new_page()
+            url = "http://{}:{}/".format(*daemon.admin_address)
+            await first.goto(url)
+            await expect(first.locator("#live")).to_have_text("Live", timeout=WAIT_MILLISECONDS)
+            await second.goto(url)
+            await expect(second.locator("#live")).to_have_text(
+                "Not live: too many pages are open. Close one and load this one again."
+            )
+            await first.close()
+            async with asyncio.timeout(WAIT_MILLISECONDS / 1000):
+                while await second.locator("#live").inner_text() != "Live":
+                    await second.reload()
+                    await second.wait_for_selector("#live[data-state]")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [
+        (403, "application/json", "no longer lets this browser ask"),
+        (404, "text/plain", "has no such page"),
+        (500, "text/plain", "something else answers here now (status 500)"),
+        (200, "text/html", "something else answers here now (status 200)"),
+    ],
+)
+async def test_a_refused_stream_is_told_by_what_it_was_answered(
+    context: BrowserContext, status: int, kind: str, said: str
+) -> None:
+    """Another program has the port by the time that the browser comes back."""
+    page = await context.new_page()
+    async with asyncio.TaskGroup() as tasks:
+        daemon = Daemon("ztna-gone", Config(), tasks)
+        async with serving(daemon, Endpoint("127.0.0.1", 0), None):
+            host, port = daemon.admin_address
+            await page.goto(f"http://{host}:{port}/")
+            await expect(page.locator("#live")).to_have_text("Live", timeout=WAIT_MILLISECONDS)
+
+    async def refuse(_request: web.Request) -> web.Response:
+        return web.Response(status=status, content_type=kind, text="no")
+
+    app = web.Application()
+    app.router.add_get("/events", refuse)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+        await expect(page.locator("#live")).to_contain_text(said, timeout=WAIT_MILLISECONDS)
+        await expect(page.get_by_role("heading", level=1)).to_have_text("ztna-gone")
+    finally:
+        await runner.cleanup()
 
 
 async def test_daemons_and_the_mesh_end_in_time_with_pages_open(up: Up, context: BrowserContext) -> None:

@@ -58,6 +58,12 @@ const live = document.getElementById("live");
 const raw = document.querySelector("#raw pre");
 let ended = null;
 
+const REFUSALS = {
+  403: "its daemon no longer lets this browser ask (status 403). The page is for 127.0.0.1 of its own host.",
+  404: "what answers here now has no such page (status 404).",
+  503: "too many pages are open. Close one and load this one again.",
+};
+
 function say(state, text) {
   if (live.dataset.state === state) return;
   live.dataset.state = state;
@@ -87,7 +93,27 @@ function miss() {
   ended = ended ?? new Date();
   say("away", `No answer since ${ended.toLocaleTimeString()}: this is how it was. Trying again.`);
   // A refusal ends an EventSource for good; any other end it mends itself.
-  if (stream.readyState === EventSource.CLOSED) say("closed", "Not live: too many pages are open. Load this one again.");
+  if (stream.readyState === EventSource.CLOSED) tellRefusal(stream);
+}
+
+function unknown(status) {
+  return `something else answers here now (status ${status}).`;
+}
+
+// An EventSource keeps to itself what it was answered, so that is asked for once more.
+async function tellRefusal(refused) {
+  const cancel = new AbortController();
+  try {
+    const answer = await fetch("/events", { cache: "no-store", signal: cancel.signal });
+    if (stream !== refused) return;
+    const isStream = answer.headers.get("Content-Type")?.startsWith("text/event-stream");
+    if (answer.status === 200 && isStream) follow();
+    else say("closed", `Not live: ${REFUSALS[answer.status] ?? unknown(answer.status)}`);
+  } catch {
+    if (stream === refused) follow();
+  } finally {
+    cancel.abort();
+  }
 }
 
 // A page that nobody sees gives its connection back: a browser has six for one host, and the daemon so many for all.
