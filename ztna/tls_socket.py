@@ -11,7 +11,7 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -21,9 +21,9 @@ RECORDS_PER_SEND = 4
 
 
 class TlsSocket(socket.socket):
-    """What a flow needs of a socket: `recv_into`, `send`, `sendmsg`, `shutdown`, `close`.
+    """What a flow needs of a socket: `recvmsg_into`, `send`, `sendmsg`, `shutdown`, `close`.
 
-    `has_more` says that `recv_into` has something which makes nothing readable. After a BlockingIOError `send` and
+    `has_more` says that `recvmsg_into` has something which makes nothing readable. After a BlockingIOError `send` and
     `sendmsg` want the same bytes again, and perhaps more, as OpenSSL does.
     """
 
@@ -42,29 +42,26 @@ class TlsSocket(socket.socket):
         self._is_ended = False
         self._flushing: asyncio.AbstractEventLoop | None = None
 
-    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0) -> int:  # type: ignore[override]
-        """Fill the buffer as far as it goes; 0 is the other end's close_notify, or the end of its TCP.
+    def recvmsg_into(  # type: ignore[override]
+        self, buffers: Iterable[memoryview], *_rest: object
+    ) -> tuple[int, list[tuple[int, int, bytes]], int, None]:
+        """Fill one buffer after the other as far as it goes; only the first of what is returned says anything.
 
-        Raises BlockingIOError, or OSError for a connection that broke or is no TLS any more.
+        0 is the other end's close_notify, or the end of its TCP. Raises BlockingIOError, or OSError for a connection
+        that broke or is no TLS any more.
         """
-        filled = min(len(buffer), len(self._plain))
-        buffer[:filled] = self._plain[:filled]
-        del self._plain[:filled]
-        while filled < len(buffer) and not self._is_ended:
+        filled = 0
+        for buffer in buffers:
             try:
-                size = cast(int, self._tls.read(len(buffer) - filled, buffer[filled:]))
-            except ssl.SSLWantReadError:
-                self.has_more = False
-                if filled:
-                    return filled
-                self._receive()
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                self._is_ended = True
-            else:
-                self._is_ended = size == 0
-                filled += size
-        self.has_more = True
-        return filled
+                size = self._fill(buffer)
+            except BlockingIOError:
+                if not filled:
+                    raise
+                break
+            filled += size
+            if size < len(buffer):
+                break
+        return filled, [], 0, None
 
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:  # type: ignore[override]
         """Send some of it and say how much. Raises BlockingIOError, OSError."""
@@ -104,6 +101,26 @@ class TlsSocket(socket.socket):
             self._flushing.remove_writer(self.fileno())
             self._flushing = None
         super().close()
+
+    def _fill(self, buffer: memoryview) -> int:
+        filled = min(len(buffer), len(self._plain))
+        buffer[:filled] = self._plain[:filled]
+        del self._plain[:filled]
+        while filled < len(buffer) and not self._is_ended:
+            try:
+                size = cast(int, self._tls.read(len(buffer) - filled, buffer[filled:]))
+            except ssl.SSLWantReadError:
+                self.has_more = False
+                if filled:
+                    return filled
+                self._receive()
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                self._is_ended = True
+            else:
+                self._is_ended = size == 0
+                filled += size
+        self.has_more = True
+        return filled
 
     def _finish(self) -> None:
         """Send the last record, however long the other end makes us wait for that."""

@@ -23,7 +23,7 @@ from ztna.packet import build_echo_reply, build_udp
 from ztna.telemetry import dropped, logger
 from ztna.udp import SockAddr, bind_udp
 
-RECEIVE_BUFFER_BYTES = 256 * 1024
+RECEIVE_BUFFER_BYTES = 512 * 1024
 BACKLOG_CONNECTIONS = 1024
 ACCEPTS_PER_WAKEUP = 64
 DATAGRAMS_PER_WAKEUP = 64

@@ -17,10 +17,10 @@ KEPT_FLOOR_BYTES = 16 * 1024
 KEPT_FRACTION = 8
 
 # The share of a limit that is in use, in 64ths, below which a new flow gets the window beside it. Few flows are fast,
-# many still fit: 2, 8 and 32 flows a peer with these windows, then 400 with the smallest. A process soon gives small
+# many still fit: 2, 15 and 11 flows a peer with these windows, then 380 with the smallest. A process soon gives small
 # ones: it has many peers, and room for 2,300 flows. The last eighth is never reserved: it is left for what is kept
 # unacknowledged.
-_PEER_TIERS = ((8, WINDOW_BYTES_MAX), (16, 1024 * 1024), (24, 256 * 1024), (56, WINDOW_BYTES_MIN))
+_PEER_TIERS = ((8, WINDOW_BYTES_MAX), (23, 1024 * 1024), (26, 256 * 1024), (56, WINDOW_BYTES_MIN))
 _PROCESS_TIERS = ((4, WINDOW_BYTES_MAX), (8, 1024 * 1024), (12, 256 * 1024), (56, WINDOW_BYTES_MIN))
 
 

@@ -88,8 +88,8 @@ class Carried(Protocol):
     def frame_received(self, frame: Frame) -> None:
         """Take any other frame. Raises ProtocolError."""
 
-    def piece_written(self) -> None:
-        """The piece that waited is written."""
+    def data_written(self) -> None:
+        """The DATA that waited is written."""
 
     def carrier_writable(self) -> None:
         """Nothing waits in the carrier any more."""
@@ -116,7 +116,7 @@ class FrameStream:
         carrier = "packet" if isinstance(tls, QuicStream) else "stream"
         self._sent, self._received = LINK_TALLIES[carrier, "sent"], LINK_TALLIES[carrier, "received"]
         self._reader = FrameReader()
-        # The first may be half written: TLS wants the same bytes again. True marks the DATA frame of the flow.
+        # The first may be half written: TLS wants the same bytes again. True marks DATA frames of the flow.
         self._unsent: list[tuple[memoryview, bool]] = []
         self._is_finishing = False
         self._stall = Stall(asyncio.get_running_loop().time())
@@ -170,11 +170,11 @@ class FrameStream:
 
     def send(self, frame: bytes) -> None:
         """Write a frame, after whatever waits. A broken connection shows later, as its end."""
-        self._send(memoryview(frame), is_piece=False)
+        self._send(memoryview(frame), is_data=False)
 
-    def send_piece(self, frame: memoryview) -> bool:
-        """Write the flow's DATA frame; False: it waits, and the flow is told when it is written."""
-        return self._send(frame, is_piece=True)
+    def send_data(self, frames: memoryview) -> bool:
+        """Write the flow's DATA frames; False: they wait, and the flow is told when they are written."""
+        return self._send(frames, is_data=True)
 
     def carry(self, flow: TcpFlow, expected: int, window: int, greeting: Frame | None = None) -> None:
         """Carry a flow from now on; as TcpFlow.attach. Raises ProtocolError as that, and carries nothing then."""
@@ -244,7 +244,7 @@ class FrameStream:
             flow.carrier_lost()
         self._on_closed(reason)
 
-    def _send(self, frame: memoryview, *, is_piece: bool) -> bool:
+    def _send(self, frame: memoryview, *, is_data: bool) -> bool:
         if self.is_closed or self._is_finishing:
             return False
         written = 0
@@ -259,13 +259,13 @@ class FrameStream:
             self._sent_bytes += written
             if written == len(frame):
                 return True
-        self._unsent.append((frame[written:], is_piece))
+        self._unsent.append((frame[written:], is_data))
         return False
 
     def _writable(self) -> None:
         unsent = self._unsent
         while unsent:
-            rest, is_piece = unsent[0]
+            rest, is_data = unsent[0]
             try:
                 written = self._tls.write(rest)
             except OSError:
@@ -274,11 +274,11 @@ class FrameStream:
             self._sent.count += written
             self._sent_bytes += written
             if written < len(rest):
-                unsent[0] = (rest[written:], is_piece)
+                unsent[0] = (rest[written:], is_data)
                 return
             unsent.pop(0)
-            if is_piece and self.flow is not None:
-                self.flow.piece_written()
+            if is_data and self.flow is not None:
+                self.flow.data_written()
         if self._is_finishing:
             self._finished(self._end_reason)
         elif self.flow is not None:

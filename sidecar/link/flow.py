@@ -27,12 +27,16 @@ from ztna.wire.stream import DATA, HEADER_BYTES, Ack, Fin, Frame, OpenFrame, Res
 # With its header and what TLS adds to its four records (22 bytes each) a full piece is what the kernel sends in one go:
 # 45 segments of 1448 bytes are the most that fit in 64 KiB. A byte more would go alone.
 PIECE_BYTES = 45 * 1448 - 4 * 22 - HEADER_BYTES
-READS_PER_TURN = 4
+FRAME_BYTES = HEADER_BYTES + PIECE_BYTES
+DOUBLINGS_MAX = 3
+"""A local socket that fills what it is read into gets twice the room at the next read, so often: eight full frames.
+
+Each turn costs the same, so bulk goes by few and large ones.
+"""
 GATHERED_PIECES_MAX = 64
 LOCAL_WRITE_BYTES_MAX = 256 * 1024
-# Smaller reads are kept as copies, so that what is kept is not mostly empty chunk.
-WHOLE_CHUNK_BYTES_MIN = 32 * 1024
-SPARE_CHUNKS_MAX = 128
+SPARE_CHUNKS_MAX = 16
+"""How many buffers of each of the four sizes are held ready: 16 MB in all."""
 
 _HEADER = struct.Struct(">I")
 _RST = struct.pack("ii", 1, 0)
@@ -66,8 +70,8 @@ class FlowCarrier(Protocol):
     def send(self, frame: bytes) -> None:
         """Write a small frame, after whatever waits."""
 
-    def send_piece(self, frame: memoryview) -> bool:
-        """Write a DATA frame while not blocked; False: `piece_written` is called once it is wholly written."""
+    def send_data(self, frames: memoryview) -> bool:
+        """Write DATA frames while not blocked; False: `data_written` is called once they are wholly written."""
 
     def flow_ended(self, *, reusable: bool) -> None:
         """The flow is over: be free for the next one, or close once what waits is written."""
@@ -81,7 +85,7 @@ class _Nowhere:
     def send(self, frame: bytes) -> None:
         pass
 
-    def send_piece(self, frame: memoryview) -> bool:
+    def send_data(self, frames: memoryview) -> bool:
         raise AssertionError("a detached flow sends nothing")
 
     def flow_ended(self, *, reusable: bool) -> None:
@@ -119,6 +123,7 @@ class TcpFlow:
         self._early_ack: int | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._is_reading = False
+        self._doublings = 0
         self._is_writing = False
         self._is_over = False
         self._reset_code = 0
@@ -206,8 +211,8 @@ class TcpFlow:
         else:
             raise ProtocolError(f"{type(frame).__name__} inside a flow")
 
-    def piece_written(self) -> None:
-        """The DATA frame that was given to a blocked carrier is written."""
+    def data_written(self) -> None:
+        """The DATA frames that were given to a blocked carrier are written."""
         if not self._is_over:
             self._settle_in_flight()
 
@@ -229,17 +234,17 @@ class TcpFlow:
         self._look_at_reading()
 
     def _settle_in_flight(self) -> None:
-        piece, self._in_flight = self._in_flight, None
-        if piece is None:
+        frames, self._in_flight = self._in_flight, None
+        if frames is None:
             return
-        self._keep(piece)
+        self._keep(frames)
         self._share.keep(self.state.kept_bytes)
         early, self._early_ack = self._early_ack, None
         if early is not None:
             self._acknowledged(early)
 
     def _acknowledged(self, position: int) -> None:
-        in_flight = len(self._in_flight) - HEADER_BYTES if self._in_flight is not None else 0
+        in_flight = sum(map(len, _pieces(self._in_flight))) if self._in_flight is not None else 0
         if 0 < position - self.state.sent_position <= in_flight:
             # DATA is handed on as it comes, so the other end may acknowledge the beginning of a frame whose end
             # is not written yet. It counts once the frame is: until then its bytes cannot be let go.
@@ -286,10 +291,10 @@ class TcpFlow:
             room = min(state.send_credit, PIECE_BYTES)
             if state.owed_bytes and room <= 0:
                 return
-            chunk = _CHUNKS.take()
+            chunk = _SPARE[0].take()
             size = state.take_owed(memoryview(chunk)[HEADER_BYTES : HEADER_BYTES + max(0, room)])
             if not size:
-                _CHUNKS.give(chunk)
+                _SPARE[0].give(chunk)
                 self._send_fin()
             elif not self._send_chunk(chunk, size):
                 return
@@ -300,58 +305,69 @@ class TcpFlow:
             return
         state, share = self.state, self._share
         room = min(state.send_credit, share.room())
-        for _ in range(READS_PER_TURN):
-            if room <= 0 or not self._read_local(min(room, PIECE_BYTES)):
-                break
-            room -= PIECE_BYTES
+        if room > 0:
+            self._read_local(room)
         if not self._is_over:
             share.keep(state.kept_bytes)
         self._look_at_reading()
 
-    def _read_local(self, limit: int) -> bool:
-        """Carry one read of at most `limit` bytes; return whether there may be more."""
-        chunk = _CHUNKS.take()
-        view = memoryview(chunk)
+    def _read_local(self, room: int) -> None:
+        """Carry one read of at most `room` bytes."""
+        doublings = self._doublings
+        while doublings and room < PIECE_BYTES << doublings:
+            doublings -= 1
+        spare, most = _SPARE[doublings], min(room, PIECE_BYTES << doublings)
+        chunk = spare.take()
         try:
-            size = self._local.recv_into(view[HEADER_BYTES : HEADER_BYTES + limit])
+            size = self._local.recvmsg_into(_rooms(chunk, most))[0]
         except BlockingIOError:
-            _CHUNKS.give(chunk)
-            return False
+            spare.give(chunk)
+            return
         except OSError:
-            _CHUNKS.give(chunk)
+            spare.give(chunk)
             self.reset()
-            return False
-        if not size:
-            _CHUNKS.give(chunk)
+            return
+        if size == most:
+            self._doublings = min(DOUBLINGS_MAX, self._doublings + 1)
+        elif 2 * size < most:
+            self._doublings = max(0, doublings - 1)
+        if size:
+            self.bytes_sent += size
+            self._send_chunk(chunk, size)
+        else:
+            spare.give(chunk)
             self._send_fin()
-            return False
-        self.bytes_sent += size
-        return self._send_chunk(chunk, size) and size == limit and not self._is_over
 
-    def _send_chunk(self, chunk: bytearray, size: int) -> bool:
-        """Send so many bytes as DATA; return whether they are written, else they are in flight."""
-        _HEADER.pack_into(chunk, 0, DATA << 24 | size)
-        frame = memoryview(chunk)[: HEADER_BYTES + size]
-        if self._carrier.send_piece(frame):
-            self._keep(frame)
+    def _send_chunk(self, chunk: _Chunk, size: int) -> bool:
+        """Send so many bytes of DATA; return whether they are written, else they are in flight."""
+        at = 0
+        while size > PIECE_BYTES:
+            _HEADER.pack_into(chunk, at, DATA << 24 | PIECE_BYTES)
+            at += FRAME_BYTES
+            size -= PIECE_BYTES
+        _HEADER.pack_into(chunk, at, DATA << 24 | size)
+        frames = memoryview(chunk)[: at + HEADER_BYTES + size]
+        if self._carrier.send_data(frames):
+            self._keep(frames)
             return True
-        self._in_flight = frame
+        self._in_flight = frames
         return False
 
     def _send_fin(self) -> None:
         self.state.fin_sent()
         self._carrier.send(encode(Fin()))
 
-    def _keep(self, frame: memoryview) -> None:
-        """Keep a written DATA frame until its ACK; only now, so that no ACK can free what is still being written."""
-        piece = frame[HEADER_BYTES:]
-        chunk = frame.obj
-        assert isinstance(chunk, bytearray)
-        if len(piece) < WHOLE_CHUNK_BYTES_MIN:
-            self.state.sent(memoryview(bytes(piece)))
-            _CHUNKS.give(chunk)
+    def _keep(self, frames: memoryview) -> None:
+        """Keep written DATA until its ACK; only now, so that no ACK can free what is still being written."""
+        chunk = frames.obj
+        assert isinstance(chunk, _Chunk)
+        if 2 * len(frames) < len(chunk):
+            # As a copy, so that what is kept is not mostly empty chunk.
+            for piece in _pieces(frames):
+                self.state.sent(memoryview(bytes(piece)))
+            chunk.spare.give(chunk)
         else:
-            self.state.sent(piece)
+            chunk.kept = sum(map(self.state.sent, _pieces(frames)))
 
     # Carrier -> local socket
 
@@ -448,22 +464,53 @@ class TcpFlow:
     @staticmethod
     def _recycle(pieces: Sequence[memoryview]) -> None:
         for piece in pieces:
-            if isinstance(piece.obj, bytearray):
-                _CHUNKS.give(piece.obj)
+            chunk = piece.obj
+            if isinstance(chunk, _Chunk):
+                chunk.kept -= 1
+                if not chunk.kept:
+                    chunk.spare.give(chunk)
 
 
-class _Chunks:
-    """Spare buffers of one full DATA frame, so that the hot path allocates and zeroes none."""
+class _Chunk(bytearray):
+    """A buffer of DATA frames, full ones but for the last. `kept`: of how many the bytes wait for their ACK."""
 
-    def __init__(self) -> None:
-        self._spare: list[bytearray] = []
+    __slots__ = ("kept", "spare")
 
-    def take(self) -> bytearray:
-        return self._spare.pop() if self._spare else bytearray(HEADER_BYTES + PIECE_BYTES)
-
-    def give(self, chunk: bytearray) -> None:
-        if len(self._spare) < SPARE_CHUNKS_MAX:
-            self._spare.append(chunk)
+    def __init__(self, size: int, spare: _Spare) -> None:
+        super().__init__(size)
+        self.kept = 0
+        self.spare = spare
 
 
-_CHUNKS = _Chunks()
+class _Spare:
+    """Spare buffers for so many full DATA frames, so that the hot path allocates and zeroes none."""
+
+    def __init__(self, frames: int) -> None:
+        self._size = frames * FRAME_BYTES
+        self._chunks: list[_Chunk] = []
+
+    def take(self) -> _Chunk:
+        return self._chunks.pop() if self._chunks else _Chunk(self._size, self)
+
+    def give(self, chunk: _Chunk) -> None:
+        if len(self._chunks) < SPARE_CHUNKS_MAX:
+            self._chunks.append(chunk)
+
+
+_SPARE = tuple(_Spare(1 << doublings) for doublings in range(DOUBLINGS_MAX + 1))
+
+
+def _rooms(chunk: _Chunk, size: int) -> list[memoryview]:
+    """Return where so many bytes of DATA go, each piece behind its header."""
+    view, rooms, at = memoryview(chunk), [], HEADER_BYTES
+    while size > PIECE_BYTES:
+        rooms.append(view[at : at + PIECE_BYTES])
+        at += FRAME_BYTES
+        size -= PIECE_BYTES
+    rooms.append(view[at : at + size])
+    return rooms
+
+
+def _pieces(frames: memoryview) -> list[memoryview]:
+    """Return the DATA of frames in a chunk."""
+    return [frames[at + HEADER_BYTES : at + FRAME_BYTES] for at in range(0, len(frames), FRAME_BYTES)]

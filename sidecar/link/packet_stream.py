@@ -106,7 +106,7 @@ class PacketStream:
             case _:
                 raise ProtocolError(f"{type(frame).__name__} among packets")
 
-    def piece_written(self) -> None:
+    def data_written(self) -> None:
         """Nothing: packets are no pieces."""
 
     def carrier_writable(self) -> None:

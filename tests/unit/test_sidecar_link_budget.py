@@ -15,6 +15,7 @@ def test_few_flows_are_fast_and_many_still_fit() -> None:
     budget = Budget()
     shares = open_all(budget, "a")
     assert shares[0].window == WINDOW_BYTES_MAX
+    assert all(share.window >= 1024 * 1024 for share in shares[:16])
     assert shares[-1].window == WINDOW_BYTES_MIN
     assert len(shares) > 400
     assert budget.used == budget.used_by("a") == sum(share.window + KEPT_FLOOR_BYTES for share in shares)

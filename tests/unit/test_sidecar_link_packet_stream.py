@@ -110,5 +110,5 @@ def test_nothing_else_belongs_among_packets(rig: Rig) -> None:
     for frame in (Fin(), Data(b"x")):
         with pytest.raises(ProtocolError):
             rig.stream.frame_received(frame)
-    rig.stream.piece_written()
+    rig.stream.data_written()
     assert rig.stream.is_open

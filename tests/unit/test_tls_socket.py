@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import socket
 import ssl
 import threading
@@ -82,11 +83,13 @@ async def ready(add: Callable[..., object], remove: Callable[[int], object], soc
 async def read(sock: TlsSocket, size: int = 10_000) -> bytes:
     """Read once, as a flow does: when the socket is readable, unless it says that it has more."""
     loop, buffer = asyncio.get_running_loop(), memoryview(bytearray(size))
+    cuts = (0, size // 3, size // 2, size)
+    parts = [buffer[start:end] for start, end in itertools.pairwise(cuts)]
     while True:
         if not sock.has_more:
             await ready(loop.add_reader, loop.remove_reader, sock)
         try:
-            return bytes(buffer[: sock.recv_into(buffer)])
+            return bytes(buffer[: sock.recvmsg_into(parts)[0]])
         except BlockingIOError:
             assert not sock.has_more
 

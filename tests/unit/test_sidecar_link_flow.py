@@ -1,0 +1,223 @@
+"""sidecar.link.flow: how the local socket is read, and what is kept of it until the other end has it."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from sidecar.link import flow as flow_module
+from sidecar.link.budget import Budget
+from sidecar.link.flow import DOUBLINGS_MAX, PIECE_BYTES, SPARE_CHUNKS_MAX, TcpFlow
+from tests.support.stream_ground import open_frame
+from ztna.identity import Identity
+from ztna.wire.stream import WINDOW_BYTES_MAX, Ack, Data, FrameReader
+
+
+class Program:
+    """The local socket: gives as much as it is asked for, or what `limits` says next."""
+
+    def __init__(self) -> None:
+        self.pipe = os.pipe()
+        self.given = bytearray()
+        self.asked: list[int] = []
+        self.limits: list[int] = []
+        self._random = random.Random(7)
+
+    def fileno(self) -> int:
+        return self.pipe[0]
+
+    def setblocking(self, _flag: bool) -> None: ...
+
+    def setsockopt(self, *_options: int) -> None: ...
+
+    def recvmsg_into(self, buffers: list[memoryview]) -> tuple[int, list[object], int, None]:
+        room = sum(map(len, buffers))
+        self.asked.append(room)
+        left = size = min(room, self.limits.pop(0) if self.limits else room)
+        for buffer in buffers:
+            part = self._random.randbytes(min(left, len(buffer)))
+            buffer[: len(part)] = part
+            self.given += part
+            left -= len(part)
+        return size, [], 0, None
+
+    def close(self) -> None: ...
+
+
+class Way:
+    """A carrier that takes everything at once; `is_stuck`, it takes what comes next only in part, and nothing more."""
+
+    def __init__(self) -> None:
+        self.is_stuck = False
+        self.is_blocked = False
+        self.written: list[bytes] = []
+
+    def send(self, frame: bytes) -> None:
+        self.written.append(frame)
+
+    def send_data(self, frames: memoryview) -> bool:
+        self.written.append(bytes(frames))
+        self.is_blocked = self.is_stuck
+        return not self.is_stuck
+
+    def flow_ended(self, *, reusable: bool) -> None: ...
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of the flow in all that was written."""
+        frames = FrameReader().feed(b"".join(self.written))
+        return b"".join(frame.data for frame in frames if isinstance(frame, Data))
+
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    made = Program()
+    yield made
+    for end in made.pipe:
+        os.close(end)
+
+
+@pytest.fixture
+def spare(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """Fresh stores of spare buffers."""
+    made = tuple(flow_module._Spare(1 << doublings) for doublings in range(DOUBLINGS_MAX + 1))
+    monkeypatch.setattr(flow_module, "_SPARE", made)
+    return made
+
+
+def begun(program: Program, way: Way, window: int = WINDOW_BYTES_MAX) -> TcpFlow:
+    share = Budget().open("peer")
+    assert share is not None
+    flow = TcpFlow(open_frame(), cast(Identity, None), share, cast(socket.socket, program))
+    flow.attach(way, 0, window)
+    return flow
+
+
+def acknowledge(flow: TcpFlow, position: int) -> None:
+    flow.frame_received(Ack(position))
+
+
+async def test_who_has_much_to_say_is_read_in_larger_and_larger_runs(program: Program, spare: object) -> None:
+    way = Way()
+    flow = begun(program, way)
+    for _ in range(6):
+        flow._local_readable()
+        acknowledge(flow, flow.state.sent_position)
+    assert program.asked == [PIECE_BYTES * times for times in (1, 2, 4, 8, 8, 8)]
+    program.limits = [1000] * 5
+    for _ in range(5):
+        flow._local_readable()
+    assert program.asked[6:] == [PIECE_BYTES * times for times in (8, 4, 2, 1, 1)], (
+        "and in smaller ones again"
+    )
+    assert way.content == program.given
+    flow.reset()
+
+
+async def test_no_more_is_read_than_the_other_end_takes(program: Program, spare: object) -> None:
+    way = Way()
+    flow = begun(program, way, 5 * PIECE_BYTES)
+    for _ in range(4):
+        flow._local_readable()
+    assert program.asked == [PIECE_BYTES, 2 * PIECE_BYTES, 2 * PIECE_BYTES], "then its window is full"
+    acknowledge(flow, 100)
+    flow._local_readable()
+    assert program.asked[3:] == [100]
+    assert flow.state.kept_bytes <= 5 * PIECE_BYTES + 100
+    acknowledge(flow, flow.state.sent_position)
+    flow._local_readable()
+    assert program.asked[4:] == [4 * PIECE_BYTES], "a full window is no sign of having little to say"
+    assert way.content == program.given
+    flow.reset()
+
+
+async def test_a_buffer_is_used_again_when_all_that_it_holds_is_acknowledged(
+    program: Program, spare: tuple[Any, ...]
+) -> None:
+    flow = begun(program, Way())
+    for _ in range(3):
+        flow._local_readable()
+    first, second, third = (PIECE_BYTES * times for times in (1, 3, 7))
+    acknowledge(flow, first)
+    assert [len(each._chunks) for each in spare] == [1, 0, 0, 0]
+    acknowledge(flow, second - 1)
+    assert [len(each._chunks) for each in spare] == [1, 0, 0, 0]
+    acknowledge(flow, second)
+    assert [len(each._chunks) for each in spare] == [1, 1, 0, 0]
+    acknowledge(flow, third)
+    assert [len(each._chunks) for each in spare] == [1, 1, 1, 0]
+    flow._local_readable()
+    flow.reset()
+    assert [len(each._chunks) for each in spare] == [1, 1, 1, 1], "a flow that ends gives all back"
+
+
+async def test_what_is_mostly_empty_is_not_kept(program: Program, spare: tuple[Any, ...]) -> None:
+    way = Way()
+    flow = begun(program, way)
+    for _ in range(3):
+        flow._local_readable()
+    acknowledge(flow, flow.state.sent_position)
+    program.limits = [PIECE_BYTES + 10_000]
+    flow._local_readable()
+    assert program.asked[-1] == 8 * PIECE_BYTES
+    assert len(spare[3]._chunks) == 1, "the bytes are kept beside it"
+    flow.carrier_lost()
+    again = Way()
+    flow.attach(again, flow.state.acknowledged_position, WINDOW_BYTES_MAX)
+    assert again.content == program.given[-(PIECE_BYTES + 10_000) :]
+    flow.reset()
+
+
+async def test_no_more_than_so_many_buffers_are_held_ready(program: Program, spare: tuple[Any, ...]) -> None:
+    for chunk in [spare[0].take() for _ in range(SPARE_CHUNKS_MAX + 5)]:
+        spare[0].give(chunk)
+    assert len(spare[0]._chunks) == SPARE_CHUNKS_MAX
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_bytes_survive_acks_and_carriers_that_break_anywhere(
+    program: Program, spare: object, seed: int
+) -> None:
+    """The other end has so much of what was written: all of it is there in the end, in order and once."""
+    luck = random.Random(seed)
+    way, arrived = Way(), bytearray()
+    flow = begun(program, way, luck.choice([100_000, 700_000, WINDOW_BYTES_MAX]))
+    taken = 0
+    for _ in range(60):
+        if not way.is_blocked:
+            program.limits = [luck.choice([1, 5_000, 40_000, 10**7])]
+            flow._local_readable()
+        content = way.content
+        match luck.randrange(4):
+            case 0:
+                way.is_stuck = luck.random() < 0.3
+                size = luck.randrange(taken, len(content) + 1)
+                arrived += content[taken:size]
+                taken = size
+                acknowledge(flow, len(arrived))
+            case 1:
+                size = luck.randrange(taken, len(content) + 1)
+                arrived += content[taken:size]
+                flow.carrier_lost()
+                way, taken = Way(), 0
+                flow.attach(way, len(arrived), luck.choice([100_000, 700_000, WINDOW_BYTES_MAX]))
+            case 2 if way.is_blocked:
+                way.is_stuck = way.is_blocked = False
+                flow.data_written()
+                flow.carrier_writable()
+            case _:
+                pass
+    way.is_stuck = way.is_blocked = False
+    flow.data_written()
+    arrived += way.content[taken:]
+    while flow.state.is_owing:
+        taken = len(way.content)
+        acknowledge(flow, len(arrived))
+        arrived += way.content[taken:]
+    assert arrived == program.given
+    flow.reset()
