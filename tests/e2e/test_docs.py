@@ -48,6 +48,7 @@ RUN_BY = {
     "docs/nomad.md": "tests/e2e/test_nomad.py",
     "docs/operations.md": HERE,
     "docs/secondaries.md": HERE,
+    "docs/testing.md": "tests/e2e/test_testing_extra.py",
     "docs/troubleshooting.md": "tests/e2e/test_troubleshooting.py",
     "docs/tutorial.md": "tests/e2e/test_tutorial.py",
     "docs/v1.md": HERE,
@@ -63,7 +64,6 @@ ELSEWHERE = {
 CANNOT_BE_RUN = {
     "$ vault write": "no Vault; tests/unit/test_foreign_certificates.py has certificates such as its roles make",
     "$ python -m ztna.container.context": "as tests/e2e/test_container_image.py has it built",
-    "$ pip install 'ztna-mesh[testing]'": "tests/e2e/test_testing_extra.py does so from a wheel",
 }
 """What `console` blocks begin with, and what is tested of it."""
 SHELLS = {"bash", "shell", "shellsession", "shell-session", "zsh", "ksh", "terminal", "cmd", "powershell"}

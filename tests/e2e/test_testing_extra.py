@@ -19,6 +19,7 @@ from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
 
 from tests.support import docker
 from tests.support.distribution import ROOT, locked_wheels, run, wheels_for_testing
+from tests.support.pages import blocks
 from ztna.errors import BadName
 from ztna.testing import MeshContainers, MeshNotReady, NoDockerEngine
 
@@ -66,12 +67,17 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the Python of an environment where `ztna-mesh[testing]` was installed, and nothing else."""
+    """Return the Python of an environment where the page's command was run, with folders for an index."""
     place = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", place)
-    links = [word for folder in (locked_wheels(), wheels_for_testing()) for word in ("--find-links", folder)]
-    pip = (place / "bin/python", "-m", "pip", "install", "--quiet", "--no-index", *links)
-    run(*pip, f"{wheel}[testing]", environment=environment())
+    folders = (wheel.parent, locked_wheels(), wheels_for_testing())
+    variables = environment(
+        PATH=f"{place / 'bin'}:{os.environ['PATH']}",
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=" ".join(map(str, folders)),
+    )
+    for (line,) in blocks(PAGE, "sh"):
+        run("sh", "-c", line, environment=variables)
     return place / "bin/python"
 
 
