@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -26,21 +26,26 @@ SCHEMA_VERSION = 1
 ULA = IPv6Network("fc00::/7")
 ULA_PREFIX_BITS = 96
 
+EPOCH_MAX = 2**63 - 1
+"""What a control message can carry: who told an agent of more would have its relays close their connections."""
+
 Protocol = Literal["tcp", "udp", "icmp"]
+PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=EPOCH_MAX)]
 
 
 class Port(msgspec.Struct, frozen=True, order=True):
     """A published virtual port of a service."""
 
     protocol: Protocol
-    port: int
+    port: PortNumber
 
 
 class Lease(msgspec.Struct, frozen=True):
     """KV `ztna/vip/service/<service>`: the address a service has now. `epoch` only rises."""
 
     ip: IPv4Address
-    epoch: int
+    epoch: Epoch
     ports: tuple[Port, ...] = ()
 
 
@@ -48,7 +53,7 @@ class Holding(msgspec.Struct, frozen=True):
     """KV `ztna/vip/ip/<address>`: who has an address, or had it last. Times in Unix seconds."""
 
     service: str
-    epoch: int
+    epoch: Epoch
     state: Literal["leased", "quarantined"]
     pinned: bool = False
     leased_at: float = 0.0

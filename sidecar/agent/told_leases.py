@@ -7,12 +7,10 @@ from ipaddress import IPv4Address
 
 from ztna.dns import HostData, Message, Type
 from ztna.errors import BadName
-from ztna.leases import Lease
+from ztna.leases import EPOCH_MAX, Lease
 from ztna.names import ServiceName, Zone
 from ztna.published import PORTS_PER_SERVICE_MAX, port_of
 
-EPOCH_MAX = 2**63 - 1
-"""What a control message can carry: a relay that said more would have the others close our connections."""
 _PORTS, _EPOCH = "ports=", "epoch="
 
 

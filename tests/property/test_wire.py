@@ -11,14 +11,24 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support import messages
+from tests.support import json_texts, messages
 from ztna import packet
 from ztna.errors import PacketError, ProtocolError
-from ztna.leases import Port
+from ztna.jsontypes import from_json, to_json
+from ztna.leases import Holding, Lease, Port, Wish, WishAnswer
 from ztna.names import ConnectorId, ServiceName, SessionId
 from ztna.reasons import Reason
 from ztna.wire import control, datagram, forwarder, stream
-from ztna.wire.control import Address, AnyMessage, Binary, ForwarderBind, LeaseRef, PeerIdentity, Secret
+from ztna.wire.control import (
+    Address,
+    AnyMessage,
+    Binary,
+    ForwarderBind,
+    LeaseRef,
+    LifeMessage,
+    PeerIdentity,
+    Secret,
+)
 
 thorough = settings(max_examples=2000, deadline=None)
 usual = settings(max_examples=300, deadline=None)
@@ -86,6 +96,7 @@ control_messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(control.DialToken, sessions, tokens),
     st.builds(control.Carry, sessions, tokens),
     st.builds(control.Closed, sessions, reasons),
+    st.builds(control.Retired, sessions),
     st.builds(control.CandidateOffer, sessions, candidates),
     st.builds(control.CandidateAnswer, sessions, candidates),
     st.builds(control.StartPunching, sessions, candidates, st.integers(0, 10_000)),
@@ -100,6 +111,30 @@ control_messages: st.SearchStrategy[AnyMessage] = st.one_of(
         control.DnsResponse,
         st.integers(0, 2**63 - 1),
         st.binary(min_size=12, max_size=64).map(control.Binary),
+    ),
+)
+
+life_messages: st.SearchStrategy[LifeMessage] = st.one_of(
+    st.builds(control.Ping),
+    st.builds(control.Pong),
+    st.builds(control.Goodbye, st.integers(0, 2**32 - 1), texts),
+)
+
+times = st.floats(0, 2**40)
+records = st.one_of(
+    st.builds(
+        Lease,
+        st.integers(0, 2**32 - 1).map(IPv4Address),
+        counters,
+        st.lists(published, max_size=3).map(tuple),
+    ),
+    st.builds(Holding, services, counters, st.sampled_from(("leased", "quarantined")), st.booleans(), times),
+    st.builds(
+        Wish,
+        st.sampled_from(("pin", "unpin", "release", "move")),
+        texts,
+        asked_at=times,
+        answer=st.none() | st.builds(WishAnswer, st.booleans(), texts, times),
     ),
 )
 
@@ -132,28 +167,23 @@ flows = st.binary(min_size=16, max_size=16).map(bytes.hex)
 windows = st.integers(stream.WINDOW_BYTES_MIN, stream.WINDOW_BYTES_MAX)
 opens = st.builds(stream.OpenFrame, sessions, flows, services, leases, addresses, addresses, windows)
 resumes = st.builds(stream.ResumeFrame, sessions, flows, st.integers(1, 2**31 - 1), counters, windows)
+packets = st.builds(
+    stream.PacketsFrame,
+    sessions,
+    services,
+    st.lists(sessions, max_size=stream.FORMER_SESSIONS_MAX).map(tuple),
+)
+frames_of_json = st.one_of(opens, resumes, packets)
 stream_frames: st.SearchStrategy[stream.Frame] = st.one_of(
-    opens,
+    frames_of_json,
+    st.builds(stream.PacketFrame, st.binary(min_size=stream.IP_PACKET_BYTES_MIN, max_size=300)),
     st.builds(stream.OpenedFrame, st.sampled_from(stream.OpenStatus), windows),
     st.builds(stream.Data, st.binary(max_size=300)),
     st.builds(stream.Fin),
     st.builds(stream.ResetFrame, st.integers(0, 255)),
     st.builds(stream.Ack, st.integers(0, 2**64 - 1)),
-    resumes,
     st.builds(stream.ResumedFrame, st.integers(0, 2**64 - 1), windows),
 )
-
-anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**53), 2**53)
-    | st.text(st.characters(codec="ascii"), max_size=20),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-of_the_next_release = st.dictionaries(st.from_regex(r"new_[a-z]{1,8}", fullmatch=True), anything, max_size=3)
 
 
 @thorough
@@ -181,11 +211,12 @@ def test_control_messages_are_read_as_they_were_written_in_any_pieces(
 
 
 @usual
-@given(control_messages, of_the_next_release)
+@given(control_messages, json_texts.OF_THE_NEXT_RELEASE)
 def test_unknown_fields_change_no_control_message_and_are_counted(
-    message: AnyMessage, new: dict[str, object]
+    message: AnyMessage, new: dict[str, str]
 ) -> None:
-    body = json.dumps(json.loads(control.encode(message)[4:]) | new).encode()
+    body = json_texts.with_fields(control.encode(message)[4:], new)
+    assume(len(body) <= control.MESSAGE_BYTES_MAX)
     reader = control.FrameReader()
     assert reader.feed(len(body).to_bytes(4) + body) == [message]
     assert reader.take_unknown_fields() == len(new)
@@ -202,19 +233,20 @@ def test_a_release_of_any_text_is_read_and_can_be_printed(software: str) -> None
 
 
 @usual
-@given(st.text(st.characters(exclude_categories=("Cs",))), of_the_next_release)
-def test_unknown_types_of_control_messages_end_nothing(kind: str, new: dict[str, object]) -> None:
+@given(st.text(st.characters(exclude_categories=("Cs",))), json_texts.OF_THE_NEXT_RELEASE)
+def test_unknown_types_of_control_messages_end_nothing(kind: str, new: dict[str, str]) -> None:
     assume(kind not in control.FEATURES | {"hello"})
-    body = json.dumps({"type": kind, **new}).encode()
+    body = json_texts.with_fields(json.dumps({"type": kind}).encode(), new)
     (message,) = control.FrameReader().feed(len(body).to_bytes(4) + body)
     assert isinstance(message, control.UnknownMessage)
 
 
 @usual
-@given(st.one_of(opens, resumes), of_the_next_release)
-def test_unknown_fields_change_no_stream_frame(frame: stream.Frame, new: dict[str, object]) -> None:
+@given(frames_of_json, json_texts.OF_THE_NEXT_RELEASE)
+def test_unknown_fields_change_no_stream_frame(frame: stream.Frame, new: dict[str, str]) -> None:
     head, body = stream.encode(frame)[:1], stream.encode(frame)[4:]
-    more = json.dumps(json.loads(body) | new).encode()
+    more = json_texts.with_fields(body, new)
+    assume(len(more) <= stream.JSON_BYTES_MAX)
     assert stream.FrameReader().feed(head + len(more).to_bytes(3) + more) == [frame]
 
 
@@ -268,6 +300,45 @@ def test_garbage_gives_a_value_or_a_typed_error(
             read(data)
 
     check()
+
+
+@thorough
+@given(control_messages | life_messages, json_texts.ANYTHING | json_texts.NO_JSON, st.data())
+def test_any_value_in_a_control_message_gives_a_message_or_a_typed_error(
+    message: AnyMessage | LifeMessage, value: str, data: st.DataObject
+) -> None:
+    body = json_texts.with_a_value_replaced(control.encode(message)[4:], value, data)
+    for feed in (control.FrameReader().feed, control.FrameReader().feed_tls):
+        with contextlib.suppress(ProtocolError):
+            for read in feed(len(body).to_bytes(4) + body):
+                assert isinstance(read, control.UnknownMessage) or control.encode(read)
+
+
+@thorough
+@given(frames_of_json, json_texts.ANYTHING | json_texts.NO_JSON, st.data())
+def test_any_value_in_a_stream_frame_gives_a_frame_or_a_typed_error(
+    frame: stream.Frame, value: str, data: st.DataObject
+) -> None:
+    body = json_texts.with_a_value_replaced(stream.encode(frame)[4:], value, data)
+    with contextlib.suppress(ProtocolError):
+        for read in stream.FrameReader().feed(stream.encode(frame)[:1] + len(body).to_bytes(3) + body):
+            assert stream.encode(read)
+
+
+@thorough
+@given(records, json_texts.ANYTHING | json_texts.NO_JSON, st.data())
+def test_any_value_in_a_record_gives_one_that_can_be_used_or_a_typed_error(
+    record: Lease | Holding | Wish, value: str, data: st.DataObject
+) -> None:
+    body = json_texts.with_a_value_replaced(to_json(record), value, data)
+    with contextlib.suppress(ProtocolError):
+        read = from_json(body, type(record))
+        assert from_json(to_json(read), type(record)) == read
+        if isinstance(read, Lease):
+            # What an agent opens and a connector registers with it, their relays take.
+            message = control.Open(1, ServiceName("web"), LeaseRef(read.ip, read.epoch))
+            assert control.FrameReader().feed(control.encode(message)) == [message]
+            assert all(0 <= port.port <= 65535 for port in read.ports)
 
 
 @thorough

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from ztna.catalog import KvPair
 from ztna.jsontypes import to_json
 from ztna.leases import (
+    EPOCH_MAX,
     SERVICE_PREFIX,
     WISH_PREFIX,
     Holding,
@@ -78,6 +79,13 @@ def test_unreadable_records_are_told_and_left_out() -> None:
     assert (table.leases, table.holdings) == ({}, {})
     assert len(table.unreadable) == 4
     assert len(audit(table)) == 4
+
+
+def test_records_that_no_agent_could_use_are_unreadable() -> None:
+    for epoch, port in ((-1, 80), (EPOCH_MAX + 1, 80), (1, -1), (1, 65_536)):
+        table = read_table(pairs((service_key(WEB), Lease(IP, epoch, (Port("tcp", port),)))))
+        assert (table.leases, list(table.unreadable)) == ({}, [service_key(WEB)]), (epoch, port)
+    assert read_table(pairs((service_key(WEB), Lease(IP, EPOCH_MAX, (Port("tcp", 65_535),))))).leases
 
 
 def broken(*records: tuple[str, object]) -> str:

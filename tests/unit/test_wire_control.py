@@ -181,11 +181,18 @@ def test_unknown_fields_are_counted_wherever_they_lie() -> None:
 
 @pytest.mark.parametrize("value", [b"1e999", b"1" * 5000, b'"\xff"'])
 def test_an_unknown_field_may_hold_what_nobody_here_could_read(value: bytes) -> None:
-    body = b'{"type":"dial","session":"%s","new":%s}' % (SESSION.encode(), value)
+    body = b'{"type":"dial","session":"%s","new":%s,"newer":[%s]}' % (SESSION.encode(), value, value)
     reader = FrameReader()
     for feed in (reader.feed, reader.feed_tls):
         assert feed(struct.pack(">I", len(body)) + body) == [Dial(SESSION)]
-        assert reader.take_unknown_fields() == 1
+        assert reader.take_unknown_fields() == 2
+
+
+def test_an_unknown_fields_name_may_be_no_text() -> None:
+    body = b'{"type":"dial","session":"%s","\xff":1}' % SESSION.encode()
+    reader = FrameReader()
+    assert reader.feed(struct.pack(">I", len(body)) + body) == [Dial(SESSION)]
+    assert reader.take_unknown_fields() == 1
 
 
 def test_a_field_that_is_called_otherwise_here_is_known() -> None:

@@ -421,14 +421,7 @@ class FrameReader:
 
     def _counted(self, message: Read, body: bytes) -> Read:
         if not isinstance(message, UnknownMessage):
-            try:
-                raw = decoding(_ANYTHING, body)
-            except ProtocolError:
-                self._unknown_fields += (
-                    1  # whose value, a number too big for us, the message's own type passed over
-                )
-            else:
-                self._unknown_fields += _unknown_fields(message, raw)
+            self._unknown_fields += _unknown_fields(message, body)
         return message
 
     def _bodies(self) -> Iterator[bytes]:
@@ -445,16 +438,25 @@ class FrameReader:
         del self._buffer[:start]
 
 
-def _unknown_fields(value: object, raw: object) -> int:
-    """Count the fields of a value's JSON that its type does not have, whatever they lie in."""
-    if isinstance(value, msgspec.Struct) and isinstance(raw, dict):
+def _unknown_fields(value: object, raw: bytes | msgspec.Raw) -> int:
+    """Count the fields of a value's JSON that its type does not have, whatever they lie in.
+
+    Their values are not read: a number may be too big for us.
+    """
+    if isinstance(value, msgspec.Struct):
+        try:
+            fields = decoding(_FIELDS, raw)
+        except ProtocolError:
+            return 1  # whose name is no text, which the message's own type passed over
         own = dict(zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True))
-        fields = ((own.get(key), each) for key, each in raw.items() if key != _TAG)
         return sum(
-            1 if name is None else _unknown_fields(getattr(value, name), each) for name, each in fields
+            _unknown_fields(getattr(value, own[name]), each) if name in own else 1
+            for name, each in fields.items()
+            if name != _TAG
         )
-    if isinstance(value, tuple) and isinstance(raw, list):
-        return sum(map(_unknown_fields, value, raw))
+    if isinstance(value, tuple):
+        parts = decoding(_ITEMS, raw)
+        return sum(_unknown_fields(each, part) for each, part in zip(value, parts, strict=True))
     return 0
 
 
@@ -466,7 +468,8 @@ _MESSAGES: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage, d
 _LIFE_MESSAGES: msgspec.json.Decoder[LifeMessage] = msgspec.json.Decoder(LifeMessage)
 _LIFE_TYPES = frozenset({"ping", "pong", "goodbye"})
 _TYPES = msgspec.json.Decoder(_Typed)
-_ANYTHING: msgspec.json.Decoder[object] = msgspec.json.Decoder(object)
+_FIELDS: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ITEMS: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
 _KNOWN_TYPES = FEATURES | {"hello"}
 
 
