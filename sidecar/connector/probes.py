@@ -18,7 +18,7 @@ from pathlib import Path
 
 import aiohttp
 
-from sidecar.connector.backends import connect_tcp, connected_udp, ping_problem, resolve
+from sidecar.connector.backends import connect_tcp, connected_ping, connected_udp, ping_problem, resolve
 from sidecar.connector.check_files import CheckTls
 from sidecar.connector.checks import Check, Kind
 from sidecar.connector.grpc_health import GrpcFailed, ask_health
@@ -187,21 +187,13 @@ def _expected(check: Check, where: str, reply: bytes) -> Outcome:
 
 async def _icmp(check: Check, address: SockAddr) -> Outcome:
     """Ping by an unprivileged socket: checksum and identifier are the kernel's, and so is whose reply it is."""
-    is_ipv6 = ":" in address[0]
-    kind = _ICMP6_ECHO_REQUEST if is_ipv6 else _ICMP_ECHO_REQUEST
-    request = bytes((kind, 0, 0, 0, 0, 0, 0, 1)) + _ECHO_PAYLOAD
     try:
-        sock = socket.socket(
-            socket.AF_INET6 if is_ipv6 else socket.AF_INET,
-            socket.SOCK_DGRAM,
-            socket.IPPROTO_ICMPV6 if is_ipv6 else socket.IPPROTO_ICMP,
-        )
+        sock = connected_ping(address)
     except PermissionError:
         return Outcome(False, f"icmp: {ping_problem()}")
+    kind = _ICMP6_ECHO_REQUEST if sock.family == socket.AF_INET6 else _ICMP_ECHO_REQUEST
     with sock:
-        sock.setblocking(False)
-        sock.connect((address[0], 0))
-        sock.send(request)
+        sock.send(bytes((kind, 0, 0, 0, 0, 0, 0, 1)) + _ECHO_PAYLOAD)
         while await _becomes_readable(sock, None):
             _raise_pending(sock)
             if sock.recv(OUTPUT_BYTES_MAX)[_ECHO_HEAD_BYTES:] == _ECHO_PAYLOAD:

@@ -13,16 +13,19 @@ import secrets
 import shutil
 import socket
 import subprocess
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 COMMAND_SECONDS = 60
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
+
+T = TypeVar("T")
 
 
 def why_not() -> str | None:
@@ -65,22 +68,20 @@ class Host:
         self, kind: int = socket.SOCK_STREAM, family: int = socket.AF_INET, protocol: int = 0
     ) -> socket.socket:
         """Return a fresh socket that lives on this host, usable from the test process itself."""
-        made: list[socket.socket | OSError] = []
+        return self.inside(lambda: socket.socket(family, kind, protocol))
 
-        def make() -> None:
-            # A namespace belongs to a thread: this one enters it, makes the socket and ends (setns(2)).
+    def inside(self, act: Callable[[], T]) -> T:
+        """Do something on this host, in a thread of its own: whatever it opens lives here. Raises what it raises."""
+
+        def enter() -> T:
+            # A namespace belongs to a thread: this one enters it, acts and ends (setns(2)).
             with Path(f"/run/netns/{self.namespace}").open() as handle:
                 if _libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
-                    made.append(OSError(ctypes.get_errno(), f"setns {self.namespace}"))
-                    return
-            made.append(socket.socket(family, kind, protocol))
+                    raise OSError(ctypes.get_errno(), f"setns {self.namespace}")
+            return act()
 
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        if isinstance(made[0], OSError):
-            raise made[0]
-        return made[0]
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(enter).result()
 
     @contextlib.contextmanager
     def dropping(self, *rules: str) -> Iterator[None]:
@@ -121,6 +122,10 @@ class LocalHost(Host):
     ) -> socket.socket:
         """Return a fresh socket."""
         return socket.socket(family, kind, protocol)
+
+    def inside(self, act: Callable[[], T]) -> T:
+        """Just do it."""
+        return act()
 
 
 @dataclass

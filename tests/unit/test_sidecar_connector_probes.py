@@ -21,6 +21,7 @@ from sidecar.connector.check_files import CheckTls
 from sidecar.connector.checks import parse
 from sidecar.connector.health import Outcome
 from sidecar.connector.probes import OUTPUT_BYTES_MAX, Prober
+from tests.support import namespaces
 from tests.support.certificates import SERVER, Presented, forge
 from ztna.config import CheckConfig, Endpoint
 
@@ -286,6 +287,84 @@ async def test_udp() -> None:
     with udp_backend(b"what? ") as where:
         outcome = await probe(where, "udp", send="ping", expect="pong")
         assert outcome == Outcome(False, f"udp {where}: expected 'pong', got 'what? ping'")
+
+
+@pytest.fixture(scope="module")
+def pinging() -> Iterator[namespaces.Network]:
+    """A host that may ping, and a router with what cannot be reached behind it."""
+    with namespaces.network("core", "far") as net:
+        core, far = net.hosts["core"], net.hosts["far"]
+        core.run("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647")
+        forwards = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        tells_each = ("net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0")
+        far.run("sysctl", "-qw", *forwards, *tells_each)
+        for host, address in ((core, "fd00:9::1"), (far, "fd00:9::2")):
+            host.run("ip", "addr", "add", f"{address}/64", "dev", "eth0", "nodad")
+        for there, gateway in (("198.51.100.0/24", far.address), ("2001:db8::/32", "fd00:9::2")):
+            core.run("ip", "route", "add", there, "via", gateway)
+        for answer, there in (
+            ("unreachable", "198.51.100.1"),
+            ("prohibit", "198.51.100.2"),
+            ("unreachable", "2001:db8::1"),
+        ):
+            far.run("ip", "route", "add", answer, there)
+        yield net
+
+
+@pytest.mark.namespaces
+class TestIcmp:
+    @pytest.fixture
+    def ping(
+        self, event_loop_policy: asyncio.AbstractEventLoopPolicy, pinging: namespaces.Network
+    ) -> Callable[[str, float], Outcome]:
+        def ping(address: str, timeout_s: float = WAIT_SECONDS) -> Outcome:
+            with asyncio.Runner(loop_factory=event_loop_policy.new_event_loop) as runner:
+                return runner.run(probe(Endpoint(address, 0), "icmp", timeout_s=timeout_s))
+
+        return lambda *told: pinging.hosts["core"].inside(lambda: ping(*told))
+
+    @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "10.91.0.2", "fd00:9::2"])
+    def test_a_reply_passes(self, ping: Callable[..., Outcome], address: str) -> None:
+        assert ping(address) == Outcome(True, f"icmp {address}: answered")
+
+    def test_silence_fails_when_the_time_is_over(
+        self, ping: Callable[..., Outcome], pinging: namespaces.Network
+    ) -> None:
+        far = pinging.hosts["far"]
+        with far.dropping("icmp type echo-request", "icmpv6 type echo-request"):
+            for address in (far.address, "fd00:9::2"):
+                outcome = ping(address, 0.2)
+                assert not outcome.ok and outcome.output.endswith(": no answer in 0.2 s")
+        assert ping(far.address).ok
+
+    @pytest.mark.parametrize(
+        ("address", "told"),
+        [
+            ("198.51.100.1", "No route to host"),
+            ("198.51.100.2", "No route to host"),
+            ("2001:db8::1", "Network is unreachable"),
+            ("203.0.113.1", "Network is unreachable"),
+        ],
+    )
+    def test_what_is_unreachable_fails_as_soon_as_that_is_told(
+        self, ping: Callable[..., Outcome], address: str, told: str
+    ) -> None:
+        outcome = ping(address)
+        assert not outcome.ok and outcome.output.endswith(f": {told}")
+
+    def test_without_permission_it_says_what_to_set(
+        self, ping: Callable[..., Outcome], pinging: namespaces.Network
+    ) -> None:
+        core = pinging.hosts["core"]
+        core.run("sysctl", "-qw", "net.ipv4.ping_group_range=1 0")
+        try:
+            for address in ("127.0.0.1", "::1"):
+                assert ping(address) == Outcome(
+                    False,
+                    f"icmp: not allowed to ping: set net.ipv4.ping_group_range to include {os.getegid()}",
+                )
+        finally:
+            core.run("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647")
 
 
 def shell(line: str) -> dict[str, object]:
