@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sidecar.agent import commands as agent_commands
 from sidecar.agent.commands import (
     LeaseIs,
+    Measured,
     Move,
     Received,
     RelayDown,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 RESUME_AGAIN_SECONDS = 0.5
+MEASURED_EVERY_SECONDS = 2.0
 AGENT_IP, AGENT_PORT, SERVICE_PORT = "10.0.0.1", 4000, 80
 WINDOW = stream.WINDOW_BYTES_MIN
 
@@ -74,6 +76,7 @@ class Agent:
         self._commands: deque[agent_commands.Command] = deque()
         self._is_acting = False
         self._wakes_at: float | None = None
+        mesh.world.every(MEASURED_EVERY_SECONDS, self.measure)
         for service in mesh.services:
             self.handle(LeaseIs(service, mesh.lease_ref))
 
@@ -86,6 +89,7 @@ class Agent:
                 self._relays[relay.name] = end
                 self.handle(RelayUp(relay.name))
             elif not isinstance(message, control.UnknownMessage):
+                self.mesh.retired += isinstance(message, control.Retired)
                 self.handle(Received(relay.name, message))  # type: ignore[arg-type]
 
         def lost() -> None:
@@ -106,10 +110,26 @@ class Agent:
         while self._commands:
             self._do(self._commands.popleft())
         self._is_acting = False
+        self._check()
         timer = self.sessions.next_timer()
         if timer is not None and (self._wakes_at is None or timer < self._wakes_at):
             self._wakes_at = timer
             self.mesh.world.after(max(0.0, timer - self.mesh.world.now), self._wake)
+
+    def _check(self) -> None:
+        """See that sessions end with what they are for: no flow is forgotten, and none uses what has ended."""
+        held = self.sessions._held
+        used = Counter(key for flow in held.flows.values() for key in (flow.session, *flow.former) if key)
+        for key, live in held.live.items():
+            assert live.uses == used.pop(key, 0)
+            assert live.uses or live.retired is None, "nothing new may use it, and nothing does: it is over"
+            assert live.uses or key in held.unused, "one that idles is known to idle"
+        assert not used.keys() & held.live.keys()
+
+    def measure(self) -> None:
+        """Tell how near the relays are."""
+        for relay in self._relays:
+            self.handle(Measured(relay, self.mesh.distances[relay]))
 
     def _wake(self) -> None:
         self._wakes_at = None
@@ -133,7 +153,9 @@ class Agent:
                         self._end(flow, "reset")
             case agent_commands.ReadLease(service):
                 self.mesh.soon(lambda: self.handle(LeaseIs(service, self.mesh.lease_ref)))
-            case agent_commands.Leave() | agent_commands.RunOut():
+            case agent_commands.RunOut():
+                pass  # a TCP flow may finish there
+            case agent_commands.Leave():
                 raise AssertionError("no relay drains, or says that it is silent")
 
     def _on(self, session: agent_commands.Session) -> list[Flow]:

@@ -29,10 +29,14 @@ class Mesh:
         self.services = (ServiceName("web"), ServiceName("db"))
         self.lease = Lease(IPv4Address("10.100.0.2"), 7)
         self.lease_ref = LeaseRef(self.lease.ip, self.lease.epoch)
-        self.delivered = 0
+        self.delivered = self.retired = 0
+        self.unlisted: set[ConnectorId] = set()
+        """The connectors that DNS does not name now."""
+        self.distances = {"east": 0.01, "west": 0.02}
+        """How far the relays are, in seconds."""
         self.control: list[Connection] = []
         self.carriers: list[Connection] = []
-        self.relays = [RelayNode(self, name) for name in ("east", "west")]
+        self.relays = [RelayNode(self, name) for name in self.distances]
         self.connectors = {each: Connector(self, each) for each in ("con-x", "con-y")}
         self.agents = [Agent(self, name) for name in ("ann", "bob", "cem")]
         self.liar = Agent(self, "eve")
@@ -66,6 +70,17 @@ class Mesh:
     def flow_keys(self) -> list[tuple[str, str]]:
         """Return every flow that ever was, as connectors know it."""
         return [(agent.name, flow.id) for agent in self.agents for flow in agent.flows.values()]
+
+    def unlist(self, seconds: float) -> None:
+        """Have DNS not name a connector for a while."""
+        connector = self.world.chance.choice(sorted(self.connectors))
+        self.unlisted.add(connector)
+        self.world.after(seconds, lambda: self.unlisted.discard(connector))
+
+    def turn(self) -> None:
+        """Have the nearest relay be the farthest, and the other way round."""
+        near, far = self.distances
+        self.distances = {near: self.distances[far], far: self.distances[near]}
 
     # Datagrams, by the bind id of the side that they come to
 

@@ -11,7 +11,6 @@ from relay.policy import Route, SrvEntry, SrvTable
 from relay.rules import Rules
 from relay.sessions import Sessions as RelaySessions
 from tests.sim.weather import Connection, End, drizzle
-from ztna.names import ConnectorId
 from ztna.reasons import Reason
 from ztna.wire import control
 from ztna.wire.control import Address
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from tests.sim.mesh import Mesh
 
 
-RULES = Rules(per_identity=100, per_service=500, total=1_000)
+RULES = Rules(per_identity=100, per_service=500, total=1_000, leaving="move", leave_grace_s=1.0)
 HOLD_SECONDS = 600.0
 TICK_SECONDS = 0.5
 
@@ -78,7 +77,7 @@ class RelayNode:
 
     def _tick(self) -> None:
         now = self.mesh.world.now
-        routes = (Route(0, 1, ConnectorId("con-x")), Route(0, 1, ConnectorId("con-y")))
+        routes = tuple(Route(0, 1, each) for each in sorted(self.mesh.connectors.keys() - self.mesh.unlisted))
         entries = {service: SrvEntry(routes, now) for service in self.mesh.services}
         self._do(self.sessions.policy_changed(SrvTable(entries, {"": now}, HOLD_SECONDS), now))
         self._do(self.sessions.tick(now))
@@ -100,3 +99,5 @@ class RelayNode:
                 case relay_commands.Refusal(reason=Reason.NOT_YOUR_SESSION):
                     assert each.name == self.mesh.liar.name, f"{each} is no lie"
                     self.mesh.lies_refused += 1
+        carried = {each.link for each in self.sessions.sessions.values()}
+        assert self._links.keys() == carried, "a link is there from its first session to its last"

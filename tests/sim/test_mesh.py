@@ -13,6 +13,8 @@ CALM_SECONDS = 3 * DETACHED_SECONDS
 FLOWS, FLOW_BYTES_MAX = 40, 300_000
 DATAGRAMS = 400
 CUTS, CRASHES, LIES = 150, 2, 30
+UNLISTINGS, TURNS = 12, 2
+UNLISTED_SECONDS_MAX = 8.0
 SEEDS = 30
 
 
@@ -36,6 +38,8 @@ def live_through(mesh: Mesh) -> None:
     at_any_time(DATAGRAMS, lambda: chance.choice(mesh.agents).say(str(world.now)))
     at_any_time(CUTS, cut_one)
     at_any_time(LIES, mesh.liar.lie)
+    at_any_time(UNLISTINGS, lambda: mesh.unlist(chance.uniform(0.0, UNLISTED_SECONDS_MAX)))
+    at_any_time(TURNS, mesh.turn)
     at_any_time(CRASHES, lambda: chance.choice(mesh.relays).crash())
     world.run(WEATHER_SECONDS + 5.0)
 
@@ -50,7 +54,7 @@ def test_nothing_is_lost_reordered_or_misdelivered_and_all_ends_agree(seed: int)
     assert {flow.outcome for flow in flows} <= {"finished", "failed"}, "none that had begun was cut off"
     assert sum(flow.outcome == "finished" for flow in flows) > FLOWS / 2, "or nothing is tested"
     assert sum(flow.attempt for flow in flows) > FLOWS / 4, "nor is without resuming"
-    assert mesh.lies_refused
+    assert mesh.lies_refused and mesh.retired
     for agent in mesh.agents:
         for flow in agent.flows.values():
             served = [
