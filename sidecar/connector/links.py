@@ -103,9 +103,9 @@ class Links:
         """Yield the other sessions, live and detached, by which its link carries the same service."""
         link = self.of(session)
         for bind in self._binds[link] if link is not None else ():
-            other = self._sessions.carried(bind, session.service)
-            if other is not None and other is not session:
-                yield other
+            for other in self._sessions.sharing(bind, session.service):
+                if other is not session:
+                    yield other
 
     def candidates(self, session: Session) -> tuple[Address, ...]:
         """Return the addresses that the session's agent may try, who offered its own in that session."""

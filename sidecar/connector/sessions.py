@@ -70,7 +70,7 @@ class Sessions:
     def __init__(self) -> None:
         self._live: dict[SessionKey, Session] = {}
         self._detached: dict[SessionKey, tuple[Session, float]] = {}
-        self._by_bind: dict[BindKey, dict[ServiceName, Session]] = {}
+        self._by_bind: dict[BindKey, dict[ServiceName, dict[SessionKey, Session]]] = {}
         self._by_id: dict[SessionId, dict[SessionKey, Session]] = {}
         self._services: Counter[tuple[str, ServiceName]] = Counter()
         self._agents: Counter[str] = Counter()
@@ -110,7 +110,7 @@ class Sessions:
         self._services[session.agent.name, session.service] += 1
         self._agents[session.agent.name] += 1
         if session.bind is not None:
-            self._by_bind.setdefault(session.bind, {})[session.service] = session
+            self._by_bind.setdefault(session.bind, {}).setdefault(session.service, {})[key] = session
         return session
 
     def owned(self, connection: RelayConnection, session: SessionId) -> Session:
@@ -162,8 +162,20 @@ class Sessions:
         return agent in self._agents
 
     def carried(self, bind: BindKey, service: ServiceName) -> Session | None:
-        """Return the session, live or detached, under which this link may carry the service."""
-        return self._by_bind.get(bind, {}).get(service)
+        """Return the session under which this link may carry the service: the newest that lives, else the newest."""
+        found = None
+        for session in reversed(self._same(bind, service).values()):
+            if self.is_live(session):
+                return session
+            found = found or session
+        return found
+
+    def sharing(self, bind: BindKey, service: ServiceName) -> tuple[Session, ...]:
+        """Return all sessions, live and detached, for the service on this link, the newest first."""
+        return tuple(reversed(self._same(bind, service).values()))
+
+    def _same(self, bind: BindKey, service: ServiceName) -> dict[SessionKey, Session]:
+        return self._by_bind.get(bind, {}).get(service, {})
 
     def is_live(self, session: Session) -> bool:
         """Say whether new flows of it may begin."""
@@ -222,13 +234,17 @@ class Sessions:
             self._no_longer_live(session)
         else:
             del self._detached[session.key]
-        bind = session.bind
-        # A newer session for the same service on the same link stays.
-        if bind is not None and self.carried(bind, session.service) is session:
-            del self._by_bind[bind][session.service]
-            if not self._by_bind[bind]:
-                del self._by_bind[bind]
+        if session.bind is not None:
+            self._leave_link(session, session.bind)
         return session
+
+    def _leave_link(self, session: Session, bind: BindKey) -> None:
+        services = self._by_bind[bind]
+        del services[session.service][session.key]
+        if not services[session.service]:
+            del services[session.service]
+        if not services:
+            del self._by_bind[bind]
 
     def _no_longer_live(self, session: Session) -> None:
         del self._live[session.key]

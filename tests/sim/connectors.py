@@ -91,6 +91,11 @@ class Connector:
         now = self.mesh.world.now
         for session in self.sessions.expire(now):
             self._end_flows(session.key)
+        for session in (*self.sessions.live(), *self.sessions.detached()):
+            assert session.bind is not None
+            assert self.sessions.carried(session.bind, session.service), (
+                "a link carries what its sessions are for"
+            )
         for served in self.known.all_live():
             if served.carrier is None and now - served.detached_at >= DETACHED_SECONDS:
                 self._reset(served)

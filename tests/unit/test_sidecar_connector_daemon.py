@@ -684,6 +684,20 @@ async def test_the_end_of_the_last_session_ends_the_link(pki: Pki) -> None:
             )
 
 
+async def test_a_flow_goes_on_in_whichever_session_its_link_has_for_the_service(pki: Pki) -> None:
+    async with connector(pki) as ground:
+        await ground.leased()
+        async with udp_agent(ground) as agent:
+            await agent.echo(b"in the first")
+            await ground.accepted(SECOND, forwarder=agent.far)
+            await agent.echo(b"in the newer one")
+            assert ground.status["udp_flows"] == 1, "the same flow, and no second one"
+            ground.peer.say(Closed(SECOND, Reason.CLOSED_BY_PEER))
+            await until("ended", lambda: len(ground.status["sessions"]) == 1)
+            await agent.echo(b"in the first again")
+            assert ground.status["udp_flows"] == 1 and ground.status["links"]
+
+
 async def test_a_detached_session_goes_on_but_begins_nothing(pki: Pki) -> None:
     async with connector(pki) as ground:
         await ground.leased()

@@ -158,6 +158,22 @@ def test_a_newer_session_keeps_the_link_when_the_older_ends() -> None:
     assert sessions.carried(older.bind, WEB) is newer
 
 
+def test_an_older_session_keeps_the_link_when_the_newer_ends() -> None:
+    sessions = Sessions()
+    older, newer = sessions.admit(RELAY, offer()), sessions.admit(RELAY, offer(SECOND))
+    bind = older.bind
+    assert bind is not None and sessions.sharing(bind, WEB) == (newer, older)
+    sessions.close(RELAY, SECOND, Reason.PEER_GONE, 0.0)
+    assert sessions.carried(bind, WEB) is older, "the one that lives"
+    sessions.close(RELAY, FIRST, Reason.PEER_GONE, 0.0)
+    assert sessions.carried(bind, WEB) is newer
+    assert sessions.expire(DETACHED_SECONDS) == [newer, older]
+    assert not sessions.sharing(bind, WEB) and not sessions.bind_in_use(bind)
+    older, newer = sessions.admit(RELAY, offer()), sessions.admit(RELAY, offer(SECOND))
+    sessions.close(RELAY, SECOND, Reason.CLOSED_BY_PEER, 0.0)
+    assert sessions.carried(bind, WEB) is older
+
+
 def test_peer_gone_detaches_for_a_while() -> None:
     sessions = Sessions()
     session = sessions.admit(RELAY, offer())
