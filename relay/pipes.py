@@ -15,6 +15,8 @@ from collections.abc import Hashable
 
 from relay.metering import Meter
 from ztna.names import SessionId
+from ztna.stall import Stall, Verdict
+from ztna.tls_tcp import delivery
 
 PIPE_BYTES = 1024 * 1024
 SPLICES_PER_EVENT = 8
@@ -151,7 +153,7 @@ class Direction:
 class Pair:
     """Two bound connections of one session."""
 
-    __slots__ = ("agent", "charged", "connector", "down", "link", "session", "up")
+    __slots__ = ("_seen_bytes", "_stalls", "agent", "charged", "connector", "down", "link", "session", "up")
 
     def __init__(
         self,
@@ -160,6 +162,7 @@ class Pair:
         connector: socket.socket,
         link: Hashable = None,
         meters: tuple[Meter | None, Meter | None] = (None, None),
+        now: float = 0.0,
     ) -> None:
         self.session, self.link, self.agent, self.connector = session, link, agent, connector
         self.charged = 0
@@ -170,6 +173,19 @@ class Pair:
         except OSError:
             self.up.close()
             raise
+        self._seen_bytes = 0
+        self._stalls = ((agent, Stall(now)), (connector, Stall(now)))
+
+    def is_cut(self, now: float) -> bool:
+        """Say whether the way to one of the two is dead, by ztna.stall; to be asked each LOOK_SECONDS.
+
+        Nobody is asked after here, which takes sealed bytes: the ends do that. Raises OSError.
+        """
+        moved = self.bytes
+        if moved == self._seen_bytes and all(stall.is_settled for _, stall in self._stalls):
+            return False
+        self._seen_bytes = moved
+        return any(stall.look(now, 0, *delivery(sock)) is Verdict.DEAD for sock, stall in self._stalls)
 
     @property
     def finished(self) -> bool:

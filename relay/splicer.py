@@ -23,6 +23,7 @@ from relay.pipes import BIG_BATCH_BYTES, Direction, Pair
 from ztna.errors import ProtocolError, ZtnaError
 from ztna.names import SessionId
 from ztna.sources import source_of
+from ztna.stall import LOOK_SECONDS
 from ztna.telemetry import dropped
 from ztna.udp import SockAddr
 from ztna.wire import forwarder as wire
@@ -99,7 +100,7 @@ class Splicer:
         self._holder: asyncio.TimerHandle | None = None
         self.refusals: Counter[str] = Counter()
         """Connections and dials not served, by why: bad_token, late, limit, source_limit, no_connector, malformed,
-        session_ended, link_quota; and link_rate, how often a rate held something back."""
+        session_ended, link_quota; link_rate, how often a rate held something back; dead_path, pairs cut for that."""
         self.bytes = 0
         """Copied by pairs that have ended."""
         self._bytes_of: Counter[SessionId] = Counter()
@@ -114,6 +115,7 @@ class Splicer:
         for each in self._listeners:
             self._resume_accepting(each)
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._looker = self._loop.call_later(LOOK_SECONDS, self._look)
         self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
         self._closed = False
 
@@ -190,6 +192,7 @@ class Splicer:
             return
         self._closed = True
         self._sweeper.cancel()
+        self._looker.cancel()
         for timer in (*self._pauses.values(), self._ticker, self._holder):
             if timer is not None:
                 timer.cancel()
@@ -314,9 +317,8 @@ class Splicer:
             for each in (agent, connector):
                 each.sock.send(wire.encode(wire.Bound(wire.NO_NONCE, peer_of(each.sock))))
             link = entry.owner.link
-            pair = Pair(
-                entry.session, agent.sock, connector.sock, link, self._meters.of(link, self._loop.time())
-            )
+            now = self._loop.time()
+            pair = Pair(entry.session, agent.sock, connector.sock, link, self._meters.of(link, now), now)
         except OSError:
             self._drop(agent, "no_connector")
             self._drop(connector, "late")
@@ -466,6 +468,16 @@ class Splicer:
             dropped(WHERE, why, count)
         self._told = self.refusals.copy()
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def _look(self) -> None:
+        """End the pairs of which one end cannot be reached: the other learns of it by that and goes another way."""
+        now = self._loop.time()
+        for pair in set(self._pairs.values()):
+            with contextlib.suppress(OSError):  # which its next splice tells
+                if pair.is_cut(now):
+                    self.refusals["dead_path"] += 1
+                    self._end(pair, abort=True)
+        self._looker = self._loop.call_later(LOOK_SECONDS, self._look)
 
     def _take_off_quota(self, pair: Pair) -> bool:
         """Have what it carried since the last time taken off its link's quota; False when that is used up."""

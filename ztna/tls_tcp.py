@@ -151,6 +151,13 @@ class Delivery(NamedTuple):
     rtt_s: float
 
 
+def delivery(sock: socket.socket) -> Delivery:
+    """Return what the kernel knows of the way to a TCP socket's peer. Raises OSError once closed."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    probes, unacknowledged, ack_age_ms, rtt_us = _TCP_INFO.unpack(info)
+    return Delivery(probes + unacknowledged, ack_age_ms / 1e3, rtt_us / 1e6)
+
+
 class TlsStream:
     """An authenticated connection; its owner is called when it can be read or written and must not block."""
 
@@ -272,9 +279,7 @@ class TlsStream:
 
     def delivery(self) -> Delivery:
         """Return what the kernel knows of the way to the peer. Raises OSError once closed."""
-        info = self._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-        probes, unacknowledged, ack_age_ms, rtt_us = _TCP_INFO.unpack(info)
-        return Delivery(probes + unacknowledged, ack_age_ms / 1e3, rtt_us / 1e6)
+        return delivery(self._tls)
 
     def give_up(self) -> None:
         """Take the way to the peer for dead: `close` follows."""

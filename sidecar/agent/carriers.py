@@ -19,13 +19,13 @@ from sidecar.agent.commands import Session, SessionKey
 from sidecar.link.budget import Budget
 from sidecar.link.patience import patience
 from sidecar.link.quic_stream import QuicStream
-from sidecar.link.stall import LOOK_SECONDS
 from sidecar.link.stream import FORWARDER_BOUND_SECONDS, Carrier
 from ztna.credentials import Credentials
 from ztna.errors import IdentityError, LinkError
 from ztna.identity import Identity, require_connector
 from ztna.names import ConnectorId
 from ztna.reasons import Reason
+from ztna.stall import LOOK_SECONDS
 from ztna.telemetry import dropped, logger
 from ztna.udp import SockAddr
 from ztna.wire.control import Address, Dial, DialToken

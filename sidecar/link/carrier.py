@@ -14,10 +14,10 @@ from typing import Protocol
 from sidecar.link.flow import TcpFlow
 from sidecar.link.packet_stream import PacketStream
 from sidecar.link.quic_stream import QuicStream
-from sidecar.link.stall import Stall, Verdict
 from ztna.errors import IdentityError, ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
+from ztna.stall import Stall, Verdict
 from ztna.telemetry import LINK_TALLIES, logger, refused
 from ztna.tls_tcp import RECORD_BYTES, Delivery, SockAddr
 from ztna.wire.stream import Data, Frame, FrameReader, encode
@@ -113,7 +113,8 @@ class FrameStream:
         self.flow: Carried | None = None
         self.is_closed = False
         self._tls = tls
-        carrier = "packet" if isinstance(tls, QuicStream) else "stream"
+        self._is_tcp = not isinstance(tls, QuicStream)
+        carrier = "stream" if self._is_tcp else "packet"
         self._sent, self._received = LINK_TALLIES[carrier, "sent"], LINK_TALLIES[carrier, "received"]
         self._reader = FrameReader()
         # The first may be half written: TLS wants the same bytes again. True marks DATA frames of the flow.
@@ -142,7 +143,12 @@ class FrameStream:
             self.close(Reason.PEER_GONE)
 
     def look(self, now: float) -> None:
-        """Close when the way is dead, by sidecar.link.stall; call it each LOOK_SECONDS while something is carried."""
+        """Close when the way is dead, by ztna.stall; call it each LOOK_SECONDS while something is carried.
+
+        Of a stream of a packet link that minds the way itself.
+        """
+        if not self._is_tcp:
+            return
         moved = self._received_bytes + self._sent_bytes
         if self.is_closed or (moved == self._seen_bytes and self._stall.is_settled):
             return

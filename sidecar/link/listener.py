@@ -21,6 +21,7 @@ from ztna.credentials import Credentials
 from ztna.errors import LinkError, ProtocolError, Refused
 from ztna.names import SessionId
 from ztna.reasons import Reason
+from ztna.stall import LOOK_SECONDS
 from ztna.telemetry import dropped, refused
 from ztna.tls_tcp import SockAddr, notice_dead_peer, secure
 from ztna.wire.stream import Frame, OpenFrame, PacketsFrame, ResetFrame, ResumeFrame, encode
@@ -63,6 +64,7 @@ class StreamListener:
         self._listening: socket.socket | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._carriers: set[_Accepted] = set()
+        self._looking: asyncio.TimerHandle | None = None
         self._is_closed = False
 
     def listen(self, address: SockAddr) -> SockAddr:
@@ -96,7 +98,7 @@ class StreamListener:
             refused(_WHERE, Reason.DRAINING if self._is_closed else Reason.LIMIT_REACHED)
             stream.close()
         else:
-            self._carriers.add(_Accepted(self, stream, None, self._first_open_s))
+            self._take(_Accepted(self, stream, None, self._first_open_s))
 
     def end_session(self, session: SessionId, agent: str, reason: Reason) -> None:
         """Reset the flows of an agent's session and close the carriers that only it may use."""
@@ -135,6 +137,18 @@ class StreamListener:
     def carrier_ended(self, carrier: _Accepted) -> None:
         """Forget a carrier that is closed."""
         self._carriers.discard(carrier)
+
+    def _take(self, carrier: _Accepted) -> None:
+        self._carriers.add(carrier)
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
+
+    def _look(self) -> None:
+        """Find out, while there are carriers, which of them lead nowhere."""
+        loop = asyncio.get_running_loop()
+        for carrier in tuple(self._carriers):
+            carrier.look(loop.time())
+        self._looking = loop.call_later(LOOK_SECONDS, self._look) if self._carriers else None
 
     def _resume_accepting(self) -> None:
         if self._listening is not None:
@@ -196,7 +210,7 @@ class StreamListener:
         if self._is_closed:
             tls.close()
             raise LinkError("the listener is closed")
-        self._carriers.add(_Accepted(self, tls, session, deadline - time.monotonic()))
+        self._take(_Accepted(self, tls, session, deadline - time.monotonic()))
 
 
 class _Accepted:
@@ -214,6 +228,10 @@ class _Accepted:
         self._loop = asyncio.get_running_loop()
         self._idle_timer = self._loop.call_later(max(first_open_s, 0), self._idled)
         self.frames.start()
+
+    def look(self, now: float) -> None:
+        if self.served is not None or self.frames.flow is not None:
+            self.frames.look(now)
 
     def close_if_unowned(self, has_session: Callable[[str], bool], now: float) -> None:
         if self.served is not None or has_session(self.frames.peer.name):

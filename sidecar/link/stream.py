@@ -142,7 +142,7 @@ class Carrier:
 
     def look(self, now: float) -> None:
         """Close when the way to the connector, or the forwarder, is dead; call it each LOOK_SECONDS."""
-        if self.is_tcp and not self.is_idle:
+        if not self.is_idle:
             self._frames.look(now)
 
     def network_changed(self, held: Collection[str]) -> None:

@@ -24,6 +24,7 @@ PATIENCE_SECONDS = 90.0
 """A carrier whose packets vanish is given up after 10 s, a handshake after 5."""
 GIVEN_UP_SECONDS = 10.0
 """When TCP itself gives a carrier up (TCP_USER_TIMEOUT), which is too late."""
+TCP = tuple(f"tcp {end} {{ 4434, 4435 }}" for end in ("dport", "sport"))
 UDP = tuple(f"udp {end} {{ 4433, 4434, 4435 }}" for end in ("dport", "sport"))
 
 
@@ -62,23 +63,27 @@ def large_echoes(mesh: Mesh) -> Iterator[None]:
     assert asker.strange() == []
 
 
-def test_a_carrier_that_is_cut_without_a_word_is_missed_before_tcp_gives_it_up(
+def test_a_carrier_that_is_cut_without_a_word_is_missed_by_both_ends_before_tcp_gives_it_up(
     request: pytest.FixtureRequest, mesh: Mesh
 ) -> None:
-    """The first of these: after the others an agent does without the direct way for a minute."""
+    """Of a forwarded one the connector's leg is cut, and the agent learns of it from the relay.
+
+    The first of these: after the others an agent does without the direct way for a minute.
+    """
     note_version(request, "newest")
-    host, port = (mesh.core, 4435) if is_direct(request) else (mesh.lab.host("east"), 4434)
+
+    def detached() -> list[float]:
+        ends = (mesh.agent, mesh.connector)
+        return [each.metric("ztna_tcp_flows_total", outcome="detached") for each in ends]
+
     with load(mesh) as running, running.upload_begun() as held:
         until("the flow is carried", lambda: mesh.agent.metric("ztna_flows", protocol="tcp") > 0)
         running.passes(PATIENCE_SECONDS)
-        before = mesh.agent.metric("ztna_tcp_flows_total", outcome="detached")
-        with host.dropping(f"tcp dport {port}", f"tcp sport {port}"):
+        before = detached()
+        with dropping(mesh.core, TCP):
             cut = time.monotonic()
             held.sendall(b"said as it is cut")
-            until(
-                "the flow is detached",
-                lambda: mesh.agent.metric("ztna_tcp_flows_total", outcome="detached") > before,
-            )
+            until("the flow is detached", lambda: all(n > m for n, m in zip(detached(), before, strict=True)))
             assert time.monotonic() - cut < GIVEN_UP_SECONDS
         running.passes(PATIENCE_SECONDS)
         running.finish_upload(held, b" and after", b"said as it is cut")

@@ -18,6 +18,7 @@ from relay.links import Limits
 from relay.splicer import Splicer, listen
 from ztna.errors import ZtnaError
 from ztna.names import SessionId
+from ztna.tls_tcp import Delivery
 from ztna.wire import forwarder as wire
 
 SESSION, OTHER = SessionId("1" * 16), SessionId("2" * 16)
@@ -79,6 +80,38 @@ async def rig() -> AsyncIterator[Rig]:
     yield rig
     rig.splicer.close()
     rig.splicer.close()
+
+
+@pytest.mark.parametrize("lost", ["agent", "connector"])
+async def test_who_cannot_be_reached_is_given_up_and_the_other_learns_of_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    agent, connector = await rig.pair()
+    gone, left = (agent, connector) if lost == "agent" else (connector, agent)
+    gone_at = gone.writer.get_extra_info("sockname")
+
+    def unheard(sock: socket.socket) -> Delivery:
+        return Delivery(1, 60.0, 0.001) if sock.getpeername() == gone_at else Delivery(0, 60.0, 0.001)
+
+    agent.writer.write(b"both ways")
+    connector.writer.write(b"both ways")
+    assert await agent.read(9) == await connector.read(9) == b"both ways"
+    monkeypatch.setattr(pipes, "delivery", unheard)
+    left.writer.write(b"is anybody there?")
+    with pytest.raises(ConnectionResetError):
+        await left.read()
+    assert (rig.splicer.pairs, rig.splicer.refusals["dead_path"]) == (0, 1)
+
+
+async def test_a_pair_that_is_silent_and_well_is_left_alone(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    agent.writer.write(b"a word")
+    assert await connector.read(6) == b"a word"
+    (pair,) = set(rig.splicer._pairs.values())
+    loop = asyncio.get_running_loop()
+    for after in range(1, 60):
+        assert not pair.is_cut(loop.time() + after)
+    assert rig.splicer.pairs == 1
 
 
 async def test_much_goes_both_ways_at_once_and_half_close_passes_through(rig: Rig) -> None:

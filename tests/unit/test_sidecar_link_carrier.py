@@ -9,9 +9,9 @@ from typing import cast
 import pytest
 
 from sidecar.link.carrier import ByteStream, FrameStream
-from sidecar.link.stall import LOOK_SECONDS, STALL_SECONDS
 from tests.support.identities import identity
 from ztna.reasons import Reason
+from ztna.stall import LOOK_SECONDS, STALL_SECONDS
 from ztna.tls_tcp import Delivery
 
 OWN, OTHER = "192.0.2.1", "192.0.2.2"

@@ -16,6 +16,7 @@ from ztna.credentials import Credentials
 from ztna.errors import LinkError
 from ztna.names import ServiceName, SessionId
 from ztna.reasons import Reason
+from ztna.tls_tcp import Delivery
 from ztna.wire.stream import (
     WINDOW_BYTES_MIN,
     Ack,
@@ -96,6 +97,25 @@ async def test_a_flow_goes_on_upon_another_carrier_after_each_cut(ground: Ground
     assert await flow.finished
     assert len(ground.opened) == 1
     assert {service for _, service in ground.resumed} == {ServiceName("echo-service")}
+
+
+async def test_a_flow_whose_carrier_leads_nowhere_waits_for_another(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connector finds out by itself, and before its kernel would."""
+    program, carrier, flow = await ground.flow()
+    await program.send(b"before")
+    assert await program.read(6) == b"before"
+    (served_flow,) = ground.listener.served.flows()
+    monkeypatch.setattr("ztna.tls_tcp.delivery", lambda sock: Delivery(1, 60.0, 0.001))
+    await detached(ground)
+    assert not served_flow.finished.done()
+    monkeypatch.undo()
+    carrier.close(Reason.PEER_GONE)
+    again = await ground.dial()
+    await again.resume(flow, OTHER_SESSION, 1)
+    await program.send(b" after")
+    assert await program.read(6) == b" after"
 
 
 async def test_a_session_that_was_resumed_under_is_the_one_whose_end_resets(ground: Ground) -> None:

@@ -28,6 +28,8 @@ class Verdict(Enum):
 class Stall:
     """One carrier, looked at about each LOOK_SECONDS; times in seconds of one clock."""
 
+    __slots__ = ("_looked_at", "_may_ask", "_quiet_since", "_received", "_waits_since")
+
     def __init__(self, now: float) -> None:
         self._looked_at = now
         self._received = 0

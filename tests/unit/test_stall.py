@@ -1,8 +1,8 @@
-"""sidecar.link.stall: when a carrier is asked after, when it is dead, and what is no death."""
+"""ztna.stall: when a carrier is asked after, when it is dead, and what is no death."""
 
 from __future__ import annotations
 
-from sidecar.link.stall import LOOK_SECONDS, QUIET_SECONDS, STALL_SECONDS, Stall, Verdict
+from ztna.stall import LOOK_SECONDS, QUIET_SECONDS, STALL_SECONDS, Stall, Verdict
 
 RTT = 0.05
 
