@@ -36,7 +36,7 @@ STREAM_UNSENT_BYTES_MAX = 1024 * 1024
 HANDSHAKE_SECONDS = 10.0
 PAYLOAD_PROBES = 3
 PAYLOAD_RAISE_SECONDS = 60.0
-"""When a path that swallowed large packets is asked again whether it carries them."""
+"""When a path that swallowed large packets, and still did as small ones came through, is asked for them again."""
 TIMER_SLACK_SECONDS = 0.0005
 TIMER_STEP_SECONDS = 0.000_001
 ROUND_TRIPS_WAITING_MAX = 16
@@ -153,6 +153,7 @@ class Connection:
         self._probes_left = PAYLOAD_PROBES
         self._larger = endpoint.settings.udp_payload_probe
         self._raise_at = float("inf")
+        self._was_narrow = False
 
     def __repr__(self) -> str:
         name = self.identity.name if self._handler else "?"
@@ -320,6 +321,10 @@ class Connection:
             self._act()
             if self._engine.is_in_black_hole:
                 self._leave_black_hole()
+            elif self._was_narrow and self._engine.has_carried:
+                # A path that was dead looked the same: now that it carries anything, it may carry all.
+                self._was_narrow, self._probes_left = False, PAYLOAD_PROBES
+                self._probe_payload()
             sent = self._flush_engine()
             # The peer may use at once what it was just told: a CID without a route would be answered with a reset.
             self._act_on_events()
@@ -515,12 +520,15 @@ class Connection:
             self._tick(now)
 
     def _leave_black_hole(self) -> None:
-        """Send no larger packets than every path carries (RFC 8899 5.3.3), and try larger ones again much later."""
+        """Send no larger packets than every path carries (RFC 8899 5.3.3).
+
+        Larger ones are tried again once these arrive, and, when they get lost again, much later.
+        """
         _log.info("path_narrow", where=self._endpoint.settings.where, udp_payload=self._engine.udp_payload)
         now = self._now()
         self._engine.use_udp_payload(UDP_PAYLOAD_BYTES_MIN)
         self._engine.path_changed(now)
-        self._probes_left, self._raise_at = 0, now + PAYLOAD_RAISE_SECONDS
+        self._was_narrow, self._probes_left, self._raise_at = True, 0, now + PAYLOAD_RAISE_SECONDS
 
     def _probe_payload(self) -> None:
         larger = self._larger

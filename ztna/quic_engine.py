@@ -99,9 +99,11 @@ class _Congestion(RenoCongestionControl):
     """aioquic's own, which also counts the packets that are lost for their size."""
 
     large_lost = 0
+    has_carried = False
 
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
         super().on_packet_acked(now=now, packet=packet)
+        self.has_carried = True
         if packet.sent_bytes > UDP_PAYLOAD_BYTES_MIN:
             self.large_lost = 0
 
@@ -228,7 +230,13 @@ class Engine(QuicConnection):
         """Send packets of at most this size from now on."""
         self._max_datagram_size = size
         control: Any = self._loss._cc
-        control.large_lost = 0
+        control.large_lost, control.has_carried = 0, False
+
+    @property
+    def has_carried(self) -> bool:
+        """Whether the peer has acknowledged anything since the size was set."""
+        control: Any = self._loss._cc
+        return bool(control.has_carried)
 
     @property
     def is_in_black_hole(self) -> bool:

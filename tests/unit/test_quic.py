@@ -630,6 +630,38 @@ async def test_a_path_that_begins_to_swallow_large_packets_gets_small_ones_and_i
     await soon(lambda: theirs.datagram_limit == 1306)
 
 
+async def test_a_path_that_was_dead_for_a_while_carries_large_packets_again_at_once(
+    serve: Any, dial: Any
+) -> None:
+    """To who sends large packets it looked like one that swallows them; PAYLOAD_RAISE_SECONDS is far away."""
+    server = serve(udp_payload=1200, udp_payload_probe=1350, ping_interval_s=0.05)
+    is_dead = False
+    lost: list[int] = []
+
+    class Failing:
+        def send(self, packets: Sequence[tuple[bytes, Any]]) -> None:
+            if is_dead:
+                lost.extend(len(data) for data, _ in packets)
+            else:
+                server.socket.send(packets)
+
+    server.server._path = Failing()
+    mine = await dial(server.address, udp_payload=1200, ping_interval_s=0.05).connect()
+    (theirs,) = server.server.connections
+    await soon(lambda: theirs.datagram_limit == 1306)
+    is_dead = True
+    stream = theirs.open_stream(unidirectional=True)
+    assert theirs.send_stream(stream, bytes(200_000), end=True)
+    await soon(lambda: theirs.datagram_limit == 1156)
+    lost.clear()
+    await soon(lambda: len(lost) > 20)
+    assert max(lost) <= 1200, "nothing is tried before the path is back, though the other end is heard"
+    is_dead = False
+    await soon(lambda: theirs.datagram_limit == 1306)
+    await mine.until(lambda: stream in mine.ended_streams)
+    assert len(mine.streams[stream]) == 200_000
+
+
 async def test_what_breaks_the_engine_costs_that_peer_only(
     monkeypatch: pytest.MonkeyPatch, serve: Any, dial: Any
 ) -> None:
