@@ -151,7 +151,7 @@ class Agent:
                 read_lease=self._read_lease,
                 ended=self._ended,
                 leave=self._leave,
-                run_out=lambda session: self._datagrams.session_ended(session),
+                run_out=self._run_out,
             ),
         )
         self._network = Network(self._network_changed)
@@ -442,6 +442,10 @@ class Agent:
     def _leave(self, session: Session) -> None:
         self._streams.session_left(session)
         self._datagrams.leave(session)
+
+    def _run_out(self, session: Session) -> None:
+        self._streams.session_retired(session)
+        self._datagrams.session_ended(session)
 
     def _read_lease(self, service: ServiceName) -> None:
         self._follower.read_again(service)

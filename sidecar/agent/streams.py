@@ -54,6 +54,8 @@ class Streams:
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
         self._running: dict[SessionKey, set[Ride]] = {}
+        self._dialling: dict[SessionKey, set[asyncio.Timeout]] = {}
+        """The patience of the dials for flows that have yet to be opened."""
         self.quiet = asyncio.Event()
         """Set while no flow runs."""
         self.quiet.set()
@@ -70,14 +72,22 @@ class Streams:
 
     def session_left(self, session: Session) -> None:
         """Move the flows of a session whose relay drains or is silent."""
+        self.session_retired(session)
         for ride in tuple(self._running.get(session.key, ())):
             ride.move()
+
+    def session_retired(self, session: Session) -> None:
+        """End the dials for new flows, which another session serves: whom they go to may be gone by now."""
+        for patience in tuple(self._dialling.get(session.key, ())):
+            if not patience.expired():
+                patience.reschedule(self._loop.time())
 
     def session_ended(self, session: Session, reason: Reason) -> None:
         """End what rides a session: waiting dials, its own idle carriers, and its flows unless they may go on.
 
         When a connection just went they need another session within the time that they live detached.
         """
+        self.session_retired(session)
         self._carriers.session_ended(session, reason)
         for ride in tuple(self._running.get(session.key, ())):
             if reason is Reason.PEER_GONE:
@@ -169,13 +179,28 @@ class Streams:
         """Open a flow on an idle carrier, or a fresh one when there is none."""
         carrier = self._carriers.take_idle(session)
         if carrier is None:
-            carrier = await self._carriers.dial(session)
+            carrier = await self._dial(session)
             return carrier, await self._open_flow(carrier, frame, local)
         verdict = self._loop.call_later(IDLE_VERDICT_SECONDS, carrier.close_if_unheard)
         try:
             return carrier, await self._open_flow(carrier, frame, local)
         finally:
             verdict.cancel()
+
+    async def _dial(self, session: Session) -> Carrier:
+        """Dial for a new flow. Raises LinkError or IdentityError, at once when the session is retired or ends."""
+        dialling = self._dialling.setdefault(session.key, set())
+        patience = asyncio.timeout(None)
+        try:
+            async with patience:
+                dialling.add(patience)
+                return await self._carriers.dial(session)
+        except TimeoutError:
+            raise LinkError("the session is to be used no more") from None
+        finally:
+            dialling.discard(patience)
+            if not dialling:
+                self._dialling.pop(session.key, None)
 
     async def _open_flow(self, carrier: Carrier, frame: OpenFrame, local: socket.socket) -> TcpFlow:
         try:

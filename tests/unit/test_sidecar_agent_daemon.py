@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sidecar.agent import links
+from relay import splicer
+from sidecar.agent import carriers, links
 from tests.support.small_mesh import WAIT_SECONDS, SmallMesh, agent, small_mesh
 from ztna.config import ConsulConfig
 from ztna.errors import ConfigError, LeaseError, LinkError
@@ -258,6 +259,38 @@ class TestTcp:
                 program.sock.close()
                 while not [each for each in heard(mesh, Closed) if each.session == f"{1:016x}"]:
                     await asyncio.sleep(0.01)
+            first.close()
+
+    @pytest.mark.parametrize(
+        "news", [None, Reason.DRAINING, Reason.PEER_GONE], ids=["retired", "drained", "gone"]
+    )
+    async def test_a_dial_to_a_connector_that_leaves_is_given_up_for_another(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, news: Reason | None
+    ) -> None:
+        """Else the program would wait for as long as a connector may take to dial in, and as a link may."""
+        for name in ("LINK_AFTER_SECONDS", "FORWARDER_SECONDS", "FORWARDER_BOUND_SECONDS"):
+            monkeypatch.setattr(carriers, name, 2 * WAIT_SECONDS)
+        monkeypatch.setattr(splicer, "BIND_SECONDS", 2 * WAIT_SECONDS)
+        async with small_mesh(tmp_path) as mesh, echo_backend() as backend:
+            ip = await mesh.lease("echo-service", 2, TCP)
+            first, second = mesh.connector("c1"), mesh.connector("c2")
+            second.backend = backend
+            asked = asyncio.Event()
+
+            async def leave_waiting(token: bytes, session: SessionId) -> None:
+                asked.set()
+
+            monkeypatch.setattr(first, "carry", leave_waiting)
+            async with agent(mesh, direct=False), asyncio.timeout(WAIT_SECONDS):
+                talking = asyncio.create_task(talk((str(ip), 8080), b"hello"))
+                await asked.wait()
+                mesh.connectors.remove(first)
+                session = SessionId(f"{1:016x}")
+                mesh.say(Retired(session) if news is None else Closed(session, news))
+                assert await talking == b"hello"
+                assert len(second.opens) == 1
+                given_back = [each.session for each in heard(mesh, Closed)]
+                assert given_back == ([session] if news is None else [])
             first.close()
 
     @pytest.mark.parametrize("direct", [True, False])
