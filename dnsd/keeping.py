@@ -279,6 +279,8 @@ class _TableKeeper:
                 self._see_wishes()
                 if self._misses_records():
                     _log.warning("lease_records_lost", leases=len(self._table.leases))
+                    # A Consul that lost them may count anew: the same index need not be the same record.
+                    self._table = Table()
                     break
                 decided = self._plan()
                 if decided.wants_catalog_read:
@@ -341,9 +343,13 @@ class _TableKeeper:
         for key, pair in self._pairs.items():
             if key.startswith(SERVICE_PREFIX):
                 there = shown.pairs.get(key)
-                if there is None and (went_back or pair.modify_index <= shown.index):
+                if there is None:
+                    if went_back or pair.modify_index <= shown.index:
+                        return True
+                elif there.modify_index > pair.modify_index:
                     return True
-                if there is not None and there.modify_index > pair.modify_index:
+                elif went_back and there.modify_index < pair.modify_index:
+                    # Restored from a backup. (Or the watch is only late again: reading does no harm.)
                     return True
         return False
 

@@ -220,6 +220,29 @@ _HOLDING = msgspec.json.Decoder(Holding, dec_hook=decode_hook)
 _WISH = msgspec.json.Decoder(Wish, dec_hook=decode_hook)
 
 
+def is_another(lease: Lease, known: Lease) -> bool:
+    """Say whether two leases of one service are not the same; one with other ports is."""
+    return (lease.epoch, lease.ip) != (known.epoch, known.ip)
+
+
+def went_back(known: Mapping[ServiceName, Lease], table: Table) -> Mapping[ServiceName, Lease | None]:
+    """Return what to go by instead of some leases that were known before the table was read consistently.
+
+    An older one is right, as the table was restored from a backup. A service without a lease keeps the one
+    it had, but not (None) at an address that is another's. Newer ones are left out.
+    """
+    addresses = {stored.record.ip for stored in table.leases.values()}
+    others: dict[ServiceName, Lease | None] = {}
+    for service, was in known.items():
+        stored = table.leases.get(service)
+        if stored is None:
+            if was.ip in addresses:
+                others[service] = None
+        elif stored.record.epoch <= was.epoch and is_another(stored.record, was):
+            others[service] = stored.record
+    return others
+
+
 def audit(table: Table) -> tuple[str, ...]:
     """Return what is wrong with a table, a line each: no address may have two owners, and records must agree.
 

@@ -187,7 +187,7 @@ class _Connector:
         tasks = self._tasks
         registering = tasks.create_task(registrar.run(), name="registration")
         tasks.create_task(self._registered(registrar), name="first registration")
-        tasks.create_task(self._leases.watch.run(), name="leases")
+        tasks.create_task(self._leases.run(), name="leases")
         tasks.create_task(delegation.run(), name="checks that Consul runs")
         tasks.create_task(self._tick(), name="expiry")
         tasks.create_task(self._renewal.run(), name="certificates")
@@ -291,7 +291,7 @@ class _Connector:
             probes=self._delegation.probes(service) if self._delegation is not None else (),
         )
 
-    def _lease_changed(self, service: ServiceName, lease: Lease) -> None:
+    def _lease_changed(self, service: ServiceName, lease: Lease | None) -> None:
         self._serving.lease_changed(service, lease)
         if self._registrar is not None:
             self._registrar.lease_changed()

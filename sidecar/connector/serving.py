@@ -217,7 +217,7 @@ class Serving:
         self.links.network_changed()
         self.streams.network_changed(held)
 
-    def lease_changed(self, service: ServiceName, lease: Lease) -> None:
+    def lease_changed(self, service: ServiceName, lease: Lease | None) -> None:
         """End the sessions under another lease; established TCP flows may finish."""
         for session in self.sessions.lease_changed(service, lease):
             self._tell_closed(session, Reason.STALE_EPOCH)

@@ -207,12 +207,12 @@ class Sessions:
         for session in [each for each in self._live.values() if each.key[0] == connection]:
             self._detach(session, now)
 
-    def lease_changed(self, service: ServiceName, lease: Lease) -> list[Session]:
-        """End and return the sessions of the service under another lease."""
+    def lease_changed(self, service: ServiceName, lease: Lease | None) -> list[Session]:
+        """End and return the sessions of the service under another lease; all of them when it has none."""
         other = [
             session
             for session in [*self._live.values(), *self.detached()]
-            if session.service == service and not session.v1 and standing(session.lease, lease) == "stale"
+            if session.service == service and not session.v1 and standing(session.lease, lease) != "current"
         ]
         return [self._end(session) for session in other]
 

@@ -386,18 +386,22 @@ async def test_leaving_a_consul_that_is_away_does_not_hang(own_consul: ConsulUnd
 
 async def test_the_lease_book_learns_and_reads_again(consul: ConsulUnderTest, unique: str) -> None:
     web, foreign = ServiceName(f"web-{unique}"), ServiceName(f"foreign-{unique}")
-    changes: list[tuple[ServiceName, Lease]] = []
+    changes: list[tuple[ServiceName, Lease | None]] = []
     newer = Lease(IPv4Address("10.100.0.3"), 8)
     async with ConsulClient(consul.config()) as client:
         book = LeaseBook(client, {web}, lambda service, lease: changes.append((service, lease)))
+
+        async def said(lease: Lease | None) -> bool:
+            return book.lease(web) == lease
+
         # Without the watch: what is read again is read from Consul itself.
         assert await book.read_again(web, 7) is None
         await client.kv_put(service_key(web), to_json(LEASE))
         first, second = await asyncio.gather(book.read_again(web, 7), book.read_again(web, 7))
         assert first == second == LEASE
-        task = asyncio.create_task(book.watch.run())
+        task = asyncio.create_task(book.run())
         try:
-            await client.kv_put(service_key(foreign), to_json(newer))
+            await client.kv_put(service_key(foreign), to_json(Lease(IPv4Address("10.100.0.4"), 8)))
             await client.kv_put(service_key(web), b"not a lease")
             await client.kv_put(service_key(web), to_json(newer))
             async with asyncio.timeout(WAIT_SECONDS):
@@ -405,10 +409,15 @@ async def test_the_lease_book_learns_and_reads_again(consul: ConsulUnderTest, un
                     await asyncio.sleep(0.02)
             assert changes == [(web, LEASE), (web, newer)]
             assert book.lease(foreign) is None
-            # One that vanishes, or an older one, changes nothing.
-            await client.kv_put(service_key(web), to_json(LEASE))
+            # One that vanishes changes nothing, until another has its address; an older one was restored.
             await client.kv_delete(service_key(web))
             assert await book.read_again(web, 9) == newer
+            await client.kv_put(service_key(web), to_json(LEASE))
+            await until(lambda: said(LEASE), bool)
+            await client.kv_delete(service_key(web))
+            await client.kv_put(service_key(foreign), to_json(LEASE))
+            await until(lambda: said(None), bool)
+            assert changes[2:] == [(web, LEASE), (web, None)]
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

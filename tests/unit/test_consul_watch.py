@@ -37,11 +37,19 @@ def entry(value: str = "eA==") -> dict[str, object]:
     return {**pair, "CreateIndex": 1, "ModifyIndex": 1}
 
 
+@pytest.mark.parametrize("is_early", [False, True])
 @pytest.mark.parametrize(
-    ("asked", "answered", "follows"), [(0, 5, 5), (5, 5, 5), (5, 9, 9), (9, 5, 0), (5, 0, 0), (0, 0, 0)]
+    ("asked", "answered", "follows"), [(0, 5, 5), (5, 9, 9), (9, 5, 0), (5, 0, 0), (0, 0, 0)]
 )
-def test_an_index_that_goes_backwards_starts_over(asked: int, answered: int, follows: int) -> None:
-    assert next_index(asked, answered) == follows
+def test_an_index_that_goes_backwards_starts_over(
+    asked: int, answered: int, follows: int, is_early: bool
+) -> None:
+    assert next_index(asked, answered, is_early=is_early) == follows
+
+
+@pytest.mark.parametrize(("is_early", "follows"), [(False, 5), (True, 0)])
+def test_an_answer_without_news_before_its_time_starts_over(is_early: bool, follows: int) -> None:
+    assert next_index(5, 5, is_early=is_early) == follows
 
 
 async def test_a_restored_consul_is_read_from_the_beginning() -> None:

@@ -23,6 +23,7 @@ from ztna.leases import (
     is_ula,
     read_table,
     service_key,
+    went_back,
 )
 from ztna.names import ServiceName
 
@@ -142,3 +143,24 @@ def test_an_amended_table_is_the_one_that_would_be_read() -> None:
     assert after == read_table({key: pair for key, pair in (known | written).items() if key not in deleted})
     assert list(after.unreadable) == [SERVICE_PREFIX + "ssh"]
     assert before == read_table(known), "the one before stays as it was"
+
+
+def test_an_older_lease_in_a_table_read_afterwards_is_the_one_to_go_by() -> None:
+    other = IPv4Address("10.100.0.10")
+    older, newer = Lease(IP, 3), Lease(other, 9)
+
+    def gone_by(known: Lease, *records: tuple[str, object]) -> dict[ServiceName, Lease | None]:
+        return dict(went_back({WEB: known}, read_table(pairs(*records))))
+
+    assert gone_by(newer, (service_key(WEB), older)) == {WEB: older}
+    assert gone_by(newer, (service_key(WEB), Lease(IP, 9))) == {WEB: Lease(IP, 9)}
+    # What the watch brings by itself, and what only has other ports.
+    assert gone_by(older, (service_key(WEB), newer)) == {}
+    assert gone_by(newer, (service_key(WEB), Lease(other, 9, (Port("tcp", 80),)))) == {}
+
+
+def test_a_lease_that_is_gone_is_kept_but_not_at_an_address_of_another() -> None:
+    known, db = {WEB: Lease(IP, 9)}, service_key(ServiceName("db"))
+    assert went_back(known, Table()) == {}
+    assert went_back(known, read_table(pairs((db, Lease(IPv4Address("10.100.0.10"), 3))))) == {}
+    assert went_back(known, read_table(pairs((db, Lease(IP, 3))))) == {WEB: None}

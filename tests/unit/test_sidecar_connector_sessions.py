@@ -208,7 +208,10 @@ def test_a_changed_lease_ends_the_sessions_under_the_old_one() -> None:
     sessions.connection_lost(OTHER_RELAY, 0.0)
     assert sessions.lease_changed(WEB, Lease(OTHER_IP, 8)) == [old, detached]
     assert sessions.live() == [current, db]
-    assert sessions.end_all() == [current, db]
+    assert sessions.lease_changed(DB, None) == [db]
+    # A lease that was restored from a backup.
+    assert sessions.lease_changed(WEB, Lease(OTHER_IP, 7)) == [current]
+    assert sessions.end_all() == []
 
 
 def test_an_agent_takes_along_only_its_own_of_the_same_service_and_lease() -> None:

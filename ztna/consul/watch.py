@@ -107,6 +107,7 @@ class Watch(Generic[S]):
         """Yield what a blocking query says, for ever; also when nothing changed within WAIT_SECONDS."""
         index, failures = 0, 0
         while True:
+            asked_at = time.monotonic()
             try:
                 found = await self._client.read(path, params, shape=shape, index=index, wait_s=WAIT_SECONDS)
                 if not found.known_leader:
@@ -118,8 +119,8 @@ class Watch(Generic[S]):
                 index, failures = 0, failures + 1
                 continue
             self.problem, failures = None, 0
-            index = next_index(index, found.index)
             started = time.monotonic()
+            index = next_index(index, found.index, is_early=started - asked_at < WAIT_SECONDS)
             yield found
             await asyncio.sleep(max(COALESCE_SECONDS, COALESCE_COST_FACTOR * (time.monotonic() - started)))
 
@@ -332,9 +333,15 @@ class CatalogWatch(Watch[CatalogSnapshot]):
             )
 
 
-def next_index(asked: int, answered: int) -> int:
-    """Return the index to block on next: 0, start over, when it went backwards (a restored or new Consul)."""
-    return answered if answered >= asked and answered > 0 else 0
+def next_index(asked: int, answered: int, *, is_early: bool) -> int:
+    """Return the index to block on next: 0, start over, when it went backwards (a restored or new Consul).
+
+    Also when an answer without news was early. So Consul ends the queries that wait while it is restored: with
+    what it had before (`blockingQuery` returns at AbandonCh); one on the same index would wait to its end again.
+    """
+    if answered < asked or (answered == asked and is_early):
+        return 0
+    return answered
 
 
 def _backoff(failures: int) -> float:
