@@ -34,8 +34,11 @@ from ztna.config import ConsulConfig
 from ztna.consul.client import ConsulClient
 from ztna.jsontypes import to_json
 from ztna.leases import (
+    ADDRESS_PREFIX,
     KEEPER_KEY,
+    SERVICE_PREFIX,
     VIP_PREFIX,
+    WISH_PREFIX,
     Table,
     Wish,
     WishKind,
@@ -92,7 +95,7 @@ class Keeper:
 
 
 class KeepersOnConsul(RuleBasedStateMachine):
-    """Services come, go and pin; keepers are elected, plan, write one by one, die, sleep on; KV gets lost."""
+    """Services come, go and pin; keepers are elected, plan, write one by one, die, sleep on; KV is lost, or restored."""
 
     def __init__(self, call: Callable[[Coroutine[Any, Any, Any]], Any], client: ConsulClient) -> None:
         super().__init__()
@@ -107,6 +110,9 @@ class KeepersOnConsul(RuleBasedStateMachine):
         self.owners: dict[IPv4Address, tuple[int, str]] = {}
         self.homes: dict[str, tuple[int, IPv4Address]] = {}
         self.resting: dict[IPv4Address, tuple[str, float]] = {}
+        # Which service an address ever meant under an epoch, restored tables or not.
+        self.meant: dict[tuple[IPv4Address, int], str] = {}
+        self.backup: tuple[KvPair, ...] = ()
         self.sessions: list[str] = []
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -222,6 +228,26 @@ class KeepersOnConsul(RuleBasedStateMachine):
         self.owners = {address: (epoch, "") for address, (epoch, _) in self.owners.items()}
         self.homes = {name: (epoch, NETWORK.network_address) for name, (epoch, _) in self.homes.items()}
 
+    @rule()
+    def is_backed_up(self) -> None:
+        pairs = self.call(self._client.kv_list(VIP_PREFIX, consistent=True))
+        self.backup = tuple(pair for pair in pairs if pair.key != KEEPER_KEY)
+
+    @rule()
+    def is_restored(self) -> None:
+        """Let all records be those of the backup, at once; whoever keeps the leases goes on."""
+        for prefix in (SERVICE_PREFIX, ADDRESS_PREFIX, WISH_PREFIX):
+            self.call(self._client.kv_delete(prefix, recurse=True))
+        for pair in self.backup:
+            self.call(self._client.kv_put(pair.key, pair.value))
+        self.resting.clear()
+        self.owners = {address: (epoch, "") for address, (epoch, _) in self.owners.items()}
+        self.homes = {name: (epoch, NETWORK.network_address) for name, (epoch, _) in self.homes.items()}
+        # Whoever had these before is believed to have forgotten it, as a connector does; all else rises on.
+        for name, stored in self.table().leases.items():
+            self.owners[stored.record.ip] = (stored.record.epoch, name)
+            self.homes[name] = (stored.record.epoch, stored.record.ip)
+
     @rule(service=SERVICES, half=st.sampled_from(["lease", "holding"]))
     def half_a_lease_is_lost(self, service: str, half: str) -> None:
         stored = self.table().leases.get(ServiceName(service))
@@ -239,6 +265,7 @@ class KeepersOnConsul(RuleBasedStateMachine):
         assert len(addresses) == len(set(addresses)), "one address, two owners"
         for name, stored in leases.items():
             lease = stored.record
+            assert self.meant.setdefault((lease.ip, lease.epoch), name) == name
             epoch, owner = self.owners.get(lease.ip, (0, name))
             assert lease.epoch > epoch or (lease.epoch, name) == (epoch, owner)
             self.owners[lease.ip] = (lease.epoch, name)
