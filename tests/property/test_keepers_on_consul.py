@@ -95,7 +95,7 @@ class Keeper:
 
 
 class KeepersOnConsul(RuleBasedStateMachine):
-    """Services come, go and pin; keepers are elected, plan, write one by one, die, sleep on; KV is lost, or restored."""
+    """Services come, go and pin; keepers are elected, plan, write one by one, die, sleep on; KV is lost or restored."""
 
     def __init__(self, call: Callable[[Coroutine[Any, Any, Any]], Any], client: ConsulClient) -> None:
         super().__init__()
