@@ -23,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ztna.errors import ConfigError
 from ztna.names import ConnectorId, ServiceName, is_label
+from ztna.revocation import MALFORMED, unreadable
 
 KeyKind = Literal["ec", "ed25519"]
 LeafKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
@@ -67,7 +68,10 @@ class Authority:
         root = _authority(name, root_key, None, root_key, moment, ROOT_DAYS, 1)
         key = ec.generate_private_key(ec.SECP256R1())
         intermediate = _authority(f"{name} intermediate", key, root, root_key, moment, INTERMEDIATE_DAYS, 0)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot be made: {error.strerror}") from None
         write_private(directory / ROOT_KEY, _key_pem(root_key))
         write_private(directory / INTERMEDIATE_KEY, _key_pem(key))
         (directory / ROOT_CERTIFICATE).write_bytes(_pem(root))
@@ -137,7 +141,7 @@ class Authority:
         try:
             request = x509.load_pem_x509_csr(request_pem)
         except ValueError as error:
-            raise ConfigError(f"no certificate signing request in PEM: {error}") from None
+            raise ConfigError(f"no certificate signing request in PEM: {unreadable(error)}") from None
         if not request.is_signature_valid:
             raise ConfigError("the signing request is not signed with its own key")
         public = _leaf_key(request.public_key())
@@ -158,7 +162,7 @@ class Authority:
 
         Raises ConfigError for a leaf of another CA, or a connector grant for one without a connector's id.
         """
-        leaf = _leaf(chain_pem)
+        leaf = leaf_of(chain_pem)
         if not self.issued(leaf):
             raise ConfigError("the certificate is not of this CA")
         names = list(leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
@@ -219,7 +223,7 @@ class Authority:
         try:
             found = x509.load_pem_x509_crl(pem)
         except ValueError as error:
-            raise ConfigError(f"no CRL in PEM: {error}") from None
+            raise ConfigError(f"no CRL in PEM: {unreadable(error)}") from None
         if not found.is_signature_valid(self.key.public_key()):
             raise ConfigError("the CRL is not of this CA")
         return found
@@ -249,6 +253,8 @@ def write_private(path: Path, data: bytes) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ConfigError(f"{path} exists already and is not overwritten") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
 
@@ -262,11 +268,17 @@ def replace_file(path: Path, data: bytes) -> None:
     fresh.replace(path)
 
 
-def _leaf(chain_pem: bytes) -> x509.Certificate:
+def leaf_of(chain_pem: bytes) -> x509.Certificate:
+    """Return the leaf of a chain in PEM. Raises ConfigError."""
+    return certificates_of(chain_pem)[0]
+
+
+def certificates_of(chain_pem: bytes) -> list[x509.Certificate]:
+    """Return the certificates of a chain in PEM, one at least. Raises ConfigError."""
     try:
-        return x509.load_pem_x509_certificates(chain_pem)[0]
-    except ValueError as error:
-        raise ConfigError(f"no certificate in PEM: {error}") from None
+        return x509.load_pem_x509_certificates(chain_pem)
+    except MALFORMED as error:
+        raise ConfigError(f"no certificate in PEM: {unreadable(error)}") from None
 
 
 def _leaf_key(public: object) -> LeafPublicKey:

@@ -24,7 +24,7 @@ from ztna import secret_files
 from ztna.config import TlsConfig
 from ztna.errors import ConfigError, IdentityError
 from ztna.identity import Identity, Trust, Usage
-from ztna.revocation import MALFORMED, Revocations
+from ztna.revocation import MALFORMED, Revocations, unreadable
 from ztna.verdicts import Verdicts
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
@@ -189,7 +189,9 @@ def _private_key(pem: bytes, path: Path) -> PrivateKey:
     try:
         key = serialization.load_pem_private_key(pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"tls.key: {path} is no unencrypted private key in PEM: {error}") from None
+        raise ConfigError(
+            f"tls.key: {path} is no unencrypted private key in PEM: {unreadable(error)}"
+        ) from None
     if not isinstance(key, PrivateKey):
         raise ConfigError(f"tls.key: {path} holds a {type(key).__name__}; expected an EC or Ed25519 key")
     return key
@@ -228,7 +230,9 @@ def _chain(pem: bytes, path: Path) -> Sequence[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(pem)
     except MALFORMED as error:
-        raise ConfigError(f"tls.certificate: {path} holds no certificates in PEM: {error}") from None
+        raise ConfigError(
+            f"tls.certificate: {path} holds no certificates in PEM: {unreadable(error)}"
+        ) from None
 
 
 def _own_identity(trust: Trust, chain: Sequence[x509.Certificate], path: Path, now: datetime) -> Identity:

@@ -27,7 +27,7 @@ from cryptography.x509.verification import (
 from ztna.errors import BadName, ConfigError, IdentityError
 from ztna.names import ConnectorId, RelayName, ServiceName, is_label
 from ztna.reasons import Reason
-from ztna.revocation import MALFORMED, Revocations
+from ztna.revocation import MALFORMED, Revocations, unreadable
 
 Usage = Literal["client", "server"]
 ExtensionT = TypeVar("ExtensionT", bound=x509.ExtensionType)
@@ -125,7 +125,9 @@ class Trust:
         try:
             return cls(x509.load_pem_x509_certificates(ca_pem), revocations)
         except MALFORMED as error:
-            raise ConfigError(f"the CA file cannot be read as PEM certificates: {error}") from None
+            raise ConfigError(
+                f"the CA file cannot be read as PEM certificates: {unreadable(error)}"
+            ) from None
 
     def with_revocations(self, revocations: Revocations | None) -> Trust:
         """Return the same authorities with other CRLs; what verified under them need not be verified again."""

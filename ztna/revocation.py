@@ -33,6 +33,12 @@ MALFORMED = (
 )
 """All that `cryptography` raises for certificates and CRLs that it cannot read; they have no root of their own."""
 
+
+def unreadable(error: Exception) -> str:
+    """Return what is wrong with a file, without the link to questions and answers that `cryptography` adds."""
+    return str(error).partition(" See http")[0]
+
+
 _PEM_BEGIN, _PEM_END = b"-----BEGIN X509 CRL-----", b"-----END X509 CRL-----"
 
 
@@ -90,7 +96,7 @@ class Revocations:
                 parsed = [x509.load_pem_x509_crl(pem + _PEM_END) for pem in pems]
             return cls([RevocationList.of(each) for each in parsed], earlier)
         except MALFORMED as error:
-            raise ConfigError(f"no CRL in PEM or DER: {error}") from None
+            raise ConfigError(f"no CRL in PEM or DER: {unreadable(error)}") from None
 
     @property
     def next_update(self) -> datetime | None:

@@ -150,7 +150,11 @@ def daemon_command(name: str, section: str, body: Body) -> click.Command:
         metavar="KEY=VALUE",
         help=f"One key, e.g. {section}.admin=HOST:PORT.",
     )
-    @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+    @click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        help="What is logged: this and what is worse.",
+    )
     @click.version_option(version("ztna-mesh"), prog_name=name)
     def command(file: Path | None, settings: tuple[str, ...], log_level: str | None) -> None:
         def read() -> Config:

@@ -101,7 +101,7 @@ def read_file(path: Path) -> dict[str, Any]:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{place}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {shortened(str(error))}") from None
+        raise ConfigError(f"{path}: {shortened(' '.join(str(error).split()))}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):

@@ -167,8 +167,54 @@ async def test_the_deadline_covers_all_attempts() -> None:
 
 async def test_nothing_listens() -> None:
     async with ConsulClient(ConsulConfig(address="http://127.0.0.1:1")) as client:
-        with pytest.raises(ConsulUnavailable, match=r"127\.0\.0\.1:1"):
+        with pytest.raises(
+            ConsulUnavailable, match=r"at http://127\.0\.0\.1:1: cannot connect: Connection refused$"
+        ):
             await client.leader()
+
+
+async def test_a_server_without_tls_is_told_in_words() -> None:
+    async with server(Counting((200, "[]"))) as address:
+        config = ConsulConfig(address=address.replace("http:", "https:"))
+        async with ConsulClient(config) as client:
+            with pytest.raises(ConsulUnavailable, match=r"cannot connect: (?!.*SSLContext).*SSL"):
+                await client.kv_get("x")
+
+
+async def test_who_speaks_no_http_is_told_as_that() -> None:
+    async def greet(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-other\r\n")
+        writer.close()
+
+    listening = await asyncio.start_server(greet, "127.0.0.1", 0)
+    async with listening:
+        port = listening.sockets[0].getsockname()[1]
+        async with ConsulClient(ConsulConfig(address=f"http://127.0.0.1:{port}")) as client:
+            with pytest.raises(ConsulUnavailable, match=f"at http://127.0.0.1:{port}: .*speaks no HTTP$"):
+                await client.kv_get("x")
+
+
+async def test_another_web_server_is_no_consul_that_has_nothing() -> None:
+    """Its 404 would look like a table without leases."""
+
+    async def nothing(_request: web.Request) -> web.Response:
+        return web.Response(status=404, text="<h1>no such page</h1>")
+
+    async with talking_to(nothing) as client:
+        with pytest.raises(ConsulUnavailable, match="is no Consul: 404 without an index"):
+            await client.kv_list("x")
+        with pytest.raises(ConsulUnavailable, match="is no Consul"):
+            await client.kv_get("x")
+    async with talking_to(Counting((404, ""))) as client:
+        assert await client.kv_list("x") == () and await client.kv_get("x") is None
+
+
+async def test_an_error_page_is_told_in_one_short_line() -> None:
+    async with talking_to(Counting((502, "<html>\n  <p>Bad\ngateway</p>\n" + "x" * 5000))) as client:
+        with pytest.raises(ConsulUnavailable) as told:
+            await client.kv_get("x")
+    assert str(told.value).startswith("Consul answered 502: <html> <p>Bad gateway</p> xx")
+    assert len(str(told.value)) < 400
 
 
 async def test_a_client_that_is_closed_says_so() -> None:

@@ -13,6 +13,7 @@ from ztna.jsontypes import from_json
 
 ANSWER_SECONDS = 5.0
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
+STRANGER = "what answers there is no daemon of ours"
 
 _EVERYWHERE = {"0.0.0.0:": "127.0.0.1:", "[::]:": "[::1]:"}
 
@@ -24,8 +25,8 @@ class _Refusal(msgspec.Struct, frozen=True):
 
 
 def is_socket(admin: str) -> bool:
-    """Say whether an admin address is the path of a unix socket."""
-    return "/" in admin
+    """Say whether an admin address is the path of a unix socket: it has a slash, or no port."""
+    return "/" in admin or ":" not in admin
 
 
 def ask(
@@ -44,7 +45,9 @@ def ask(
         refusal = _refusal(answer) if status >= 400 else None
         if refusal is None:
             return status, from_json(answer, type_)
-    except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
+    except ProtocolError as error:
+        raise ZtnaError(f"{who} at {admin}: {STRANGER}, or of another version: {error}") from None
+    except ZtnaError as error:
         raise ZtnaError(f"{who} at {admin}: {error}") from None
     raise ZtnaError(f"{who} at {admin}: {refusal}")
 
@@ -57,7 +60,7 @@ def fetch(
     body: bytes | None = None,
     seconds: float = ANSWER_SECONDS,
 ) -> tuple[int, bytes]:
-    """Return the status and the body. Raises OSError, ValueError and HTTPException."""
+    """Return the status and the body. Raises ZtnaError that says why there is none, and what to look at."""
     connection = (
         _UnixConnection(admin, seconds)
         if is_socket(admin)
@@ -67,8 +70,23 @@ def fetch(
         connection.request(method, path, body)
         answer = connection.getresponse()
         return answer.status, answer.read(ANSWER_BYTES_MAX)
+    except OSError as error:
+        raise ZtnaError(_why_not(error, seconds)) from None
+    except (ValueError, http.client.HTTPException):
+        raise ZtnaError(f"{STRANGER}: it speaks no HTTP") from None
     finally:
         connection.close()
+
+
+def _why_not(error: OSError, seconds: float) -> str:
+    match error:
+        case ConnectionRefusedError() | FileNotFoundError():
+            return f"{error.strerror}; does it run, and is this its address?"
+        case PermissionError():
+            return f"{error.strerror}; only who runs it may, or root"
+        case TimeoutError():
+            return f"no answer within {seconds:g} s"
+    return error.strerror or str(error)
 
 
 def _dialled(admin: str) -> str:

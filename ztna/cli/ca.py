@@ -21,9 +21,12 @@ from ztna.ca import (
     CRL_DAYS,
     LEAF_DAYS,
     ROOT_CERTIFICATE,
+    ROOT_DAYS,
     ROOT_KEY,
     Authority,
     KeyKind,
+    certificates_of,
+    leaf_of,
     replace_file,
     write_private,
 )
@@ -41,8 +44,10 @@ _DIRECTORY = click.option(
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DAYS = click.IntRange(1, ROOT_DAYS)
+"""No certificate outlives the root."""
 _CRL_DAYS = click.option(
-    "--days", type=click.IntRange(1), default=CRL_DAYS, show_default=True, help="The CRL is good for so long."
+    "--days", type=_DAYS, default=CRL_DAYS, show_default=True, help="The CRL is good for so long."
 )
 
 Command = Callable[..., None]
@@ -58,10 +63,8 @@ def ca() -> None:
 @click.option("--name", default="ZTNA CA", show_default=True, help="The subject of the root certificate.")
 def init(directory: Path, name: str) -> None:
     """Make a new authority: a root, and an intermediate that signs."""
-    try:
+    with _told():
         Authority.create(directory, name)
-    except ZtnaError as error:
-        raise click.ClickException(str(error)) from None
     click.echo(f"Made a certificate authority in {directory}.")
     click.echo(f"Give {directory / ROOT_CERTIFICATE} to every daemon (tls.ca).")
     click.echo(f"Move {directory / ROOT_KEY} to a safe place offline: nothing here needs it any more.")
@@ -91,9 +94,7 @@ def _grants(command: Command) -> Command:
             "--connector-id", metavar="ID", help="The connector's id (`<name>` or `<name>--<instance>`)."
         ),
         click.option("--relay", metavar="NAME", help="Is the relay of this name."),
-        click.option(
-            "--days", type=click.IntRange(1), default=LEAF_DAYS, show_default=True, help="Valid for so long."
-        ),
+        click.option("--days", type=_DAYS, default=LEAF_DAYS, show_default=True, help="Valid for so long."),
     )
     for option in reversed(options):
         command = option(command)
@@ -104,7 +105,13 @@ def _grants(command: Command) -> Command:
 @_DIRECTORY
 @click.argument("name")
 @_grants
-@click.option("--key", type=click.Choice(["ec", "ed25519"]), default="ec", show_default=True)
+@click.option(
+    "--key",
+    type=click.Choice(["ec", "ed25519"]),
+    default="ec",
+    show_default=True,
+    help="The kind of its key.",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -135,7 +142,10 @@ def sign_csr(directory: Path, request: Path, name: str, out: Path | None, **gran
     """
     target = out or Path(f"{name}.pem")
     with _told():
-        chain = Authority.load(directory).sign_request(request.read_bytes(), name, **grants)
+        authority = Authority.load(directory)
+    with _told(request):
+        chain = authority.sign_request(request.read_bytes(), name, **grants)
+    with _told():
         if target.exists():
             raise ConfigError(f"{target} exists already and is not overwritten")
         target.write_bytes(chain)
@@ -151,7 +161,7 @@ def sign_csr(directory: Path, request: Path, name: str, out: Path | None, **gran
 @click.option(
     "--connector", multiple=True, metavar="SERVICE", help="May serve this service from now on. Repeatable."
 )
-@click.option("--days", type=click.IntRange(1), help="Valid for so long (default: as long as before).")
+@click.option("--days", type=_DAYS, help="Valid for so long (default: as long as before).")
 def renew(
     directory: Path,
     certificates: tuple[Path, ...],
@@ -166,12 +176,13 @@ def renew(
     with _told():
         authority = Authority.load(directory)
         revoked = _serials(directory)
-        for file in certificates:
+    for file in certificates:
+        with _told(file):
             chain = file.read_bytes()
-            if x509.load_pem_x509_certificates(chain)[0].serial_number in revoked:
-                raise ConfigError(f"{file} was revoked")
+            if leaf_of(chain).serial_number in revoked:
+                raise ConfigError("it was revoked")
             replace_file(file, authority.renew(chain, agent=agent, connector=connector, days=days))
-            click.echo(f"Renewed {file}.")
+        click.echo(f"Renewed {file}.")
 
 
 @ca.command()
@@ -180,8 +191,11 @@ def renew(
 @_CRL_DAYS
 def revoke(directory: Path, certificates: tuple[Path, ...], days: int) -> None:
     """Take CERTIFICATES back: add them to the CRL, which every daemon has to get (tls.crl_file or tls.crl_url)."""
+    leaves = []
+    for file in certificates:
+        with _told(file):
+            leaves.append(leaf_of(file.read_bytes()))
     with _told():
-        leaves = [x509.load_pem_x509_certificates(file.read_bytes())[0] for file in certificates]
         _write_crl(directory, leaves, days)
     for file in certificates:
         click.echo(f"Revoked {file}.")
@@ -211,12 +225,16 @@ def _serials(directory: Path) -> frozenset[int]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Tell what goes wrong in one line."""
+def _told(file: Path | None = None) -> Iterator[None]:
+    """Tell what goes wrong in one line, and with which file."""
+    place = "" if file is None else f"{file}: "
     try:
         yield
-    except (ZtnaError, OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        at = f"{error.filename}: " if error.filename else ""
+        raise click.ClickException(f"{place or at}{error.strerror}") from None
+    except (ZtnaError, ValueError) as error:
+        raise click.ClickException(f"{place}{error}") from None
 
 
 @ca.command()
@@ -228,10 +246,13 @@ def _told() -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(directory: Path, certificate: Path, trust: Path | None, as_json: bool) -> None:
     """Show what a certificate grants and whether the mesh would accept it; exit status 1 if not."""
-    try:
-        found = _describe(certificate, trust or directory / ROOT_CERTIFICATE, datetime.now(UTC))
-    except (ZtnaError, OSError, ValueError) as error:
-        raise click.ClickException(f"{certificate}: {error}") from None
+    with _told(certificate):
+        chain = certificates_of(certificate.read_bytes())
+    trust_file = trust or directory / ROOT_CERTIFICATE
+    with _told(trust_file):
+        authorities = Trust.from_pem(trust_file.read_bytes())
+    with _told(certificate):
+        found = _describe(chain, authorities, datetime.now(UTC))
     if as_json:
         click.echo(json.dumps(found))
     else:
@@ -241,9 +262,9 @@ def show(directory: Path, certificate: Path, trust: Path | None, as_json: bool) 
         raise SystemExit(1)
 
 
-def _describe(certificate: Path, trust_file: Path, now: datetime) -> dict[str, str | list[str] | None]:
-    chain = x509.load_pem_x509_certificates(certificate.read_bytes())
-    trust = Trust.from_pem(trust_file.read_bytes())
+def _describe(
+    chain: list[x509.Certificate], trust: Trust, now: datetime
+) -> dict[str, str | list[str] | None]:
     der = [each.public_bytes(Encoding.DER) for each in chain]
     usages: tuple[Usage, ...] = ("client", "server")
     accepted: list[str] = []

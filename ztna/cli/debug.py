@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import io
 import os
 import platform
@@ -24,7 +23,7 @@ from ztna.cli import admin
 from ztna.cli.examine import examine
 from ztna.cli.status import admins
 from ztna.config import Config
-from ztna.errors import ConfigError
+from ztna.errors import ConfigError, ZtnaError
 
 COMMAND_SECONDS = 10.0
 LOG_BYTES_MAX = 4 * 1024 * 1024
@@ -130,7 +129,7 @@ async def _findings(configs: list[Config]) -> str:
 def _page(address: str, page: str) -> str:
     try:
         return admin.fetch(address, page)[1].decode("utf-8", "replace")
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except ZtnaError as error:
         return f"{address}{page}: {error}\n"
 
 

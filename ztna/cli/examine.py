@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import http.client
 import os
 import socket
 import time
@@ -120,7 +119,7 @@ def _ports(config: Config, name: str) -> Iterator[Finding]:
         if name in str(status.get("daemon")):
             yield Finding(f"{name} ports", Verdict.FINE, f"it runs, process {status.get('pid')}")
             return
-    except (OSError, ValueError, http.client.HTTPException, ProtocolError):
+    except ZtnaError:
         pass  # it does not run, or somebody else has the port: what binding says is told
     taken = [text for key, kind, at in _listens(name, section) if (text := _taken(key, kind, at))]
     if not taken:

@@ -70,7 +70,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     type=click.FloatRange(0.05),
     default=INTERVAL_SECONDS,
     show_default=True,
-    help="Seconds.",
+    help="Seconds between two tries.",
 )
 @json_option
 def ping(

@@ -18,7 +18,7 @@ from ztna import config as configuration
 from ztna import sections
 from ztna.cli.admin import ask
 from ztna.cli.status import printable
-from ztna.errors import BadName, ConfigError, ZtnaError
+from ztna.errors import BadName, ConfigError
 from ztna.jsontypes import to_json
 from ztna.names import ServiceName
 
@@ -102,7 +102,13 @@ def list_(file: Path | None, api: str | None, as_json: bool) -> None:
     metavar="HOST:PORT",
     help="Where it really listens, or srv://NAME; several share the flows.",
 )
-@click.option("--protocol", type=click.Choice(["tcp", "udp"]), default="tcp", show_default=True)
+@click.option(
+    "--protocol",
+    type=click.Choice(["tcp", "udp"]),
+    default="tcp",
+    show_default=True,
+    help="What its port and its backends speak.",
+)
 @click.option(
     "--check",
     "checks",
@@ -218,7 +224,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return sections.read_file(path)
     except ConfigError as error:
-        raise ZtnaError(str(error)) from None
+        raise click.UsageError(str(error)) from None
 
 
 def _route(port: int, backends: tuple[str, ...], protocol: str, checks: tuple[str, ...]) -> dict[str, Any]:

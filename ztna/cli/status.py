@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from rich.text import Text
 from ztna import config as configuration
 from ztna.cli import admin
 from ztna.config import DAEMON_SECTIONS, AgentConfig, Config, ConnectorConfig, DnsdConfig, RelayConfig
-from ztna.errors import ConfigError, ProtocolError
+from ztna.errors import ConfigError, ProtocolError, ZtnaError
 from ztna.jsontypes import from_json
 from ztna.sections import Section
 
@@ -90,14 +89,16 @@ def look(name: str, address: str) -> Seen:
         _, body = admin.fetch(address, "/status")
         status = from_json(body, Json)
         if "readiness" not in status:
-            raise ValueError(status.get("error", "what answers there is no daemon of ours"))
+            raise ZtnaError(status.get("error", admin.STRANGER))
         seen = Seen(name, address, status)
         _headline(seen), _tables(seen)
         _, metrics = admin.fetch(address, "/metrics")
         return msgspec.structs.replace(seen, counted=counters(metrics.decode()))
     except (KeyError, TypeError, AttributeError):
         return Seen(name, address, error=UNREADABLE)
-    except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
+    except ProtocolError as error:
+        return Seen(name, address, error=f"{admin.STRANGER}: {error}")
+    except (ValueError, ZtnaError) as error:
         return Seen(name, address, error=str(error))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import select
@@ -28,7 +27,7 @@ from ztna import overview
 from ztna.cli import admin
 from ztna.cli.ending import interruptible
 from ztna.cli.status import COLOURS, UNREADABLE, WIDTH_PIPED, asked_of, printable
-from ztna.errors import ProtocolError
+from ztna.errors import ProtocolError, ZtnaError
 from ztna.jsontypes import from_json
 from ztna.overview import Json, Row
 
@@ -141,12 +140,14 @@ def _ask(asked: tuple[str, str]) -> Json | str:
         _, body = admin.fetch(asked[1], "/status", seconds=ANSWER_SECONDS)
         state = from_json(body, dict)
         if "readiness" not in state:
-            return str(state.get("error", "what answers there is no daemon of ours"))
+            return str(state.get("error", admin.STRANGER))
         alone = {asked[0]: state}
         overview.rows(alone), list(overview.daemons(alone))
     except (KeyError, TypeError, AttributeError):
         return UNREADABLE
-    except (OSError, ValueError, http.client.HTTPException, ProtocolError) as error:
+    except ProtocolError as error:
+        return f"{admin.STRANGER}: {error}"
+    except (ValueError, ZtnaError) as error:
         return str(error)
     return state
 

@@ -91,9 +91,13 @@ class _Console(Console):
 @contextlib.contextmanager
 def _directory(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
-        if keep.exists() and any(keep.iterdir()):
+        try:
+            keep.mkdir(parents=True, exist_ok=True, mode=0o700)
+            is_taken = any(keep.iterdir())
+        except OSError as error:
+            raise click.BadParameter(f"{keep}: {error.strerror}", param_hint="--keep") from None
+        if is_taken:
             raise click.BadParameter(f"{keep} is not empty; name a new directory", param_hint="--keep")
-        keep.mkdir(parents=True, exist_ok=True, mode=0o700)
         yield keep.resolve()
         return
     directory = Path(tempfile.mkdtemp(prefix="ztna-up-"))

@@ -7,7 +7,10 @@ its answers. python-consul2's own async client opens a session per request and d
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,6 +25,7 @@ from ztna.config import ConsulConfig
 from ztna.consul.tls import TlsFiles
 from ztna.consul.tokens import tokens_of
 from ztna.errors import ConfigError, ConsulError, ConsulRejected, ConsulUnavailable
+from ztna.jsontypes import shortened
 from ztna.telemetry import CONSUL_REQUESTS, CONSUL_SECONDS
 
 POOL_CONNECTIONS = 32
@@ -52,6 +56,8 @@ _OUR_FAULT = re.compile(r"invalid session|Invalid (?:Session TTL|Behavior)")
 
 _TOKENLESS = "/v1/status/"
 """What Consul answers whoever asks."""
+
+_KV = "/v1/kv/"
 
 
 class NotThere(ConsulRejected):
@@ -196,6 +202,8 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
         try:
             answer = await self._with_token(method, url, headers, data)
             _check_server(answer)
+            if _is_no_consul(method, url, answer):
+                raise ConsulUnavailable(f"what answers at {self.base_uri} is no Consul: 404 without an index")
         except ConsulRejected:
             _REJECTED.inc()
             raise
@@ -272,7 +280,32 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
                     response.status, response.headers, body.decode("utf-8", errors="replace"), body
                 )
         except (aiohttp.ClientError, OSError) as error:
-            raise ConsulUnavailable(f"{method} {url.path} at {self.base_uri}: {error}") from error
+            raise ConsulUnavailable(f"{method} {url.path} at {self.base_uri}: {_told(error)}") from error
+
+
+def _told(error: aiohttp.ClientError | OSError) -> str:
+    """Return what went wrong, without aiohttp's account of its own objects."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            return f"cannot connect: {error.certificate_error}"
+        case aiohttp.ClientConnectorError():
+            return f"cannot connect: {_cause(error.os_error)}"
+        case aiohttp.ClientResponseError():
+            return "what answers there speaks no HTTP"
+    return str(error) or type(error).__name__
+
+
+def _cause(error: OSError) -> str:
+    """Return the system's words, where asyncio has put an address in their place."""
+    if isinstance(error, ssl.SSLError | socket.gaierror) or not error.errno:
+        return error.strerror or str(error)
+    return os.strerror(error.errno)
+
+
+def _is_no_consul(method: str, url: URL, answer: base.Response) -> bool:
+    """Say whether a KV read was answered by something else: Consul says with an index that nothing is there."""
+    is_read = method == "GET" and url.path.startswith(_KV)
+    return is_read and answer.code == 404 and "X-Consul-Index" not in answer.headers
 
 
 def _is_rejection(answer: base.Response) -> bool:
@@ -302,7 +335,7 @@ def _check_server(answer: base.Response) -> None:
         raise NotThere(text)
     if _OUR_FAULT.search(text):
         raise ConsulRejected(f"Consul refused the request: {text}")
-    raise ConsulUnavailable(f"Consul answered {answer.code}: {text}")
+    raise ConsulUnavailable(f"Consul answered {answer.code}: {shortened(' '.join(text.split()))}")
 
 
 async def _bounded_body(response: aiohttp.ClientResponse) -> bytes:
