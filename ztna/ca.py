@@ -85,10 +85,14 @@ class Authority:
             root = x509.load_pem_x509_certificate((directory / ROOT_CERTIFICATE).read_bytes())
             intermediate = x509.load_pem_x509_certificate((directory / INTERMEDIATE_CERTIFICATE).read_bytes())
             key = serialization.load_pem_private_key((directory / INTERMEDIATE_KEY).read_bytes(), None)
-        except (OSError, ValueError, TypeError) as error:
+        except FileNotFoundError as error:
             raise ConfigError(
-                f"no CA to be read in {directory} (`ztna ca init` makes one): {error}"
+                f"no CA in {directory}: no {error.filename}; `ztna ca init` makes one"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"no CA to be read in {directory}: {unreadable(error)}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != intermediate.public_key():
             raise ConfigError(f"{directory / INTERMEDIATE_KEY} is not the key of {INTERMEDIATE_CERTIFICATE}")
         return cls(root, intermediate, key)

@@ -14,6 +14,7 @@ from ztna.config import Endpoint
 from ztna.errors import ConfigError, ZtnaError
 
 UNIX_BACKLOG = 64
+LOW_PORTS = "ports below 1024 take CAP_NET_BIND_SERVICE, or root"
 
 
 def port_in_use_error(endpoint: Endpoint | tuple[str, int]) -> ZtnaError:
@@ -25,7 +26,8 @@ def bind_error(endpoint: Endpoint | tuple[str, int], error: OSError) -> ZtnaErro
     """Return the error for a socket that could not be bound, in words for the operator."""
     if error.errno == errno.EADDRINUSE:
         return port_in_use_error(endpoint)
-    return ZtnaError(f"cannot listen on {endpoint_text(endpoint)}: {error.strerror or error}")
+    told = f"cannot listen on {endpoint_text(endpoint)}: {error.strerror or error}"
+    return ZtnaError(f"{told}; {LOW_PORTS}" if isinstance(error, PermissionError) else told)
 
 
 def endpoint_text(endpoint: Endpoint | tuple[str, int]) -> str:

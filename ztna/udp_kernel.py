@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import os
 import socket
 import struct
 from collections.abc import Callable
 from typing import Final
 
 from ztna.errors import ZtnaError
+from ztna.listening import bind_error
 
 SockAddr = tuple[str, int]
 """A numeric host and a port."""
@@ -111,7 +111,7 @@ def bind_udp(
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise ZtnaError(f"UDP {host}:{port}: {os.strerror(error.errno or 0)}") from error
+        raise bind_error(address, error) from error
     return sock
 
 

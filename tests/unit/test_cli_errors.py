@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from tests.unit.test_cli_completing import answering
 from ztna.cli import admin
 from ztna.cli.main import cli
+from ztna.cli.processes import Child
 from ztna.errors import ZtnaError
 
 NOT_PEM = "Unable to load PEM file."
@@ -58,6 +59,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "ca show laptop.pem --trust text",
             1,
             f"Error: text: the CA file cannot be read as PEM certificates: {NOT_PEM}",
+        ),
+        ("ca crl --ca nowhere", 1, "Error: no CA in nowhere: no nowhere/ca.pem; `ztna ca init` makes one"),
+        (
+            "up --mode anyip",
+            2,
+            "Error: --mode anyip takes a --pool outside 127.0.0.0/8, for one 10.100.0.0/16",
+        ),
+        (
+            "up --pool 10.100.0.0/16",
+            2,
+            "Error: --mode listen takes a --pool inside 127.0.0.0/8, not 10.100.0.0/16",
         ),
         ("up --keep text", 2, "Error: Invalid value for --keep: text: File exists"),
         ("up --keep text/x", 2, "Error: Invalid value for --keep: text/x: Not a directory"),
@@ -121,3 +133,32 @@ def test_who_may_not_use_a_socket_is_told_who_may(place: Path, monkeypatch: pyte
     monkeypatch.setattr(admin._UnixConnection, "connect", refuse)
     code, line = told("sessions", "close", "00000000000000aa", "--relay", place / "relay.sock")
     assert code == 1 and line.endswith("relay.sock: Permission denied; only who runs it may, or root")
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "advice"),
+    [
+        (errno.EACCES, "Permission denied", "ports below 1024 take CAP_NET_BIND_SERVICE, or root"),
+        (errno.EADDRINUSE, "somebody else has it", "`ss -lntup` shows who has it"),
+        (errno.EADDRNOTAVAIL, "Cannot assign requested address", "`ip addr` shows this host's addresses"),
+    ],
+)
+def test_the_doctor_says_of_each_port_why_it_cannot_be_had_and_what_to_do(
+    place: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str, advice: str
+) -> None:
+    def refuse(_socket: object, _address: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    # Of a process of its own no test could be sure: root may bind anything.
+    monkeypatch.setattr("ztna.cli.examine.socket.socket.bind", refuse, raising=False)
+    (place / "dnsd.yaml").write_text(
+        "consul: {address: '127.0.0.1:1'}\ndnsd: {listen: '127.0.0.1:53', admin: '127.0.0.1:1'}"
+    )
+    words = run("doctor", "--config", "dnsd.yaml").output
+    assert f"dnsd.listen 127.0.0.1:53 (udp): {said}\n        {advice}" in words
+
+
+async def test_a_program_that_cannot_be_run_is_named(tmp_path: Path) -> None:
+    child = Child("agent", [str(tmp_path)], tmp_path / "log")
+    with pytest.raises(ZtnaError, match=f"agent: {tmp_path} cannot be run: Permission denied"):
+        await child.start()

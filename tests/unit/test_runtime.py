@@ -353,6 +353,6 @@ async def test_a_sleep_ends_with_the_stop() -> None:
 def test_errors_name_the_endpoint() -> None:
     assert str(port_in_use_error(("::1", 53))).startswith("[::1]:53 is taken")
     assert str(bind_error(Endpoint("a", 1), OSError(13, "Permission denied"))) == (
-        "cannot listen on a:1: Permission denied"
+        "cannot listen on a:1: Permission denied; ports below 1024 take CAP_NET_BIND_SERVICE, or root"
     )
     assert runtime.EXIT_FINE == 0

@@ -257,7 +257,7 @@ def show(directory: Path, certificate: Path, trust: Path | None, as_json: bool) 
         click.echo(json.dumps(found))
     else:
         for field, value in found.items():
-            click.echo(f"{field:<12} {', '.join(value) if isinstance(value, list) else value}")
+            click.echo(f"{field:<12} {', '.join(value) if isinstance(value, list) else value or ''}")
     if not found["accepted_as"]:
         raise SystemExit(1)
 

@@ -36,6 +36,7 @@ from ztna.errors import BadName, ConfigError, ConsulAclsOff, ConsulError, Protoc
 from ztna.findings import Finding, Verdict
 from ztna.identity import require_relay
 from ztna.jsontypes import from_json
+from ztna.listening import LOW_PORTS
 from ztna.names import RelayName, Zone
 from ztna.quic import Client, Connection, Settings
 from ztna.resolver import Resolver
@@ -125,12 +126,7 @@ def _ports(config: Config, name: str) -> Iterator[Finding]:
     if not taken:
         yield Finding(f"{name} ports", Verdict.FINE, "it does not run, and its ports are free")
     for text in taken:
-        yield Finding(
-            f"{name} ports",
-            Verdict.WRONG,
-            text,
-            "`ss -lntup` shows who has it: end that, or set another port",
-        )
+        yield Finding(f"{name} ports", Verdict.WRONG, *text)
 
 
 def _listens(name: str, section: object) -> Iterator[tuple[str, socket.SocketKind, Endpoint]]:
@@ -141,8 +137,8 @@ def _listens(name: str, section: object) -> Iterator[tuple[str, socket.SocketKin
     yield f"{name}.admin", socket.SOCK_STREAM, section.admin  # type: ignore[attr-defined]
 
 
-def _taken(key: str, kind: socket.SocketKind, at: Endpoint) -> str | None:
-    """Say why an address cannot be had, None when it can."""
+def _taken(key: str, kind: socket.SocketKind, at: Endpoint) -> tuple[str, str] | None:
+    """Say why an address cannot be had and what to do about it, None when it can."""
     if at.port == 0:
         return None
     protocol = "udp" if kind is socket.SOCK_DGRAM else "tcp"
@@ -152,8 +148,14 @@ def _taken(key: str, kind: socket.SocketKind, at: Endpoint) -> str | None:
         try:
             sock.bind((at.host, at.port))
         except OSError as error:
-            said = "somebody else has it" if error.errno == errno.EADDRINUSE else error.strerror
-            return f"{key} {at} ({protocol}): {said}"
+            told = f"{key} {at} ({protocol}): "
+            if error.errno == errno.EADDRINUSE:
+                advice = "`ss -lntup` shows who has it: end that, or set another port"
+                return f"{told}somebody else has it", advice
+            advice = (
+                LOW_PORTS if isinstance(error, PermissionError) else "`ip addr` shows this host's addresses"
+            )
+            return f"{told}{error.strerror}", advice
     return None
 
 

@@ -89,17 +89,20 @@ class Child:
     process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Start it in a session of its own, so that a terminal's Ctrl-C reaches only us."""
+        """Start it in a session of its own, so that a terminal's Ctrl-C reaches only us. Raises ZtnaError."""
         with self.log.open("ab") as output:
-            self.process = await asyncio.create_subprocess_exec(
-                *self.argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=os.environ | self.environment,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+            try:
+                self.process = await asyncio.create_subprocess_exec(
+                    *self.argv,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=os.environ | self.environment,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
+            except OSError as error:
+                raise ZtnaError(f"{self.name}: {self.argv[0]} cannot be run: {error.strerror}") from None
 
     @property
     def running(self) -> bool:

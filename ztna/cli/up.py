@@ -28,6 +28,7 @@ from ztna.config import ConsulConfig
 from ztna.consul.client import ConsulClient
 from ztna.errors import ConsulError, ZtnaError
 
+LOOPBACK = IPv4Network("127.0.0.0/8")
 VIEW_SECONDS = 1.0
 LEASED_SECONDS = 15.0
 SIGNALLED = 128
@@ -72,6 +73,9 @@ def up(
         raise click.BadParameter(
             f"{error}; expected a network such as 127.100.0.0/16", param_hint="--pool"
         ) from None
+    if network.subnet_of(LOOPBACK) != (mode == "listen"):
+        wanted = "inside 127.0.0.0/8" if mode == "listen" else "outside 127.0.0.0/8, for one 10.100.0.0/16"
+        raise click.UsageError(f"--mode {mode} takes a --pool {wanted}, not {network}")
     console = _Console(stderr=as_json)
     with _directory(keep) as directory:
         options = MeshOptions(directory, network, "anyip" if mode == "anyip" else "listen", consul_address)
