@@ -192,10 +192,12 @@ class Agent:
             config, self._streams.accepted, self._datagrams.received, daemon.readiness.show, tun=tun
         )
         self._names = RelayedNames(self._broker.sessions.relays, self._relays.send)
+        self._follower = self._lease_follower(client)
         self._stub: Stub | None = None
         if config.dns_listen is not None:
-            self._stub = Stub(config.dns_listen, daemon.config.domain, self._names.exchange, self._is_virtual)
-        self._follower = self._lease_follower(client)
+            zone, follower = daemon.config.domain, self._follower
+            resolved = follower.resolved if isinstance(follower, RelayedLeases) else None
+            self._stub = Stub(config.dns_listen, zone, self._names.exchange, self._is_virtual, resolved)
         self._renewal = Renewal(
             config.tls,
             credentials,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from ipaddress import IPv4Address
 from typing import Protocol
 
 from sidecar.agent.rereading import Rereading
-from sidecar.agent.told_leases import listed, told
+from sidecar.agent.told_leases import listed, service_of, told
 from ztna.dns import Message, Type
 from ztna.errors import ResolverUnavailable
 from ztna.identity import Grants
@@ -89,6 +89,20 @@ class RelayedLeases:
     def read_again(self, service: ServiceName) -> None:
         """Ask for one lease now, and tell `read`."""
         self._rereading.want(service)
+
+    async def resolved(self, name: str, addresses: Collection[IPv4Address]) -> None:
+        """Learn the lease of a service whose name a program found to lead elsewhere than is known here.
+
+        So it is served by when the program calls: one that a list was too long for, or that has just moved.
+        """
+        service = service_of(name, self._zone)
+        if service is None:
+            return
+        known = self.leases.get(service)
+        if (known is None and len(self.leases) < SERVICES_MAX) or (
+            known is not None and known.ip not in addresses
+        ):
+            await self._reread(service)
 
     async def run(self) -> None:
         """Follow until cancelled."""

@@ -12,9 +12,10 @@ import socket
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from ipaddress import IPv4Address
 
-from sidecar.agent.stubbing import IsOurs, Query, aged, fitting, refusal, tailored, ttl_of
+from sidecar.agent.stubbing import IsOurs, Query, addresses_in, aged, fitting, refusal, tailored, ttl_of
 from ztna.config import Endpoint
 from ztna.dns import Code
 from ztna.errors import ProtocolError, ResolverUnavailable
@@ -34,12 +35,16 @@ _WHERE = "agent_stub"
 _log = logger(__name__)
 
 Exchange = Callable[[bytes], Awaitable[bytes]]
+Resolved = Callable[[str, Collection[IPv4Address]], Awaitable[None]]
+"""Is awaited before a program hears where a name leads, so that somebody is there when it calls."""
 
 
 class Stub:
     """Answers on one address. `run` owns the questions that are under way."""
 
-    def __init__(self, at: Endpoint, zone: Zone, exchange: Exchange, is_ours: IsOurs) -> None:
+    def __init__(
+        self, at: Endpoint, zone: Zone, exchange: Exchange, is_ours: IsOurs, resolved: Resolved | None = None
+    ) -> None:
         """Bind, UDP and TCP. `exchange` returns the response to a query; only addresses that are ours are passed on.
 
         Raises ZtnaError for a port that is taken.
@@ -47,6 +52,7 @@ class Stub:
         self._zone = zone
         self._exchange = exchange
         self._is_ours = is_ours
+        self._resolved = resolved
         self._kept: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
         self._waiting = 0
         self._connections = 0
@@ -142,6 +148,8 @@ class Stub:
         except ResolverUnavailable as error:
             _log.debug("not_answered", name=query.name, detail=error)
             return refusal(query, Code.SERVFAIL)
+        if self._resolved is not None and (addresses := addresses_in(response)):
+            await self._resolved(query.name, addresses)
         self._keep(query.key, response, now)
         return response
 

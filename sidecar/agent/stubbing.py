@@ -103,6 +103,16 @@ def _is_below(name: str, zone: Zone) -> bool:
     return name == zone or name.endswith(f".{zone}")
 
 
+def addresses_in(response: bytes) -> frozenset[IPv4Address]:
+    """Return the IPv4 addresses that a response leads to; of an IPv6 one, the one it stands beside (32 bits)."""
+    found = (each.data for each in decode(response).answers)
+    return frozenset(
+        IPv4Address(int(address) & 0xFFFF_FFFF)
+        for address in found
+        if isinstance(address, IPv4Address | IPv6Address)
+    )
+
+
 def refusal(query: Query, code: Code) -> bytes:
     """Return a response without records."""
     return encode_response(query.message, code)

@@ -40,6 +40,17 @@ def told(name: str, text: Message, address: Message) -> Lease | None:
     return Lease(ip, int(epochs[0]), ports) if len(ports) == len(found) <= PORTS_PER_SERVICE_MAX else None
 
 
+def service_of(name: str, zone: Zone) -> ServiceName | None:
+    """Return the service whose name this is, or below whose name it is; None for a name of something else."""
+    relative = name.lower().removesuffix(f".{zone}")
+    if relative == name.lower():
+        return None
+    try:
+        return ServiceName(relative.rpartition(".")[2])
+    except BadName:
+        return None
+
+
 def listed(message: Message, zone: Zone) -> Iterator[ServiceName]:
     """Yield the services that `_services._dns-sd._udp` names."""
     for each in message.answers:

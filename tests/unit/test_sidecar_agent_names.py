@@ -197,6 +197,38 @@ async def test_what_a_truncated_list_leaves_out_is_asked_for_all_the_same(
         await until(lambda: set(made.changes[-1]) == {WEB})
 
 
+async def test_one_on_no_list_is_learnt_when_a_program_resolves_it_and_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with following("*", monkeypatch=monkeypatch) as made:
+        made.told.unlisted = {"db"}
+        await until(lambda: made.changes)
+        database = made.told.leases["db"]
+        assert set(made.changes[-1]) == {WEB}
+        await made.leases.resolved(f"Db.{ZONE}", {database.ip})
+        assert made.leases.leases[DATABASE] == database
+        rounds = made.told.asked.count(LIST)
+        await until(lambda: made.told.asked.count(LIST) > rounds + 2)
+        assert made.leases.leases[DATABASE] == database
+
+
+async def test_what_a_program_resolves_is_asked_for_where_it_is_not_known_as_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, web = Following(["web-app", "db"]), f"web-app.{ZONE}"
+    made.told.leases["web-app"] = first = Lease(IPv4Address("10.100.0.2"), 1, (Port("tcp", 80),))
+    await made.leases.resolved(web, {first.ip})
+    assert made.changes == [{WEB: first}] and len(made.told.asked) == 2
+    for known in (web, "web-app.example.org", f"other.{ZONE}"):
+        await made.leases.resolved(known, {first.ip})
+    assert len(made.told.asked) == 2, "known, of another zone, not granted"
+    made.told.leases["web-app"] = moved = Lease(IPv4Address("10.100.0.9"), 2, (Port("tcp", 80),))
+    monkeypatch.setattr(relayed_leases, "SERVICES_MAX", 1)
+    await made.leases.resolved(web, {moved.ip})
+    await made.leases.resolved(f"db.{ZONE}", {first.ip})
+    assert made.changes == [{WEB: first}, {WEB: moved}] and len(made.told.asked) == 4, "no room for another"
+
+
 async def test_one_is_read_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with following("web-app", monkeypatch=monkeypatch) as made:
         await until(lambda: made.changes)

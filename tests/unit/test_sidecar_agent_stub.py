@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
@@ -34,6 +34,13 @@ class Relay:
         self.nonsense = b""
         self.let = asyncio.Event()
         self.let.set()
+        self.resolved: list[tuple[str, set[IPv4Address]]] = []
+        self.learnt = asyncio.Event()
+        self.learnt.set()
+
+    async def learn(self, name: str, addresses: Collection[IPv4Address]) -> None:
+        self.resolved.append((name, set(addresses)))
+        await self.learnt.wait()
 
     async def exchange(self, query: bytes) -> bytes:
         self.asked += 1
@@ -51,7 +58,7 @@ def bound(relay: Relay) -> Stub:
     """A stub on a port that is free both ways."""
     for _ in range(20):
         with suppress(ZtnaError):
-            return Stub(Endpoint("127.0.0.1", 0), Zone("ztna.local"), relay.exchange, is_ours)
+            return Stub(Endpoint("127.0.0.1", 0), Zone("ztna.local"), relay.exchange, is_ours, relay.learn)
     raise AssertionError("no port is free both ways")
 
 
@@ -105,6 +112,23 @@ async def test_names_of_the_zone_are_answered_and_kept_as_long_as_they_last() ->
         program.send(b"nonsense")
         assert (await program.ask("\\046\\255.example")).code == Code.REFUSED
         assert (await program.ask()).code == Code.NOERROR, "it goes on"
+
+
+async def test_where_a_name_leads_is_heard_once_somebody_is_there() -> None:
+    async with serving() as (stub, relay):
+        program = Program(stub)
+        relay.learnt.clear()
+        asking = asyncio.create_task(program.ask())
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not relay.resolved:
+                await asyncio.sleep(0.005)
+        assert not asking.done() and stub.status()["kept"] == 0
+        relay.learnt.set()
+        assert (await asking).answers
+        await program.ask()
+        relay.address = "192.0.2.1"  # which is left out
+        await program.ask("db.ztna.local")
+        assert relay.resolved == [(NAME, {IPv4Address("10.100.0.2")})]
 
 
 async def test_over_tcp_several_on_a_connection_and_nonsense_ends_it() -> None:

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
-from sidecar.agent.stubbing import Query, aged, fitting, refusal, tailored, ttl_of
+from sidecar.agent.stubbing import Query, addresses_in, aged, fitting, refusal, tailored, ttl_of
 from ztna.dns import (
     Code,
     HostData,
@@ -154,3 +154,11 @@ def test_an_answer_to_another_question_is_none() -> None:
     ):
         with pytest.raises(ProtocolError, match="not an answer"):
             fitting(response, query(), ZONE, lambda each: True)
+
+
+def test_an_answer_leads_to_the_addresses_in_it_whichever_family_they_are_told_in() -> None:
+    beside = Record(NAME, Type.AAAA, 1, 30, IPv6Address("fd00::a64:3"))
+    text = Record(NAME, Type.TXT, 1, 30, (b"epoch=1",))
+    found = addresses_in(other(query().message, address(30), beside, text))
+    assert found == {IPv4Address("10.100.0.2"), IPv4Address("10.100.0.3")}
+    assert addresses_in(other(query().message)) == frozenset()

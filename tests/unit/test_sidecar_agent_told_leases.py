@@ -6,7 +6,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from sidecar.agent.told_leases import listed, told
+from sidecar.agent.told_leases import listed, service_of, told
 from ztna.dns import Code, Data, HostData, Message, Record, Type, decode, encode_query, encode_response
 from ztna.leases import Lease, Port
 from ztna.names import Zone
@@ -61,3 +61,18 @@ def test_the_list_of_services_is_read_and_what_is_no_name_left_out() -> None:
     found = message(Type.PTR, *hosts, name="_services._dns-sd._udp.ztna.local")
     assert list(listed(found, Zone("ztna.local"))) == ["web-app", "db"]
     assert list(listed(message(Type.A, IP), Zone("ztna.local"))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "service"),
+    [
+        ("web-app.ztna.local", "web-app"),
+        ("A.b.Web-App.ZTNA.local", "web-app"),
+        ("alpha.connector.ztna.local", None),
+        ("_web-app._tcp.ztna.local", None),
+        ("ztna.local", None),
+        ("web-app.example.org", None),
+    ],
+)
+def test_a_name_is_of_the_service_that_it_ends_with(name: str, service: str | None) -> None:
+    assert service_of(name, Zone("ztna.local")) == service
