@@ -15,7 +15,7 @@ from sidecar.connector.registrar import Desired, Registrant
 from sidecar.connector.registration import CALLS_AT_ONCE, Registrar
 from sidecar.connector.routes import RouteTable
 from tests.support.consul import ConsulUnderTest
-from ztna.catalog import Instance, Registration, TaggedAddress
+from ztna.catalog import CheckDefinition, Instance, Registration, TaggedAddress
 from ztna.config import ConsulConfig, Endpoint, RouteConfig
 from ztna.consul.client import ConsulClient
 from ztna.jsontypes import to_json
@@ -24,6 +24,7 @@ from ztna.names import ConnectorId, ServiceName
 from ztna.wire.control import Address
 
 WAIT_SECONDS = 20.0
+ANTI_ENTROPY_SECONDS = 60.0
 LINK = Address("127.0.0.1", 4435)
 LEASE = Lease(IPv4Address("10.100.0.2"), 7)
 
@@ -247,6 +248,72 @@ async def test_maintenance_by_an_operator_outlives_other_changes(
             assert status_of(await instances()) == ["critical"]
             await client.maintain_service(own, None)
             await until(instances, lambda found: status_of(found) == ["passing"])
+        await connector.registrar.leave()
+
+
+class Watched(ConsulClient):
+    """A client that notes how an instance stands whenever it is about to be taken away."""
+
+    instance_id: str
+    stood: list[tuple[str, str]]
+
+    async def deregister_service(self, service_id: str) -> bool:
+        if service_id == self.instance_id:
+            checks = await self.agent_checks()
+            name = service_id.partition("@")[0]
+
+            async def status() -> list[str]:
+                return status_of(await self.service_instances(name))
+
+            (catalog,) = await until(status, lambda found: found == ["critical"])
+            self.stood.append((checks.get(f"_service_maintenance:{service_id}", "none"), catalog))
+        return await super().deregister_service(service_id)
+
+
+async def test_who_leaves_is_in_maintenance_first(consul: ConsulUnderTest, unique: str) -> None:
+    """What passes by its own check is found critical by everybody before it is taken away."""
+    web = f"web-{unique}"
+    async with Watched(consul.config()) as client:
+        client.instance_id, client.stood = f"{web}@c12", []
+        connector = Connector(client, "c12", web)
+        connector.verdicts[web] = "passing"
+
+        async def status() -> list[str]:
+            return status_of(await client.service_instances(web))
+
+        async with running(connector):
+            await until(status, lambda found: found == ["passing"])
+        await connector.registrar.leave()
+        assert client.stood == [("critical", "critical")]
+        await until(status, lambda found: found == [])
+
+
+async def test_what_somebody_changes_is_put_right_within_a_minute(
+    consul: ConsulUnderTest, unique: str
+) -> None:
+    """Its check is left alone, so no report fails: it compares what Consul has with what it should have."""
+    web = f"web-{unique}"
+    own = f"{web}@c13"
+    async with ConsulClient(consul.config()) as client:
+        connector = Connector(client, "c13", web)
+        connector.verdicts[web] = "passing"
+
+        async def places() -> list[tuple[int, dict[str, str]]]:
+            return [(each.port, dict(each.meta)) for each in await client.service_instances(web)]
+
+        async with running(connector):
+            ours = await until(places, lambda found: [port for port, _ in found] == [LINK.port])
+            theirs = Registration(
+                service=web,
+                instance_id=own,
+                address="127.0.0.1",
+                port=1,
+                meta={"by": "hand"},
+                checks=(CheckDefinition(check_id=f"ztna:{own}", name="backend", ttl_s=60.0),),
+            )
+            await client.register_service(theirs)
+            assert (await client.agent_services())[own].port == 1
+            await until(places, lambda found: found == ours, ANTI_ENTROPY_SECONDS)
         await connector.registrar.leave()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,37 @@ APPEAR_SECONDS = 10.0
 LEASE = "ztna/vip/service/web-app"
 HOLDING = "ztna/vip/ip/10.100.0.2"
 KEEPER = "ztna/vip/keeper"
+CONFIG = Config(
+    dnsd=DnsdConfig(),
+    connector=ConnectorConfig(
+        id=ConnectorId("alpha"),
+        tls=TlsConfig(certificate="x", key="x", ca="x"),
+        routes=tuple(
+            RouteConfig(service=ServiceName(name), backend=Endpoint("127.0.0.1", 9), port=80)
+            for name in ("echo-service", "web-app", "db")
+        ),
+    ),
+)
+READS = (
+    Right("service", "any", "read"),
+    Right("node", "any", "read"),
+    Right("key", LEASE, "read"),
+    Right("key", "ztna/schema", "read"),
+)
+NEEDS: dict[str, Sequence[Right]] = {
+    "dnsd": rights(CONFIG, "dnsd"),
+    "dnsd-readonly": rights(Config(dnsd=DnsdConfig(keeper=False)), "dnsd"),
+    "connector": rights(CONFIG, "connector"),
+    "connector-consul-checks": (Right("agent", "any", "read"), Right("node", "any", "read")),
+    "agent": (*rights(CONFIG, "agent"), Right("key", "ztna/conflict/laptop-1", "write")),
+    "operator": (
+        *READS,
+        Right("key", "ztna/vip/wish/web-app", "write"),
+        Right("key", "ztna/conflict/laptop-1", "read"),
+    ),
+}
+"""What each daemon does with its token, as the tests here do it and as the doctor asks."""
+RULE = re.compile(r'^\w+ "[^"]*" \{.*?^\}$', re.MULTILINE | re.DOTALL)
 
 
 def client(consul: ConsulUnderTest, policy: str) -> ConsulClient:
@@ -184,29 +216,38 @@ async def test_a_token_file_is_read_again_when_it_changes(
 
 
 def test_every_policy_file_is_tested_here() -> None:
-    assert {file.stem for file in POLICIES.glob("*.hcl")} == {
-        "agent",
-        "connector",
-        "connector-consul-checks",
-        "dnsd",
-        "dnsd-readonly",
-        "operator",
-    }
+    assert {file.stem for file in POLICIES.glob("*.hcl")} == NEEDS.keys()
+
+
+@pytest.mark.parametrize("policy", NEEDS)
+async def test_a_policy_is_the_smallest_that_is_enough(
+    acl_consul: ConsulUnderTest, tmp_path: Path, policy: str
+) -> None:
+    """With all its rules everything may be done, and without any of them, or with less of it, something not."""
+    wanted, text = NEEDS[policy], (POLICIES / f"{policy}.hcl").read_text()
+    rules = RULE.findall(text)
+    assert len(rules) == text.count("{")
+
+    async def lacking(left: str) -> list[Right]:
+        file = tmp_path / f"{policy}.hcl"
+        file.write_text(left)
+        async with ConsulClient(acl_consul.config(acl_consul.token_for(file))) as holder:
+            return [right for right, has in zip(wanted, await holder.may(wanted), strict=True) if not has]
+
+    assert await lacking(text) == []
+    for each in rules:
+        assert await lacking(text.replace(each, "")), f"nobody needs {each}"
+        if '"write"' in each:
+            assert await lacking(text.replace(each, each.replace('"write"', '"read"'))), (
+                f"to read is enough: {each}"
+            )
 
 
 @pytest.mark.parametrize("daemon", ["dnsd", "connector", "agent"])
 async def test_the_doctor_asks_for_what_the_policy_gives_and_misses_it_in_others(
     acl_consul: ConsulUnderTest, daemon: str
 ) -> None:
-    routes = tuple(
-        RouteConfig(service=ServiceName(name), backend=Endpoint("127.0.0.1", 9), port=80)
-        for name in ("echo-service", "web-app", "db")
-    )
-    tls = TlsConfig(certificate="x", key="x", ca="x")
-    config = Config(
-        dnsd=DnsdConfig(), connector=ConnectorConfig(id=ConnectorId("alpha"), tls=tls, routes=routes)
-    )
-    wanted = rights(config, daemon)
+    wanted = rights(CONFIG, daemon)
     async with client(acl_consul, daemon) as sound:
         assert await sound.may(wanted) == (True,) * len(wanted)
     async with ConsulClient(acl_consul.config("")) as anonymous:

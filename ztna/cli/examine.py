@@ -201,23 +201,20 @@ async def _rights(client: ConsulClient, config: Config, daemon: str) -> Finding:
 
 def rights(config: Config, daemon: str) -> list[Right]:
     """Return what a daemon's token must allow: what docs/policies/<daemon>.hcl gives."""
-    read = [
-        Right("service", "any", "read"),
-        Right("node", "any", "read"),
-        Right("key", "ztna/schema", "read"),
-    ]
+    read = [Right("service", "any", "read"), Right("node", "any", "read")]
     if daemon == "dnsd":
         keeper = config.dnsd is not None and config.dnsd.keeper
         lease = "write" if keeper else "read"
         found = [
             *read,
+            Right("key", "ztna/schema", lease),
             Right("key", "ztna/vip/service/any", lease),
             Right("key", "ztna/vip/ip/192.0.2.1", lease),
         ]
         return [*found, Right("session", "any", "write")] if keeper else found
     found = [Right("key", "ztna/schema", "read"), Right("key", "ztna/vip/service/any", "read")]
     if daemon == "agent":
-        return [*read, *found[1:], Right("session", "any", "write")]
+        return [*read, *found, Right("session", "any", "write")]
     services = (
         sorted({str(route.service) for route in config.connector.routes})
         if config.connector is not None
