@@ -528,6 +528,28 @@ async def test_an_agent_has_no_more_tcp_flows_than_its_limit(mesh: WholeMesh) ->
     held[1][1].close()
 
 
+async def test_a_flow_that_its_agent_does_not_use_makes_room_and_is_told_with_the_reason(
+    mesh: WholeMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.connector.ledger.EVICTABLE_SECONDS", 0.5)
+    file, backend = tmp_path / "flows.log", await mesh.backend("echo")
+    address = await serve(mesh, route(backend=at(backend.port)), flows_per_agent=1, flow_log=str(file))
+    await answered(address)
+    running = mesh.connectors["rack-1"]
+    await until("the first has ended", lambda: running.status("connector")["tcp_flows"] == 0)
+    reader, writer = await asyncio.open_connection(address, 7007)
+    with contextlib.closing(writer):
+        writer.write(LINE)
+        assert await reader.readline() == b"echo: hello\n"
+        assert await answered(address) == b"echo: hello\n"
+        async with asyncio.timeout(WAIT_SECONDS):
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+    await until("told", lambda: any(each["ended"] == "evicted" for each in logged(file)))
+    (line,) = [each for each in logged(file) if each["ended"] == "evicted"]
+    assert (line["reason"], line["bytes_to_backend"]) == ("limit_reached", len(LINE))
+
+
 async def test_a_service_drains_for_its_own_time(
     mesh: WholeMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

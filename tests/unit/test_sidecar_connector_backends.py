@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -257,6 +259,22 @@ async def test_no_route_to_the_backend_is_an_icmp_error(flows: UdpFlows) -> None
     assert (await ann.reply()).icmp_type == 3
     assert len(flows) == 0
     assert ann.chosen.releases == 1
+
+
+async def test_who_makes_room_is_the_one_used_longest_ago_and_told_with_the_reason(tmp_path: Path) -> None:
+    file = tmp_path / "flows.log"
+    log = FlowLog(str(file))
+    flows = UdpFlows(per_agent=2, total=20, log=log)
+    async with udp_echo() as (backend, _):
+        ann = Agent(flows, ANN, backend)
+        for port in (1, 2, 1, 3):  # the second was used longest ago
+            ann.send(b"x", port)
+            await ann.reply()
+        assert not flows.send(key(ANN, 2), b"x", b"") and flows.send(key(ANN, 1), b"x", b"")
+        log.close()
+        (line,) = [json.loads(each) for each in file.read_text().splitlines()]
+        assert (line["source"], line["ended"], line["reason"]) == ("127.0.0.1:2", "evicted", "limit_reached")
+    flows.close()
 
 
 async def test_limits_and_ends(flows: UdpFlows) -> None:

@@ -156,6 +156,17 @@ def test_refuses_what_cannot_be_used(routes: list[RouteConfig], said: str) -> No
         RouteTable(routes)
 
 
+def test_flows_live_as_long_as_the_floors_of_the_rfcs_unless_told() -> None:
+    made = [route(), route(port=53, protocol="udp"), route(port=None, protocol="icmp")]
+    tcp, udp, ping = RouteTable(made).services[WEB].routes
+    assert tcp.tcp_idle_s >= 2 * 3600 + 4 * 60, "RFC 5382, REQ-5"
+    assert udp.udp_idle_s >= 2 * 60, "RFC 4787, REQ-5"
+    assert ping.udp_idle_s >= 60, "RFC 5508, REQ-2"
+    less = RouteTable([route(tcp_idle_s=1.0), route(port=53, protocol="udp", udp_idle_s=2.0)])
+    tcp, udp = less.services[WEB].routes
+    assert (tcp.tcp_idle_s, udp.udp_idle_s) == (1.0, 2.0)
+
+
 def test_checks_as_the_protocol_unless_told() -> None:
     table = RouteTable(
         [route(), route(port=53, protocol="udp", checks=(CheckConfig(kind="none"), CheckConfig()))]
