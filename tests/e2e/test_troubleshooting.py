@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -31,7 +32,7 @@ class Mesh:
     def __init__(self, made: Lab) -> None:
         self.lab = made
         core = made.host("core")
-        made.python(
+        self.backends = made.python(
             "backends", core, "-m", "tests.support.backends", "--http", str(HTTP_PORT), "--udp", str(UDP_PORT)
         )
         self.dnsd = made.dnsd(listen=Endpoint(core.address, 53), allow=(IPv4Network("0.0.0.0/0"),))
@@ -121,6 +122,7 @@ def test_a_trace_goes_to_the_backend(mesh: Mesh) -> None:
             "name",
             "grant",
             "lease",
+            "SRV",
             "relay",
             "session",
             "packet carrier",
@@ -130,6 +132,7 @@ def test_a_trace_goes_to_the_backend(mesh: Mesh) -> None:
 
     until("every step", sound)
     assert mesh.vip in mesh.steps("web-app")["name"]["told"]
+    assert mesh.steps("web-app")["SRV"]["told"] == "alpha (weight 1)"
     assert mesh.steps("echo-service")["backend udp:7"]["ok"] is None, (
         "nobody knows what a UDP program answers"
     )
@@ -144,6 +147,25 @@ def test_a_trace_goes_to_the_backend(mesh: Mesh) -> None:
     assert code == 1 and "agent.<service>.ztna" in text, "it says what to do"
 
 
+def test_a_trace_says_that_no_instance_passes(mesh: Mesh) -> None:
+    mesh.backends.stop()
+    try:
+
+        def failed() -> bool:
+            steps = mesh.steps("web-app")
+            told = {name: step["reason"] for name, step in steps.items() if step["ok"] is False}
+            return told == {"SRV": "no_healthy_connector", "session": "no_healthy_connector"}
+
+        until("SRV and session fail", failed, 30)
+        assert "none of its instances passes" in mesh.steps("web-app")["SRV"]["told"]
+        at = f"{mesh.lab.host('core').address}:1"
+        code, text = mesh.ztna(f"ztna trace web-app --config agent.yaml --dns {at}")
+        assert code == 1 and "SRV: not known here" in text
+    finally:
+        mesh.backends.start()
+    until("all is well", lambda: all(step["ok"] for step in mesh.steps("web-app").values()), 30)
+
+
 def test_pings_say_the_path(mesh: Mesh) -> None:
     code, text = mesh.ztna("ztna ping echo-service --config agent.yaml --count 2 --interval 0.1 --json")
     pongs = [json.loads(line) for line in text.splitlines()]
@@ -155,11 +177,26 @@ def test_pings_say_the_path(mesh: Mesh) -> None:
 
 
 def test_status_shows_services_paths_and_refusals(mesh: Mesh) -> None:
-    mesh.ztna("ztna ping echo-service --config agent.yaml --count 1")
+    echo = mesh.lab.address("echo-service", "laptop", server=mesh.lab.host("core").address, port=53)
+    with mesh.lab.host("laptop").socket(socket.SOCK_DGRAM) as program:
+        program.settimeout(20.0)
+        program.connect((echo, 7))
+        program.send(b"hello")
+        assert program.recv(100)
     code, text = mesh.ztna("ztna status --config agent.yaml")
     assert code == 0, text
     for words in ("agent ready", "relays", "web-app", mesh.vip, "alpha", "links", "forwarded", "refused: "):
         assert words in text, f"{words}: {text}"
+    code, text = mesh.ztna("ztna status --config agent.yaml --json")
+    told = json.loads(text)["agent"]["status"]["agent"]
+    (relay,) = told["relays"]
+    assert (relay["state"], relay["preferred"]) == ("up", True) and relay["rtt_ms"] > 0, relay
+    (service,) = [each for each in told["services"] if each["service"] == "echo-service"]
+    assert service["ip"] and service["listening"], service
+    (link,) = told["links"]
+    assert (link["connector"], link["carrier"]) == ("alpha", "quic"), link
+    assert link["path"] in ("forwarded", "direct") and link["rtt_ms"] > 0, link
+    assert link["sent_bytes"] > 0 and link["received_bytes"] > 0, link
     code, text = mesh.ztna(
         "ztna status --config relay.yaml --config connector.yaml --config dnsd.yaml --json", "core"
     )

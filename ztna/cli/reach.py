@@ -13,7 +13,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,15 +25,20 @@ from ztna.cli import admin, completing
 from ztna.cli.dns import endpoint
 from ztna.cli.ending import interruptible
 from ztna.config import Config, Endpoint
+from ztna.dns import Code, SrvData, Type
 from ztna.errors import BadName, ConfigError, ZtnaError
 from ztna.names import ServiceName
+from ztna.reasons import Reason
 from ztna.remedies import REMEDIES
 from ztna.resolver import Resolver
+from ztna.system_dns import RESOLV_CONF, nameservers
 from ztna.traced import Pong, Step
 
 PROBE_SECONDS = 35.0
 INTERVAL_SECONDS = 1.0
 DNS_SECONDS = 2.0
+DNS_PORT = 53
+SRV_SHOWN_MAX = 4
 
 
 class _Lease(msgspec.Struct, frozen=True):
@@ -122,7 +127,7 @@ def ping(
 )
 @json_option
 def trace(service: str, file: Path | None, path: str | None, server: str | None, as_json: bool) -> None:
-    """Go to the backend of SERVICE step by step: name, grant, lease, relay, session, carriers, backend.
+    """Go to the backend of SERVICE step by step: name, grant, lease, SRV, relay, session, carriers, backend.
 
     TCP backends are connected to and reset at once. Exit status 1 when a step fails.
     """
@@ -134,7 +139,11 @@ def trace(service: str, file: Path | None, path: str | None, server: str | None,
     _, status = admin.ask(target, "/status", _Status, who="agent")
     lease = next((each.ip for each in status.agent.services if each.service == name), None)
     resolve = _by_host if server is None else partial(_by_server, endpoint(server))
-    steps = (_name_step(f"{name}.{config.domain}", lease, resolve), *found)
+    full = f"{name}.{config.domain}"
+    steps = [_name_step(full, lease, resolve), *found]
+    at = next((number for number, step in enumerate(steps) if step.step == "lease" and step.ok), None)
+    if at is not None:
+        steps.insert(at + 1, _srv_step(full, _nameservers() if server is None else (endpoint(server),)))
     if as_json:
         click.echo(msgspec.json.encode(steps).decode())
     else:
@@ -180,6 +189,41 @@ def _name_step(name: str, lease: str | None, resolve: Callable[[str], list[str]]
         told = f"{name} is {', '.join(found)}, but its lease is {lease}: somebody else answers, or an answer is old"
         return Step("name", False, told, _since(started))
     return Step("name", True, f"{name} is {', '.join(found)}", _since(started))
+
+
+def _srv_step(name: str, servers: Sequence[Endpoint]) -> Step:
+    """Look for the connectors that may have a session for it, as relays do: they go by these very records."""
+    started = time.monotonic()
+    try:
+        code, records = asyncio.run(_srv(name, servers))
+    except (OSError, ZtnaError) as error:
+        return Step("SRV", None, f"not known here: {error}", _since(started))
+    if code != Code.NOERROR:
+        return Step("SRV", None, f"not known here: {servers[0]} knows no {name}", _since(started))
+    if not records:
+        told = f"{name} has no records: none of its instances passes its checks"
+        return Step("SRV", False, told, _since(started), Reason.NO_HEALTHY_CONNECTOR)
+    shown = [f"{each.target.partition('.')[0]} (weight {each.weight})" for each in records[:SRV_SHOWN_MAX]]
+    more = f" and {len(records) - SRV_SHOWN_MAX} more" if len(records) > SRV_SHOWN_MAX else ""
+    return Step("SRV", True, f"{', '.join(shown)}{more}", _since(started))
+
+
+async def _srv(name: str, servers: Sequence[Endpoint]) -> tuple[int, list[SrvData]]:
+    """Return what a server says of a name's SRV records, the first choice first. Raises ZtnaError."""
+    if not servers:
+        raise ZtnaError(f"/{RESOLV_CONF} names no server; --dns does")
+    answer = await Resolver(servers, timeout_s=DNS_SECONDS).ask(name, Type.SRV)
+    found = [each.data for each in answer.answers if isinstance(each.data, SrvData)]
+    return answer.code, sorted(found, key=lambda each: (each.priority, -each.weight, each.target))
+
+
+def _nameservers() -> tuple[Endpoint, ...]:
+    """Return the servers that this host's resolver asks."""
+    try:
+        text = Path("/", RESOLV_CONF).read_text(errors="replace")
+    except OSError:
+        return ()
+    return tuple(Endpoint(each, DNS_PORT) for each in nameservers(text))
 
 
 def _by_host(name: str) -> list[str]:
