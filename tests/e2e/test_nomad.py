@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,22 +16,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.consul import note_version, require_binary
 from tests.support.lab import http_get, lab, until
 from tests.support.nomad import JOBS, METHOD, NomadCluster, cluster
+from tests.support.pages import blocks
+from ztna.config import TlsConfig
+from ztna.credentials import Credentials
+from ztna.names import ServiceName
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.nomad, pytest.mark.slow]
 
 FILES = sorted(JOBS.glob("*.nomad.hcl"))
 PAGE = JOBS.parent / "docs" / "nomad.md"
 COMMAND_SECONDS = 120
+CERTIFICATES = JOBS.parent / "docs" / "certificates.md"
+VAULT_JOB = """
+job "vault" {
+  group "vault" {
+    task "task" {
+      driver = "raw_exec"
+      vault {}
+      config {
+        command = "sh"
+        args    = ["-c", "cp -p secrets/connector.pem local/ && exec sleep infinity"]
+      }
+      TEMPLATE
+    }
+  }
+}
+"""
 NEEDED = ["net_admin", "net_raw"]
 
 
 @pytest.fixture(scope="module")
 def nomad() -> Iterator[NomadCluster]:
-    with lab("core") as made, cluster(made, "core", login=True, consul="oldest", loopback=True) as nomad:
+    with (
+        lab("core") as made,
+        cluster(made, "core", login=True, consul="oldest", loopback=True, vault=True) as nomad,
+    ):
         nomad.trust({"web-app": ["web-app"], "connector": ["plain-web"]})
         yield nomad
 
@@ -128,6 +153,30 @@ def test_the_page_works_from_top_to_bottom(
     _run(nomad, stopping, folder, environment)
     until("no service is left", lambda: nomad.lab.consul_get("/v1/health/service/web-app") == [], 60)
     until("its connector has logged out", lambda: len(nomad.logins()) == 3, 30)
+
+
+def test_the_template_for_vault_writes_a_file_that_a_connector_takes(
+    nomad: NomadCluster, tmp_path: Path
+) -> None:
+    """The template and the configuration of docs/certificates.md, as they stand; Vault is a stand-in.
+
+    Nobody but the task and Nomad sees its `secrets`, so the task shows what it was given in `local`.
+    """
+    (template,) = [block for block in blocks(CERTIFICATES, "hcl") if "pkiCert" in "".join(block)]
+    (told,) = [block for block in blocks(CERTIFICATES, "yaml") if "secrets/connector.pem" in "".join(block)]
+    job = tmp_path / "vault.nomad.hcl"
+    job.write_text(VAULT_JOB.replace("TEMPLATE", "\n".join(template)))
+    nomad.run("job", "run", str(job))
+    (allocation,) = nomad.allocations("vault")
+    place = nomad.lab.directory / "nomad-core" / "alloc" / allocation["ID"] / "task"
+    shutil.copy(nomad.lab.directory / "ca.pem", place / "local")
+    until("the task has shown it", lambda: (place / "local/connector.pem").exists())
+    tls = yaml.safe_load("\n".join(told).replace("secrets/", "local/"))["connector"]["tls"]
+    config = TlsConfig(**{key: str(place / file) for key, file in tls.items()})
+    identity = Credentials.load(config).identity
+    assert identity.id_name == "rack-7" and identity.may_serve(ServiceName("web-app"))
+    assert not identity.may_serve(ServiceName("db"))
+    nomad.purge("vault")
 
 
 def _run(nomad: NomadCluster, line: str, folder: Path, environment: dict[str, str]) -> None:

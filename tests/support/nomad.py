@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support import vault
 from tests.support.consul import MANAGEMENT_TOKEN, agent_argv, require_binary
 from tests.support.lab import CONSUL_PORT, Lab, Running, http_get, until
 from tests.support.namespaces import Host
@@ -56,6 +57,17 @@ client {{
 }}
 plugin "raw_exec" {{ config {{ enabled = true }} }}
 """
+_VAULT = f"""
+vault {{
+  enabled = true
+  address = "http://127.0.0.1:{vault.PORT}"
+
+  default_identity {{
+    aud = ["vault.io"]
+    ttl = "1h"
+  }}
+}}
+"""
 
 
 @dataclass
@@ -68,6 +80,8 @@ class NomadCluster:
     """Whether the jobs log in to Consul, which then denies by default."""
     loopback: bool = False
     """Whether tasks have ports on loopback, as in dev mode; for a single host."""
+    vault: bool = False
+    """Whether the server's host has a stand-in for Vault (tests.support.vault), and Nomad knows of it."""
     agents: dict[str, Running] = field(default_factory=dict)
     consuls: dict[str, Running] = field(default_factory=dict)
     abandoned: set[str] = field(default_factory=set)
@@ -94,6 +108,8 @@ class NomadCluster:
                 acl=self.login,
             )
             self.consuls[name] = self.lab.spawn(f"consul-{name}", at, *argv)
+        if self.vault:
+            self.lab.python("vault", self.core, "-m", vault.__name__, str(self.lab.directory))
         self._start_nomad(server)
         until("Nomad has a leader", lambda: self.get("/v1/status/leader"), 60)
         for name in clients:
@@ -113,7 +129,7 @@ class NomadCluster:
             device="lo" if self.loopback else "eth0",
         )
         config = self.lab.directory / f"nomad-{name}.hcl"
-        config.write_text(text + (_SERVER.format() if at is server else ""))
+        config.write_text(text + (_SERVER.format() if at is server else "") + (_VAULT if self.vault else ""))
         argv = (self.binary, "agent", "-config", str(config))
         # Tasks find the console scripts by name, as the job files call them.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -246,10 +262,15 @@ class NomadCluster:
 
 @contextlib.contextmanager
 def cluster(
-    made: Lab, *names: str, login: bool = False, consul: str = "newest", loopback: bool = False
+    made: Lab,
+    *names: str,
+    login: bool = False,
+    consul: str = "newest",
+    loopback: bool = False,
+    vault: bool = False,
 ) -> Iterator[NomadCluster]:
     """A Nomad on these hosts of a lab, started and ready."""
-    nomad = NomadCluster(made, names, login, loopback)
+    nomad = NomadCluster(made, names, login, loopback, vault)
     try:
         nomad.start(consul)
         yield nomad
