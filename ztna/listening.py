@@ -26,7 +26,9 @@ def bind_error(endpoint: Endpoint | tuple[str, int], error: OSError) -> ZtnaErro
     """Return the error for a socket that could not be bound, in words for the operator."""
     if error.errno == errno.EADDRINUSE:
         return port_in_use_error(endpoint)
-    told = f"cannot listen on {endpoint_text(endpoint)}: {error.strerror or error}"
+    # asyncio puts words of its own, with the address once more, in the place of the system's.
+    why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+    told = f"cannot listen on {endpoint_text(endpoint)}: {why}"
     return ZtnaError(f"{told}; {LOW_PORTS}" if isinstance(error, PermissionError) else told)
 
 

@@ -201,10 +201,11 @@ async def test_another_web_server_is_no_consul_that_has_nothing() -> None:
         return web.Response(status=404, text="<h1>no such page</h1>")
 
     async with talking_to(nothing) as client:
-        with pytest.raises(ConsulUnavailable, match="is no Consul: 404 without an index"):
+        with pytest.raises(ConsulUnavailable, match=r"is no Consul: 404 at /v1/kv/x$"):
             await client.kv_list("x")
-        with pytest.raises(ConsulUnavailable, match="is no Consul"):
-            await client.kv_get("x")
+        for ask in (client.kv_get("x"), client.leader()):
+            with pytest.raises(ConsulUnavailable, match="is no Consul"):
+                await ask
     async with talking_to(Counting((404, ""))) as client:
         assert await client.kv_list("x") == () and await client.kv_get("x") is None
 

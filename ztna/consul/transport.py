@@ -203,7 +203,7 @@ class Transport(base.HTTPClient):  # type: ignore[misc]
             answer = await self._with_token(method, url, headers, data)
             _check_server(answer)
             if _is_no_consul(method, url, answer):
-                raise ConsulUnavailable(f"what answers at {self.base_uri} is no Consul: 404 without an index")
+                raise ConsulUnavailable(f"what answers at {self.base_uri} is no Consul: 404 at {url.path}")
         except ConsulRejected:
             _REJECTED.inc()
             raise
@@ -303,9 +303,12 @@ def _cause(error: OSError) -> str:
 
 
 def _is_no_consul(method: str, url: URL, answer: base.Response) -> bool:
-    """Say whether a KV read was answered by something else: Consul says with an index that nothing is there."""
-    is_read = method == "GET" and url.path.startswith(_KV)
-    return is_read and answer.code == 404 and "X-Consul-Index" not in answer.headers
+    """Say whether something else answered: Consul has a status, and says with an index that a key is not there."""
+    if method != "GET" or answer.code != 404:
+        return False
+    return url.path.startswith(_TOKENLESS) or (
+        url.path.startswith(_KV) and "X-Consul-Index" not in answer.headers
+    )
 
 
 def _is_rejection(answer: base.Response) -> bool:
