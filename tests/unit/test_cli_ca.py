@@ -230,6 +230,10 @@ def test_a_revoked_certificate_is_in_the_crl_and_is_not_renewed(tmp_path: Path) 
     refused = run("renew", "--ca", directory, bad)
     assert refused.exit_code == 1 and "was revoked" in refused.output
 
+    assert run("show", "--ca", directory, good).exit_code == 0
+    shown = run("show", "--ca", directory, bad)
+    assert shown.exit_code == 1 and f"refused      revoked: {file} has it" in shown.output
+
     stranger = run("revoke", "--ca", directory, Pki(tmp_path / "other").agent().certificate)
     assert stranger.exit_code == 1 and "not of this CA" in stranger.output
     file.write_bytes(Pki(tmp_path / "another").authority.crl(None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with an authority, a certificate, and files that are something else."""
     monkeypatch.chdir(tmp_path)
     assert run("ca", "init").exit_code == run("ca", "issue", "laptop", "--agent", "web").exit_code == 0
+    for other in ("other", "broken"):
+        assert run("ca", "init", "--ca", other).exit_code == 0
+    (tmp_path / "broken/crl.pem").write_text("junk")
     (tmp_path / "text").write_text("hello\n")
     (tmp_path / "binary").write_bytes(b"\x7f\x00\xff")
     return tmp_path
@@ -48,6 +52,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("arguments", "status", "words"),
     [
         ("ca init --ca text/ca", 1, "Error: text/ca cannot be made: Not a directory"),
+        ("ca init --ca new --name ''", 2, "Error: Invalid value for --name: expected 1 to 64 characters"),
+        ("ca revoke laptop.pem --ca other", 1, "Error: laptop.pem: the certificate is not of this CA"),
+        ("ca renew laptop.pem --ca other", 1, "Error: laptop.pem: the certificate is not of this CA"),
+        ("ca crl --ca broken", 1, f"Error: broken/crl.pem: no CRL in PEM: {NOT_PEM}"),
+        ("ca renew laptop.pem --ca broken", 1, "Error: broken/crl.pem: no CRL in PEM or DER: "),
+        ("init host --dir we:{ird", 2, "Error: with these options relay would refuse its configuration: "),
         ("ca issue x --agent a --out text/x", 1, "Error: text/x: Not a directory"),
         ("ca issue x --agent a --days 99999999999", 2, "is not in the range 1<=x<=3650."),
         ("ca crl --days 99999999999", 2, "is not in the range 1<=x<=3650."),
@@ -91,7 +101,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_what_is_wrong_is_said_in_the_last_line(place: Path, arguments: str, status: int, words: str) -> None:
-    code, line = told(*arguments.split())
+    code, line = told(*shlex.split(arguments))
     assert code == status and words in line, f"{code}: {line}"
     assert "Errno" not in line and "ssl:" not in line and "http.client" not in line
 

@@ -32,6 +32,11 @@ from ztna.ca import (
 )
 from ztna.errors import ConfigError, IdentityError, ZtnaError
 from ztna.identity import Grants, Trust, Usage
+from ztna.reasons import Reason
+from ztna.revocation import Revocations
+
+COMMON_NAME_MAX = 64
+"""Characters (ub-common-name, RFC 5280 appendix A.1)."""
 
 _DIRECTORY = click.option(
     "--ca",
@@ -63,6 +68,8 @@ def ca() -> None:
 @click.option("--name", default="ZTNA CA", show_default=True, help="The subject of the root certificate.")
 def init(directory: Path, name: str) -> None:
     """Make a new authority: a root, and an intermediate that signs."""
+    if not 1 <= len(name) <= COMMON_NAME_MAX:
+        raise click.BadParameter(f"expected 1 to {COMMON_NAME_MAX} characters", param_hint="--name")
     with _told():
         Authority.create(directory, name)
     click.echo(f"Made a certificate authority in {directory}.")
@@ -175,7 +182,7 @@ def renew(
     """
     with _told():
         authority = Authority.load(directory)
-        revoked = _serials(directory)
+    revoked = _serials(directory)
     for file in certificates:
         with _told(file):
             chain = file.read_bytes()
@@ -191,12 +198,15 @@ def renew(
 @_CRL_DAYS
 def revoke(directory: Path, certificates: tuple[Path, ...], days: int) -> None:
     """Take CERTIFICATES back: add them to the CRL, which every daemon has to get (tls.crl_file or tls.crl_url)."""
+    with _told():
+        authority = Authority.load(directory)
     leaves = []
     for file in certificates:
         with _told(file):
             leaves.append(leaf_of(file.read_bytes()))
-    with _told():
-        _write_crl(directory, leaves, days)
+            if not authority.issued(leaves[-1]):
+                raise ConfigError("the certificate is not of this CA")
+    _write_crl(directory, authority, leaves, days)
     for file in certificates:
         click.echo(f"Revoked {file}.")
 
@@ -207,13 +217,15 @@ def revoke(directory: Path, certificates: tuple[Path, ...], days: int) -> None:
 def crl(directory: Path, days: int) -> None:
     """Write the CRL anew: daemons refuse new sessions once it is out of date, so do it often."""
     with _told():
-        _write_crl(directory, [], days)
+        authority = Authority.load(directory)
+    _write_crl(directory, authority, [], days)
 
 
-def _write_crl(directory: Path, leaves: list[x509.Certificate], days: int) -> None:
+def _write_crl(directory: Path, authority: Authority, leaves: list[x509.Certificate], days: int) -> None:
     file = directory / CRL
-    before = file.read_bytes() if file.exists() else None
-    replace_file(file, Authority.load(directory).crl(before, leaves, days=days))
+    with _told(file):
+        before = file.read_bytes() if file.exists() else None
+        replace_file(file, authority.crl(before, leaves, days=days))
     click.echo(f"Wrote {file}, good for {days} days.")
 
 
@@ -221,7 +233,9 @@ def _serials(directory: Path) -> frozenset[int]:
     file = directory / CRL
     if not file.exists():
         return frozenset()
-    return frozenset(each.serial_number for each in x509.load_pem_x509_crl(file.read_bytes()))
+    with _told(file):
+        lists = Revocations.from_bytes(file.read_bytes()).lists
+    return frozenset[int]().union(*(each.serials for each in lists))
 
 
 @contextmanager
@@ -253,6 +267,8 @@ def show(directory: Path, certificate: Path, trust: Path | None, as_json: bool) 
         authorities = Trust.from_pem(trust_file.read_bytes())
     with _told(certificate):
         found = _describe(chain, authorities, datetime.now(UTC))
+    if trust is None and chain[0].serial_number in _serials(directory):
+        found |= {"accepted_as": [], "refused": [f"{Reason.REVOKED}: {directory / CRL} has it"]}
     if as_json:
         click.echo(json.dumps(found))
     else:

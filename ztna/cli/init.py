@@ -170,7 +170,8 @@ def _configuration(plan: _Plan, name: str) -> str:
     try:
         sections.build(Config, yaml.safe_load(text))
     except (ConfigError, yaml.YAMLError) as error:
-        raise click.UsageError(f"with these options {name} would refuse its configuration: {error}") from None
+        told = " ".join(str(error).split())
+        raise click.UsageError(f"with these options {name} would refuse its configuration: {told}") from None
     return text
 
 
