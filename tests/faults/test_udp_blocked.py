@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 
 import pytest
 
 from tests.support.blocked import ALL_BUT_443_TCP, RELAY, UDP_OF_MESH, blocked_mesh, transport
 from tests.support.consul import note_version
-from tests.support.lab import until
+from tests.support.lab import Daemon, until
 from tests.support.relayed import Mesh
 from tests.support.traffic import ROUTES, traffic
 
@@ -56,6 +57,18 @@ def test_from_the_start(blocked: Callable[..., Mesh], drops: dict[str, Sequence[
     assert transport(mesh) == ("quic" if drops.keys() == {"core"} else "tls")
     (seen,) = mesh.connector.status()["connector"]["relays"]
     assert seen["transport"] == ("quic" if drops.keys() == {"laptop"} else "tls")
+    behind = {"laptop": [mesh.agent], "core": [mesh.connector], RELAY: [mesh.agent, mesh.connector]}
+    (place,) = drops
+    for daemon in behind[place]:
+        assert seconds_until_connected(daemon) < CHOSEN_SECONDS
+
+
+def seconds_until_connected(daemon: Daemon) -> float:
+    """Return how long after its start a daemon had its relay, as it says itself."""
+    (started, *_), (connected, *_) = daemon.events("started"), daemon.events("relay_connected")
+    assert connected["transport"] == "tls"
+    began, had = (datetime.fromisoformat(each["time"]) for each in (started, connected))
+    return (had - began).total_seconds()
 
 
 def test_in_the_middle_and_back(blocked: Callable[..., Mesh]) -> None:
