@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.clock import Clocks
 from tests.support.lab import Daemon, Lab, lab, tcp_route, udp_route, until
 from ztna.config import Endpoint
 from ztna.sections import Server
@@ -64,10 +65,13 @@ class Mesh:
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stdout + done.stderr
 
-    def findings(self, *names: str, host: str = "laptop") -> dict[str, dict[str, str]]:
+    def findings(
+        self, *names: str, host: str = "laptop", environment: Mapping[str, str] | None = None
+    ) -> dict[str, dict[str, str]]:
         """Return what the doctor finds, by check; the last of a name counts."""
         files = " ".join(f"--config {name}.yaml" for name in names)
-        _, text = self.ztna(f"ztna doctor {files} --json", host)
+        given = " ".join(f"{name}={value}" for name, value in (environment or {}).items())
+        _, text = self.ztna(f"env {given} ztna doctor {files} --json", host)
         return {each["check"]: each for each in json.loads(text)}
 
     def steps(self, service: str) -> dict[str, dict[str, Any]]:
@@ -233,6 +237,10 @@ def test_what_is_broken_is_named_with_what_to_do(mesh: Mesh) -> None:
     assert any(
         each["verdict"] == "wrong" and "token" in each["told"] + each["todo"] for each in found.values()
     )
+    less = mesh.lab.token_for('key "ztna/schema" { policy = "read" }')
+    found = broken(r"token: \S+", f"token: {less}")
+    assert found["agent token"]["verdict"] == "wrong" and "service any: read" in found["agent token"]["told"]
+    assert "docs/policies/agent.hcl" in found["agent token"]["todo"]
     found = broken(r"address: http://\S+", f"address: http://{core.address}:1")
     assert found["Consul"]["verdict"] == "wrong" and "consul.address" in found["Consul"]["todo"]
     found = broken(r"name: relay\n", "name: another\n")
@@ -251,6 +259,31 @@ def test_what_is_broken_is_named_with_what_to_do(mesh: Mesh) -> None:
     with socket_of(mesh, "laptop", 29434):
         found = broken(r"admin: \S+", "admin: 127.0.0.1:29434")
         assert "somebody else has it" in found["agent ports"]["told"]
+
+
+def test_what_is_odd_about_a_host_is_named_with_what_to_do(mesh: Mesh, tmp_path: Path) -> None:
+    laptop, clocks = mesh.lab.host("laptop"), Clocks(tmp_path, ("doctor",), 600)
+    found = mesh.findings("agent", environment=clocks.environment("doctor"))
+    assert found["clock"]["verdict"] == "wrong" and "600." in found["clock"]["told"], found["clock"]
+    assert "NTP" in found["clock"]["todo"]
+
+    other = tmp_path / "other"
+    (other / "sidecar").mkdir(parents=True)
+    (other / "sidecar/__init__.py").touch()
+    found = mesh.findings("agent", environment={"PYTHONPATH": str(other)})
+    assert (
+        found["packages"]["verdict"] == "wrong" and "an environment of its own" in found["packages"]["todo"]
+    )
+    assert f"sidecar comes from {other}" in found["packages"]["told"]
+
+    network = mesh.lab.network
+    narrow = ("ip", "link", "set", network.port(laptop), "mtu")
+    network.switch.run(*narrow, "1300")
+    try:
+        found = mesh.findings("agent")
+        assert "small MTU" in found["MTU"]["todo"] and found["MTU"]["verdict"] == "warning", found["MTU"]
+    finally:
+        network.switch.run(*narrow, "1500")
 
 
 def socket_of(mesh: Mesh, host: str, port: int) -> Any:
