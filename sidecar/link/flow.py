@@ -120,6 +120,8 @@ class TcpFlow:
         self._tls = local if isinstance(local, TlsSocket) else None
         self._held = bytearray()
         self._in_flight: memoryview | None = None
+        self._let_go_bytes = 0
+        """What is acknowledged of a buffer that is kept for the rest of it."""
         self._early_ack: int | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._is_reading = False
@@ -134,6 +136,7 @@ class TcpFlow:
         Raises ProtocolError for a position that cannot be; then the flow is as it was.
         """
         self.state.resumed(expected, window)
+        self._let_go_bytes = 0
         if not self.has_begun:
             self.has_begun = True
             self._local.setblocking(False)
@@ -238,7 +241,7 @@ class TcpFlow:
         if frames is None:
             return
         self._keep(frames)
-        self._share.keep(self.state.kept_bytes)
+        self._count_kept()
         early, self._early_ack = self._early_ack, None
         if early is not None:
             self._acknowledged(early)
@@ -251,7 +254,7 @@ class TcpFlow:
             self._early_ack = max(position, self._early_ack or 0)
             return
         self._recycle(self.state.acknowledged(position))
-        self._share.keep(self.state.kept_bytes)
+        self._count_kept()
         if self.state.is_complete:
             self._end(reusable=True)
         else:
@@ -308,7 +311,7 @@ class TcpFlow:
         if room > 0:
             self._read_local(room)
         if not self._is_over:
-            share.keep(state.kept_bytes)
+            self._count_kept()
         self._look_at_reading()
 
     def _read_local(self, room: int) -> None:
@@ -347,10 +350,15 @@ class TcpFlow:
             size -= PIECE_BYTES
         _HEADER.pack_into(chunk, at, DATA << 24 | size)
         frames = memoryview(chunk)[: at + HEADER_BYTES + size]
+        if 2 * len(frames) < len(chunk):
+            # As a copy, so that what waits and is kept is not mostly empty chunk.
+            frames = memoryview(bytes(frames))
+            chunk.spare.give(chunk)
         if self._carrier.send_data(frames):
             self._keep(frames)
             return True
         self._in_flight = frames
+        self._count_kept()
         return False
 
     def _send_fin(self) -> None:
@@ -359,15 +367,14 @@ class TcpFlow:
 
     def _keep(self, frames: memoryview) -> None:
         """Keep written DATA until its ACK; only now, so that no ACK can free what is still being written."""
-        chunk = frames.obj
-        assert isinstance(chunk, _Chunk)
-        if 2 * len(frames) < len(chunk):
-            # As a copy, so that what is kept is not mostly empty chunk.
-            for piece in _pieces(frames):
-                self.state.sent(memoryview(bytes(piece)))
-            chunk.spare.give(chunk)
-        else:
-            chunk.kept = sum(map(self.state.sent, _pieces(frames)))
+        kept = sum(map(self.state.sent, _pieces(frames)))
+        if isinstance(frames.obj, _Chunk):
+            frames.obj.kept = kept
+
+    def _count_kept(self) -> None:
+        """Tell the budget what waits for its ACK, what is yet to be written and what lies beside both in a chunk."""
+        in_flight = len(self._in_flight) if self._in_flight is not None else 0
+        self._share.keep(self.state.kept_bytes + in_flight + self._let_go_bytes)
 
     # Carrier -> local socket
 
@@ -461,14 +468,18 @@ class TcpFlow:
             self.finished.set_result(reusable)
         self._carrier.flow_ended(reusable=reusable)
 
-    @staticmethod
-    def _recycle(pieces: Sequence[memoryview]) -> None:
+    def _recycle(self, pieces: Sequence[memoryview]) -> None:
         for piece in pieces:
             chunk = piece.obj
-            if isinstance(chunk, _Chunk):
-                chunk.kept -= 1
-                if not chunk.kept:
-                    chunk.spare.give(chunk)
+            if not isinstance(chunk, _Chunk):
+                self._let_go_bytes = 0
+                continue
+            chunk.kept -= 1
+            if chunk.kept:
+                self._let_go_bytes += len(piece)
+            else:
+                self._let_go_bytes = 0
+                chunk.spare.give(chunk)
 
 
 class _Chunk(bytearray):

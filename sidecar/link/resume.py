@@ -86,8 +86,8 @@ class FlowState:
         again: list[memoryview] = []
         for piece in self._kept:
             if at + len(piece) > expected:
-                whole = piece if isinstance(piece, memoryview) else memoryview(bytes(piece))
-                again.append(whole[max(0, expected - at) :])
+                # As a copy: the last byte of a large buffer would hold all of it, for as long as the other end likes.
+                again.append(memoryview(bytes(piece[max(0, expected - at) :])))
             at += len(piece)
         self._kept.clear()
         self._kept_from = self.sent_position = expected

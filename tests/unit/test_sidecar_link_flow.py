@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from sidecar.link import flow as flow_module
-from sidecar.link.budget import Budget
+from sidecar.link.budget import KEPT_FLOOR_BYTES, Budget
 from sidecar.link.flow import DOUBLINGS_MAX, PIECE_BYTES, SPARE_CHUNKS_MAX, TcpFlow
 from tests.support.stream_ground import open_frame
 from ztna.identity import Identity
@@ -90,8 +90,10 @@ def spare(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     return made
 
 
-def begun(program: Program, way: Way, window: int = WINDOW_BYTES_MAX) -> TcpFlow:
-    share = Budget().open("peer")
+def begun(
+    program: Program, way: Way, window: int = WINDOW_BYTES_MAX, budget: Budget | None = None
+) -> TcpFlow:
+    share = (budget or Budget()).open("peer")
     assert share is not None
     flow = TcpFlow(open_frame(), cast(Identity, None), share, cast(socket.socket, program))
     flow.attach(way, 0, window)
@@ -171,6 +173,39 @@ async def test_what_is_mostly_empty_is_not_kept(program: Program, spare: tuple[A
     flow.attach(again, flow.state.acknowledged_position, WINDOW_BYTES_MAX)
     assert again.content == program.given[-(PIECE_BYTES + 10_000) :]
     flow.reset()
+
+
+async def test_memory_that_no_ack_has_freed_is_counted(program: Program, spare: object) -> None:
+    """In flight, and what a buffer still holds of what is acknowledged: else many slow flows pass every limit."""
+    way, budget = Way(), Budget()
+    flow = begun(program, way, budget=budget)
+    reserved = budget.used - KEPT_FLOOR_BYTES
+    for _ in range(4):
+        flow._local_readable()
+        acknowledge(flow, flow.state.sent_position)
+    assert budget.used == reserved + KEPT_FLOOR_BYTES
+    way.is_stuck = True
+    flow._local_readable()
+    run = 8 * PIECE_BYTES
+    assert budget.used >= reserved + run, "in flight"
+    way.is_stuck = way.is_blocked = False
+    flow.data_written()
+    acknowledge(flow, flow.state.sent_position - 1)
+    assert budget.used >= reserved + run, "one byte holds the whole buffer"
+    flow.carrier_lost()
+    way = Way()
+    flow.attach(way, flow.state.sent_position - 1, WINDOW_BYTES_MAX)
+    assert way.content == program.given[-1:]
+    acknowledge(flow, flow.state.sent_position)
+    assert budget.used == reserved + KEPT_FLOOR_BYTES
+    way.is_stuck, program.limits = True, [1]
+    flow._local_readable()
+    assert flow._in_flight is not None
+    assert memoryview(flow._in_flight).nbytes == len(cast(bytes, flow._in_flight.obj)), (
+        "a byte needs no large buffer"
+    )
+    flow.reset()
+    assert budget.used == 0
 
 
 async def test_no_more_than_so_many_buffers_are_held_ready(program: Program, spare: tuple[Any, ...]) -> None:
