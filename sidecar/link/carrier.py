@@ -150,7 +150,8 @@ class FrameStream:
         if not self._is_tcp:
             return
         moved = self._received_bytes + self._sent_bytes
-        if self.is_closed or (moved == self._seen_bytes and self._stall.is_settled):
+        # While something waits nothing is settled: OpenSSL tells of a long write only once all of it is sent.
+        if self.is_closed or (moved == self._seen_bytes and self._stall.is_settled and not self._unsent):
             return
         self._seen_bytes = moved
         try:

@@ -28,6 +28,7 @@ class Connection:
         self.own_address = (own, 40_000)
         self.unacknowledged = 0
         self.silence_s = 0.0
+        self.accepts = True
 
     def start(self, *_: object) -> None:
         pass
@@ -42,7 +43,7 @@ class Connection:
 
     def write(self, data: memoryview) -> int:
         self.unacknowledged += 1
-        return len(data)
+        return len(data) if self.accepts else 0
 
     def close(self) -> None:
         self.is_closed = True
@@ -87,6 +88,20 @@ async def test_a_dead_way_ends_a_carrier_and_is_remembered() -> None:
     assert ground.ended == [Reason.PEER_GONE]
     assert ground.connection.is_given_up
     ground.frames.look(now + LOOK_SECONDS)
+    assert ground.ended == [Reason.PEER_GONE]
+
+
+async def test_a_way_that_dies_under_a_long_write_is_noticed() -> None:
+    """OpenSSL has sent some of its records, and tells nothing of them."""
+    ground = Ground()
+    now = asyncio.get_running_loop().time()
+    ground.frames.look(now)
+    ground.connection.accepts = False
+    assert not ground.frames.send_data(memoryview(bytes(100)))
+    looks = int(STALL_SECONDS / LOOK_SECONDS) + 2
+    for count in range(1, looks + 1):
+        ground.connection.silence_s = count * LOOK_SECONDS
+        ground.frames.look(now + count * LOOK_SECONDS)
     assert ground.ended == [Reason.PEER_GONE]
 
 
