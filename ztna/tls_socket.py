@@ -37,6 +37,8 @@ class TlsSocket(socket.socket):
         self._incoming = incoming
         self._outgoing = outgoing
         self._plain = bytearray()
+        self._halt: OSError | None = None
+        """Why nothing follows what was read: no more is there yet, or for good. Told once all of that is given out."""
         self._unsent = b""
         self._promised = 0
         self._is_ended = False
@@ -50,17 +52,16 @@ class TlsSocket(socket.socket):
         0 is the other end's close_notify, or the end of its TCP. Raises BlockingIOError, or OSError for a connection
         that broke or is no TLS any more.
         """
+        if isinstance(self._halt, BlockingIOError):
+            self._halt = None
         filled = 0
         for buffer in buffers:
-            try:
-                size = self._fill(buffer)
-            except BlockingIOError:
-                if not filled:
-                    raise
-                break
+            size = self._fill(buffer)
             filled += size
             if size < len(buffer):
                 break
+        if self._halt is not None and not filled:
+            raise self._halt
         return filled, [], 0, None
 
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:  # type: ignore[override]
@@ -103,24 +104,32 @@ class TlsSocket(socket.socket):
         super().close()
 
     def _fill(self, buffer: memoryview) -> int:
+        """Fill the buffer as far as it goes; short of it comes the end, or there is a `_halt`."""
         filled = min(len(buffer), len(self._plain))
         buffer[:filled] = self._plain[:filled]
         del self._plain[:filled]
-        while filled < len(buffer) and not self._is_ended:
+        while filled < len(buffer) and not self._is_ended and self._halt is None:
             try:
-                size = cast(int, self._tls.read(len(buffer) - filled, buffer[filled:]))
-            except ssl.SSLWantReadError:
-                self.has_more = False
-                if filled:
-                    return filled
-                self._receive()
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                self._is_ended = True
-            else:
-                self._is_ended = size == 0
-                filled += size
-        self.has_more = True
+                filled += self._decrypt(buffer[filled:])
+            except OSError as error:
+                self._halt = error.with_traceback(None)
+        self.has_more = not isinstance(self._halt, BlockingIOError)
         return filled
+
+    def _decrypt(self, buffer: memoryview) -> int:
+        """Fill the buffer from one record, or take from the kernel what follows. Raises BlockingIOError, OSError."""
+        try:
+            size = cast(int, self._tls.read(len(buffer), buffer))
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            self._is_ended = True
+            return 0
+        else:
+            self._is_ended = size == 0
+            return size
+        self._receive()
+        return 0
 
     def _finish(self) -> None:
         """Send the last record, however long the other end makes us wait for that."""

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -204,6 +205,39 @@ async def test_a_program_that_just_closes_has_ended(
         assert await read_all(sock, 4) == b"all there is"
         assert await read(sock) == b""
     await server.done()
+
+
+async def test_what_has_come_is_read_in_one_go_whatever_the_records(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    server = Server(contexts[0], lambda tls: tls.sendall(BLOB[:300_000]))
+    with closing(await connected(server, contexts[1])) as sock:
+        await server.done()  # all of it is in the kernel
+        assert await read(sock, 100_001) == BLOB[:100_001]
+        assert await read(sock, 190_000) == BLOB[100_001:290_001]
+        assert await read_all(sock) == BLOB[290_001:300_000]
+
+
+async def test_what_came_before_a_reset_is_given_out_first(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    go = threading.Event()
+
+    def talk(tls: ssl.SSLSocket) -> None:
+        tls.sendall(BLOB[:10_000])
+        assert go.wait(WAIT_SECONDS)
+        tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    server = Server(contexts[0], talk)
+    with closing(await connected(server, contexts[1])) as sock:
+        assert await read(sock, 4_000) == BLOB[:4_000]
+        go.set()
+        await server.done()
+        # The rest of the record fills the first two of the three parts, whose third meets the reset.
+        assert await read(sock, 12_000) == BLOB[4_000:10_000]
+        for _ in range(2):
+            with pytest.raises(ConnectionResetError):
+                await read(sock)
 
 
 async def test_another_name_is_refused(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
