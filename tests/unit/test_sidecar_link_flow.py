@@ -55,15 +55,21 @@ class Way:
     def __init__(self) -> None:
         self.is_stuck = False
         self.is_blocked = False
-        self.written: list[bytes] = []
+        self.written: list[bytes | memoryview] = []
 
     def send(self, frame: bytes) -> None:
         self.written.append(frame)
 
     def send_data(self, frames: memoryview) -> bool:
-        self.written.append(bytes(frames))
+        # What is stuck is read as late as it would be written: by then nobody may have changed it.
+        self.written.append(frames if self.is_stuck else bytes(frames))
         self.is_blocked = self.is_stuck
         return not self.is_stuck
+
+    def unstick(self) -> None:
+        if self.is_blocked:
+            self.written[-1] = bytes(self.written[-1])
+        self.is_stuck = self.is_blocked = False
 
     def flow_ended(self, *, reusable: bool) -> None: ...
 
@@ -82,10 +88,18 @@ def program() -> Iterator[Program]:
         os.close(end)
 
 
+class Spoiling(flow_module._Spare):
+    """Changes what it is given at once, as another flow might: nobody else may need it any more."""
+
+    def give(self, chunk: flow_module._Chunk) -> None:
+        chunk[:] = bytes(len(chunk))
+        super().give(chunk)
+
+
 @pytest.fixture
 def spare(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """Fresh stores of spare buffers."""
-    made = tuple(flow_module._Spare(1 << doublings) for doublings in range(DOUBLINGS_MAX + 1))
+    made = tuple(Spoiling(1 << doublings) for doublings in range(DOUBLINGS_MAX + 1))
     monkeypatch.setattr(flow_module, "_SPARE", made)
     return made
 
@@ -158,6 +172,17 @@ async def test_a_buffer_is_used_again_when_all_that_it_holds_is_acknowledged(
     assert [len(each._chunks) for each in spare] == [1, 1, 1, 1], "a flow that ends gives all back"
 
 
+async def test_who_ends_leaves_alone_what_is_yet_to_be_written(program: Program, spare: object) -> None:
+    way = Way()
+    flow = begun(program, way)
+    flow._local_readable()
+    way.is_stuck = True
+    flow._local_readable()
+    acknowledge(flow, PIECE_BYTES + 1)
+    flow.reset()
+    assert way.content == program.given
+
+
 async def test_what_is_mostly_empty_is_not_kept(program: Program, spare: tuple[Any, ...]) -> None:
     way = Way()
     flow = begun(program, way)
@@ -188,7 +213,7 @@ async def test_memory_that_no_ack_has_freed_is_counted(program: Program, spare: 
     flow._local_readable()
     run = 8 * PIECE_BYTES
     assert budget.used >= reserved + run, "in flight"
-    way.is_stuck = way.is_blocked = False
+    way.unstick()
     flow.data_written()
     acknowledge(flow, flow.state.sent_position - 1)
     assert budget.used >= reserved + run, "one byte holds the whole buffer"
@@ -242,12 +267,12 @@ async def test_bytes_survive_acks_and_carriers_that_break_anywhere(
                 way, taken = Way(), 0
                 flow.attach(way, len(arrived), luck.choice([100_000, 700_000, WINDOW_BYTES_MAX]))
             case 2 if way.is_blocked:
-                way.is_stuck = way.is_blocked = False
+                way.unstick()
                 flow.data_written()
                 flow.carrier_writable()
             case _:
                 pass
-    way.is_stuck = way.is_blocked = False
+    way.unstick()
     flow.data_written()
     arrived += way.content[taken:]
     while flow.state.is_owing:
