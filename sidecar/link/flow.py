@@ -33,6 +33,8 @@ DOUBLINGS_MAX = 3
 
 Each turn costs the same, so bulk goes by few and large ones.
 """
+RUN_SECONDS_MAX = 0.1
+"""After what took longer to be written, runs begin anew with one frame: our own ACKs, and RESET, wait behind them."""
 GATHERED_PIECES_MAX = 64
 LOCAL_WRITE_BYTES_MAX = 256 * 1024
 SPARE_CHUNKS_MAX = 16
@@ -120,10 +122,12 @@ class TcpFlow:
         self._tls = local if isinstance(local, TlsSocket) else None
         self._held = bytearray()
         self._in_flight: memoryview | None = None
+        self._in_flight_since = 0.0
         self._let_go_bytes = 0
         """What is acknowledged of a buffer that is kept for the rest of it."""
         self._early_ack: int | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
+        self._ack_is_late = False
         self._is_reading = False
         self._doublings = 0
         self._is_writing = False
@@ -217,6 +221,8 @@ class TcpFlow:
     def data_written(self) -> None:
         """The DATA frames that were given to a blocked carrier are written."""
         if not self._is_over:
+            if self._loop.time() - self._in_flight_since > RUN_SECONDS_MAX:
+                self._doublings = 0
             self._settle_in_flight()
 
     def carrier_writable(self) -> None:
@@ -357,7 +363,7 @@ class TcpFlow:
         if self._carrier.send_data(frames):
             self._keep(frames)
             return True
-        self._in_flight = frames
+        self._in_flight, self._in_flight_since = frames, self._loop.time()
         self._count_kept()
         return False
 
@@ -428,7 +434,7 @@ class TcpFlow:
         state = self.state
         if self._is_over or self._carrier is _NOWHERE or not state.ack_is_wanted:
             return
-        if not state.ack_is_due:
+        if not (state.ack_is_due or self._ack_is_late):
             if self._ack_timer is None:
                 self._ack_timer = self._loop.call_later(ACK_DELAY_SECONDS, self._ack_delay_over)
         elif not self._carrier.is_blocked:
@@ -436,12 +442,11 @@ class TcpFlow:
 
     def _ack_delay_over(self) -> None:
         self._ack_timer = None
-        if self.state.ack_is_wanted and not self._carrier.is_blocked:
-            self._send_ack()
-        else:
-            self._acknowledge()
+        self._ack_is_late = self.state.ack_is_wanted
+        self._acknowledge()
 
     def _send_ack(self) -> None:
+        self._ack_is_late = False
         self._carrier.send(encode(Ack(self.state.take_ack())))
         if self.state.is_complete:
             self._end(reusable=True)

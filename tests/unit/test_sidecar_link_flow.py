@@ -15,7 +15,7 @@ from sidecar.link.budget import KEPT_FLOOR_BYTES, Budget
 from sidecar.link.flow import DOUBLINGS_MAX, PIECE_BYTES, SPARE_CHUNKS_MAX, TcpFlow
 from tests.support.stream_ground import open_frame
 from ztna.identity import Identity
-from ztna.wire.stream import WINDOW_BYTES_MAX, Ack, Data, FrameReader
+from ztna.wire.stream import WINDOW_BYTES_MAX, Ack, Data, FrameReader, encode
 
 
 class Program:
@@ -231,6 +231,46 @@ async def test_memory_that_no_ack_has_freed_is_counted(program: Program, spare: 
     )
     flow.reset()
     assert budget.used == 0
+
+
+async def test_a_slow_carrier_is_given_less_at_once(
+    program: Program, spare: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = Way()
+    flow = begun(program, way)
+    for _ in range(4):
+        flow._local_readable()
+        acknowledge(flow, flow.state.sent_position)
+    monkeypatch.setattr(flow_module, "RUN_SECONDS_MAX", -1.0)  # whatever it takes is long
+    for _ in range(3):
+        way.is_stuck = True
+        flow._local_readable()
+        way.unstick()
+        flow.data_written()
+        acknowledge(flow, flow.state.sent_position)
+    assert program.asked[4:] == [PIECE_BYTES * times for times in (8, 1, 1)]
+    flow.reset()
+
+
+async def test_an_ack_that_is_late_goes_as_soon_as_the_carrier_can_be_written(
+    program: Program, spare: object
+) -> None:
+    """Else one that is small would never go beside bulk: the carrier is blocked whenever its time comes."""
+    way = Way()
+    flow = begun(program, way)
+    pair = socket.socketpair()
+    with pair[0], pair[1]:
+        program.send = pair[0].send  # type: ignore[attr-defined]
+        way.is_stuck = True
+        flow._local_readable()
+        flow.data_received([b"some"])
+        flow._ack_delay_over()
+        written = len(way.written)
+        way.unstick()
+        flow.data_written()
+        flow.carrier_writable()
+        assert encode(Ack(4)) in way.written[written:]
+    flow.reset()
 
 
 async def test_no_more_than_so_many_buffers_are_held_ready(program: Program, spare: tuple[Any, ...]) -> None:
