@@ -16,31 +16,20 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sidecar.link.budget import Share
+from sidecar.link.chunks import DOUBLINGS_MAX, PIECE_BYTES, SPARE, Chunk, framed, pieces_of, rooms
 from sidecar.link.known import Complete, Ending, WasReset
 from sidecar.link.resume import ACK_DELAY_SECONDS, FlowState
 from ztna.errors import ProtocolError
 from ztna.identity import Identity
 from ztna.reasons import Reason
 from ztna.tls_socket import TlsSocket
-from ztna.wire.stream import DATA, HEADER_BYTES, Ack, Fin, Frame, OpenFrame, ResetFrame, encode
+from ztna.wire.stream import HEADER_BYTES, Ack, Fin, Frame, OpenFrame, ResetFrame, encode
 
-# With its header and what TLS adds to its four records (22 bytes each) a full piece is what the kernel sends in one go:
-# 45 segments of 1448 bytes are the most that fit in 64 KiB. A byte more would go alone.
-PIECE_BYTES = 45 * 1448 - 4 * 22 - HEADER_BYTES
-FRAME_BYTES = HEADER_BYTES + PIECE_BYTES
-DOUBLINGS_MAX = 3
-"""A local socket that fills what it is read into gets twice the room at the next read, so often: eight full frames.
-
-Each turn costs the same, so bulk goes by few and large ones.
-"""
 RUN_SECONDS_MAX = 0.1
 """After what took longer to be written, runs begin anew with one frame: our own ACKs, and RESET, wait behind them."""
 GATHERED_PIECES_MAX = 64
 LOCAL_WRITE_BYTES_MAX = 256 * 1024
-SPARE_CHUNKS_MAX = 16
-"""How many buffers of each of the four sizes are held ready: 16 MB in all."""
 
-_HEADER = struct.Struct(">I")
 _RST = struct.pack("ii", 1, 0)
 _REASONS = tuple(Reason)
 
@@ -253,7 +242,7 @@ class TcpFlow:
             self._acknowledged(early)
 
     def _acknowledged(self, position: int) -> None:
-        in_flight = sum(map(len, _pieces(self._in_flight))) if self._in_flight is not None else 0
+        in_flight = sum(map(len, pieces_of(self._in_flight))) if self._in_flight is not None else 0
         if 0 < position - self.state.sent_position <= in_flight:
             # DATA is handed on as it comes, so the other end may acknowledge the beginning of a frame whose end
             # is not written yet. It counts once the frame is: until then its bytes cannot be let go.
@@ -300,10 +289,10 @@ class TcpFlow:
             room = min(state.send_credit, PIECE_BYTES)
             if state.owed_bytes and room <= 0:
                 return
-            chunk = _SPARE[0].take()
+            chunk = SPARE[0].take()
             size = state.take_owed(memoryview(chunk)[HEADER_BYTES : HEADER_BYTES + max(0, room)])
             if not size:
-                _SPARE[0].give(chunk)
+                SPARE[0].give(chunk)
                 self._send_fin()
             elif not self._send_chunk(chunk, size):
                 return
@@ -325,10 +314,10 @@ class TcpFlow:
         doublings = self._doublings
         while doublings and room < PIECE_BYTES << doublings:
             doublings -= 1
-        spare, most = _SPARE[doublings], min(room, PIECE_BYTES << doublings)
+        spare, most = SPARE[doublings], min(room, PIECE_BYTES << doublings)
         chunk = spare.take()
         try:
-            size = self._local.recvmsg_into(_rooms(chunk, most))[0]
+            size = self._local.recvmsg_into(rooms(chunk, most))[0]
         except BlockingIOError:
             spare.give(chunk)
             return
@@ -347,15 +336,9 @@ class TcpFlow:
             spare.give(chunk)
             self._send_fin()
 
-    def _send_chunk(self, chunk: _Chunk, size: int) -> bool:
+    def _send_chunk(self, chunk: Chunk, size: int) -> bool:
         """Send so many bytes of DATA; return whether they are written, else they are in flight."""
-        at = 0
-        while size > PIECE_BYTES:
-            _HEADER.pack_into(chunk, at, DATA << 24 | PIECE_BYTES)
-            at += FRAME_BYTES
-            size -= PIECE_BYTES
-        _HEADER.pack_into(chunk, at, DATA << 24 | size)
-        frames = memoryview(chunk)[: at + HEADER_BYTES + size]
+        frames = framed(chunk, size)
         if 2 * len(frames) < len(chunk):
             # As a copy, so that what waits and is kept is not mostly empty chunk.
             frames = memoryview(bytes(frames))
@@ -373,8 +356,8 @@ class TcpFlow:
 
     def _keep(self, frames: memoryview) -> None:
         """Keep written DATA until its ACK; only now, so that no ACK can free what is still being written."""
-        kept = sum(map(self.state.sent, _pieces(frames)))
-        if isinstance(frames.obj, _Chunk):
+        kept = sum(map(self.state.sent, pieces_of(frames)))
+        if isinstance(frames.obj, Chunk):
             frames.obj.kept = kept
 
     def _count_kept(self) -> None:
@@ -476,7 +459,7 @@ class TcpFlow:
     def _recycle(self, pieces: Sequence[memoryview]) -> None:
         for piece in pieces:
             chunk = piece.obj
-            if not isinstance(chunk, _Chunk):
+            if not isinstance(chunk, Chunk):
                 self._let_go_bytes = 0
                 continue
             chunk.kept -= 1
@@ -485,48 +468,3 @@ class TcpFlow:
             else:
                 self._let_go_bytes = 0
                 chunk.spare.give(chunk)
-
-
-class _Chunk(bytearray):
-    """A buffer of DATA frames, full ones but for the last. `kept`: of how many the bytes wait for their ACK."""
-
-    __slots__ = ("kept", "spare")
-
-    def __init__(self, size: int, spare: _Spare) -> None:
-        super().__init__(size)
-        self.kept = 0
-        self.spare = spare
-
-
-class _Spare:
-    """Spare buffers for so many full DATA frames, so that the hot path allocates and zeroes none."""
-
-    def __init__(self, frames: int) -> None:
-        self._size = frames * FRAME_BYTES
-        self._chunks: list[_Chunk] = []
-
-    def take(self) -> _Chunk:
-        return self._chunks.pop() if self._chunks else _Chunk(self._size, self)
-
-    def give(self, chunk: _Chunk) -> None:
-        if len(self._chunks) < SPARE_CHUNKS_MAX:
-            self._chunks.append(chunk)
-
-
-_SPARE = tuple(_Spare(1 << doublings) for doublings in range(DOUBLINGS_MAX + 1))
-
-
-def _rooms(chunk: _Chunk, size: int) -> list[memoryview]:
-    """Return where so many bytes of DATA go, each piece behind its header."""
-    view, rooms, at = memoryview(chunk), [], HEADER_BYTES
-    while size > PIECE_BYTES:
-        rooms.append(view[at : at + PIECE_BYTES])
-        at += FRAME_BYTES
-        size -= PIECE_BYTES
-    rooms.append(view[at : at + size])
-    return rooms
-
-
-def _pieces(frames: memoryview) -> list[memoryview]:
-    """Return the DATA of frames in a chunk."""
-    return [frames[at + HEADER_BYTES : at + FRAME_BYTES] for at in range(0, len(frames), FRAME_BYTES)]

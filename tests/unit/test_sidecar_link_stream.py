@@ -18,7 +18,8 @@ import pytest
 from relay.splicer import Splicer
 from relay.splicer import listen as listen_tcp
 from sidecar.link.carrier import FrameStream
-from sidecar.link.flow import PIECE_BYTES, abort, reset_code
+from sidecar.link.chunks import PIECE_BYTES
+from sidecar.link.flow import abort, reset_code
 from sidecar.link.listener import UNOWNED_SECONDS
 from sidecar.link.stream import ALPN, Carrier, FlowRefused, OpenLost
 from tests.support.stream_ground import (
