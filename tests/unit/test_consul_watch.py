@@ -72,6 +72,28 @@ async def test_a_restored_consul_is_read_from_the_beginning() -> None:
     assert asked == [0, 90, 95, 0, 4]
 
 
+async def test_what_was_restored_is_seen_though_the_waiting_query_ends_with_what_was_before() -> None:
+    asked: list[int] = []
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        asked.append(int(request.query.get("index", "0")))
+        if len(asked) <= 2:
+            return answer([entry()], 90)
+        if asked[-1]:
+            await asyncio.Event().wait()
+        return answer([entry("eQ==")], 40)
+
+    async with server(serve) as address, ConsulClient(ConsulConfig(address=address)) as client:
+        watch = KvWatch(client, "k/")
+        task = asyncio.create_task(watch.run())
+        async with asyncio.timeout(5):
+            snapshot = await watch.changed()
+            while snapshot.pairs["k/a"].value != b"y":
+                snapshot = await watch.changed(snapshot)
+        task.cancel()
+    assert asked[:3] == [0, 90, 0]
+
+
 async def test_an_answer_without_a_leader_confirms_nothing() -> None:
     leader = ["false"]
 
