@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.support.console import command
+from tests.support.lab import until
 from ztna.cli.main import INTERRUPTED, cli
 
 ANSWER_SECONDS = 60.0
@@ -49,5 +50,8 @@ def test_ctrl_c_at_a_question_is_an_interruption_and_no_is_a_failure(tmp_path: P
             came = process.stdout.read(1)
             assert came, told
             told += came
+        # A signal that comes before it reads would be heard of when it has read.
+        status = Path(f"/proc/{process.pid}/status")
+        until("it waits for the answer", lambda: "State:\tS" in status.read_text())
         process.send_signal(signal.SIGINT)
         assert process.wait(ANSWER_SECONDS) == INTERRUPTED
