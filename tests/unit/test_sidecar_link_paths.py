@@ -159,6 +159,16 @@ def test_a_silent_path_gives_way_to_another_that_is_valid() -> None:
     assert link.paths.current == FAR
 
 
+def test_the_path_that_carries_is_kept_alive_each_second_whatever_it_carries() -> None:
+    """A NAT on it forgets a mapping that nothing crosses (RFC 4787, REQ-5: some after half a minute)."""
+    link = Link(NEAR)
+    link.run(5, {NEAR: 0.01})
+    assert link.paths.current == NEAR
+    for _ in range(120):
+        assert link.run(1, {NEAR: 0.01}) == 1
+    assert link.paths.current == NEAR
+
+
 def test_single_lost_probes_change_nothing() -> None:
     link = Link(NEAR)
     for _ in range(5):
