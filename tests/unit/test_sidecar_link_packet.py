@@ -14,7 +14,7 @@ from relay.forwarder import Forwarder
 from sidecar.link.network import standing
 from sidecar.link.packet import HALF_OPEN_MAX, PacketLink
 from sidecar.link.paths import Paths, State
-from sidecar.link.switch import PathSwitch
+from sidecar.link.switch import BIND_REFRESH_SECONDS, PathSwitch
 from tests.support.certificates import Pki
 from tests.support.hostile import client_connection
 from ztna import udp
@@ -140,6 +140,24 @@ async def test_packets_go_both_ways_with_their_service(ground: Ground) -> None:
     assert near.peer.fingerprint == ground.connector.identity.fingerprint
     assert far.peer.name == ground.agent.identity.name
     assert near.path == far.path == "forwarded"
+
+
+async def test_a_link_binds_again_and_again_so_that_a_forgotten_mapping_comes_back(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert BIND_REFRESH_SECONDS <= 30, "RFC 4787, REQ-5: some NATs forget after so long"
+    monkeypatch.setattr("sidecar.link.switch.BIND_REFRESH_SECONDS", 0.1)
+    far = ground.serve()
+    near = await ground.dial()
+    ground.forwarder.remove_link("link")
+    agent, connector = ((bytes(each.bind_id), each.bind_secret) for each in ground.binds)
+    ground.forwarder.add_link("link", agent, connector)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await far.established
+        for link, inbox in ((near, ground.far), (far, ground.near)):
+            while not inbox.packets:
+                link.send(ECHO, b"is anybody there?")
+                await asyncio.sleep(0.05)
 
 
 async def test_a_packet_above_the_datagram_limit_arrives_whole(ground: Ground) -> None:
