@@ -63,6 +63,13 @@ class CheckConfig(Section, frozen=True, kw_only=True):
     status: Annotated[tuple[str, ...], about("What may answer an http check: statuses and ranges.")] = (
         "200-299",
     )
+    expect_headers: Annotated[
+        tuple[str, ...],
+        about(
+            "Headers its answer must have, each `Name: regular expression`; several: all of them.",
+            ["Content-Type: json"],
+        ),
+    ] = ()
     body: Annotated[
         str | None, about("Regular expression that the first 64 KiB of the answer must match.", "ready")
     ] = None

@@ -6,9 +6,9 @@ Pure. Who asks the backend is sidecar.connector.probes; what an outcome means is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import AnyStr, Literal
 
 import msgspec
 
@@ -19,6 +19,8 @@ from ztna.leases import Protocol
 CHECKS_PER_ROUTE_MAX = 16
 SENT_BYTES_MAX = 1200
 """What a check sends is one datagram, or one small write."""
+SHOWN_CHARACTERS_MAX = 200
+"""What a failed check says of a header."""
 
 Kind = Literal["tcp", "udp", "http", "grpc", "icmp", "script", "ttl", "none"]
 
@@ -35,6 +37,7 @@ _KINDS_OF: Mapping[str, frozenset[Kind]] = {
     "path": frozenset({"http"}),
     "headers": frozenset({"http"}),
     "status": frozenset({"http"}),
+    "expect_headers": frozenset({"http"}),
     "body": frozenset({"http"}),
     "send": frozenset({"tcp", "udp"}),
     "expect": frozenset({"tcp", "udp"}),
@@ -54,6 +57,7 @@ class Check:
     config: CheckConfig
     statuses: tuple[range, ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
+    expect_headers: tuple[tuple[str, re.Pattern[str]], ...] = ()
     body: re.Pattern[bytes] | None = None
     send: bytes = b""
     introduction: bytes = b""
@@ -64,6 +68,15 @@ class Check:
     def url(self) -> str:
         """What an http check gets."""
         return f"{'https' if self.config.tls else 'http'}://{self.target}{self.config.path}"
+
+    def misses(self, headers: Sequence[tuple[str, str]]) -> str | None:
+        """Return which header an http check misses in an answer's, None when it is content."""
+        for name, pattern in self.expect_headers:
+            values = [value for each, value in headers if each.lower() == name.lower()]
+            if not any(map(pattern.search, values)):
+                found = f"has {', '.join(values)[:SHOWN_CHARACTERS_MAX]!r}" if values else "has none"
+                return f"{name} does not match {pattern.pattern!r}: the answer {found}"
+        return None
 
     def takes(self, status: int) -> bool:
         """Whether an http check is content with a status."""
@@ -95,6 +108,7 @@ def parse(config: CheckConfig, protocol: Protocol, backend: Endpoint, where: str
         config=config,
         statuses=tuple(_statuses(text, f"{where}.status") for text in config.status),
         headers=tuple(_header(text, f"{where}.headers") for text in config.headers),
+        expect_headers=tuple(_expected(text, f"{where}.expect_headers") for text in config.expect_headers),
         body=_pattern(config.body, f"{where}.body"),
         send=_payload(config.send or "", f"{where}.send"),
         expect=None if config.expect is None else _payload(config.expect, f"{where}.expect"),
@@ -115,11 +129,18 @@ def _header(text: str, where: str) -> tuple[str, str]:
     return name, value.strip()
 
 
+def _expected(text: str, where: str) -> tuple[str, re.Pattern[str]]:
+    name, value = _header(text, where)
+    return name, _compiled(value, value, where)
+
+
 def _pattern(text: str | None, where: str) -> re.Pattern[bytes] | None:
-    if text is None:
-        return None
+    return None if text is None else _compiled(text.encode(), text, where)
+
+
+def _compiled(pattern: AnyStr, text: str, where: str) -> re.Pattern[AnyStr]:
     try:
-        return re.compile(text.encode())
+        return re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"{where}: expected a regular expression, got {text!r} ({error})") from None
 

@@ -104,6 +104,8 @@ class Prober:
             text = f"{config.method} {config.path}: {response.status}"
             if not check.takes(response.status):
                 return Outcome(False, text)
+            if missed := check.misses(list(response.headers.items())):
+                return Outcome(False, f"{text}, but {missed}")
             if check.body is None:
                 return Outcome(True, text)
             body = await _read_most(response.content)

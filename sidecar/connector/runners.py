@@ -95,8 +95,8 @@ def _why_not_kind(check: Check, can: Capabilities) -> str | None:
             return "Consul runs no scripts: enable_script_checks is off"
         case "script" if not _is_numeric(check.target.host):
             return "a script is told the backend's address, which Consul would not look up"
-        case "http" if check.body is not None or check.statuses != _DEFAULT_STATUSES:
-            return "Consul looks at no body and takes 200 to 299 alone"
+        case "http" if check.body is not None or check.expect_headers or check.statuses != _DEFAULT_STATUSES:
+            return "Consul looks at no body and no header of the answer, and takes 200 to 299 alone"
     return _why_not_tls(check, can)
 
 

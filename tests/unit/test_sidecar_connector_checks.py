@@ -43,6 +43,19 @@ def test_headers_patterns_and_payloads_are_ready() -> None:
     assert (check.send, check.expect) == (b"\x00\xff", b"pong")
 
 
+def test_headers_of_an_answer_are_looked_for_by_name_in_any_case() -> None:
+    check = parsed(kind="http", expect_headers=("content-type: ^application/json", "X-Role: primary|solo"))
+    content = ("Content-Type", "application/json; charset=utf-8")
+    assert check.misses([content, ("x-role", "replica"), ("X-Role", "primary")]) is None
+    assert check.misses([content, ("X-Role", "replica"), ("X-Role", "old")]) == (
+        "X-Role does not match 'primary|solo': the answer has 'replica, old'"
+    )
+    assert check.misses([("X-Role", "solo")]) == (
+        "content-type does not match '^application/json': the answer has none"
+    )
+    assert parsed(kind="http").misses([]) is None
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -54,6 +67,12 @@ def test_headers_patterns_and_payloads_are_ready() -> None:
         ({"kind": "http", "headers": ("Host",)}, "headers: expected Name: value"),
         ({"kind": "http", "headers": ("Bad name: x",)}, "headers: expected Name: value"),
         ({"kind": "http", "headers": ("X: a\r\nY: b",)}, "headers: expected Name: value"),
+        ({"kind": "http", "expect_headers": ("Server",)}, "expect_headers: expected Name: value"),
+        (
+            {"kind": "http", "expect_headers": ("Server: (",)},
+            r"expect_headers: expected a regular expression, got '\('",
+        ),
+        ({"kind": "tcp", "expect_headers": ("Server: x",)}, "expect_headers: only a check of kind http has"),
         ({"kind": "http", "body": "("}, r"body: expected a regular expression, got '\('"),
         ({"kind": "http", "path": "up"}, "path: expected one that begins with /"),
         ({"kind": "http", "ca": "ca.pem"}, "ca: set tls too"),

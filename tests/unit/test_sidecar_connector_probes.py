@@ -121,6 +121,17 @@ async def test_http_asks_and_takes_what_it_is_told() -> None:
     assert b"\r\nHost: web.internal\r\n" in seen[0] and b"\r\nX-Who: us\r\n" in seen[0]
 
 
+async def test_http_looks_at_the_headers_of_the_answer() -> None:
+    async with server(http("302 Found")) as backend:
+        told = {"status": ("302",), "expect_headers": ("Location: ^/$",)}
+        assert (await probe(backend, "http", **told)).ok
+        outcome = await probe(backend, "http", **told | {"expect_headers": ("location: ^/login",)})
+        assert (outcome.ok, outcome.output) == (
+            False,
+            "GET /: 302, but location does not match '^/login': the answer has '/'",
+        )
+
+
 async def test_silence_and_babble_are_failures() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         backend = Endpoint(*silent.getsockname())

@@ -75,6 +75,7 @@ def test_what_only_newer_ones_run(keys: dict[str, Any], why: str) -> None:
         ({"kind": "tcp", "send": "ping"}, "sends and expects nothing"),
         ({"kind": "udp", "expect": "pong"}, "sends and expects nothing"),
         ({"kind": "http", "body": "ready"}, "looks at no body"),
+        ({"kind": "http", "expect_headers": ("Server: x",)}, "no header of the answer"),
         ({"kind": "http", "status": ("204",)}, "takes 200 to 299 alone"),
         ({"kind": "http", "tls": True, "ca": "/ca.pem"}, "its own authorities"),
         ({"kind": "grpc", "tls": True, "tls_name": "web"}, "takes no tls_name"),
