@@ -7,6 +7,7 @@ come and go, and memory must stay where it is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import random
@@ -247,13 +248,15 @@ class _Memory:
     async def run(self) -> None:
         """Sample until cancelled."""
         while True:
-            self._samples.append(
-                {
-                    "relay": resident(self._mesh.relay.pid),
-                    "dnsd": resident(self._mesh.dnsd.pid),
-                    "driver": resident(),
-                }
-            )
+            # A relay that is being restarted has no size for a moment.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self._samples.append(
+                    {
+                        "relay": resident(self._mesh.relay.pid),
+                        "dnsd": resident(self._mesh.dnsd.pid),
+                        "driver": resident(),
+                    }
+                )
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def mark(self) -> None:
