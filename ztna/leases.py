@@ -116,10 +116,14 @@ T = TypeVar("T", bound=Lease | Holding | Wish)
 
 
 class Stored(msgspec.Struct, Generic[T], frozen=True):
-    """A record as it lies in KV; `index` is the modify index that a compare-and-set must name."""
+    """A record as it lies in KV; `index` is the modify index that a compare-and-set must name.
+
+    `value` is what it was read from: another Consul may come to the same index by another record.
+    """
 
     record: T
     index: int
+    value: bytes = b""
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,9 +214,9 @@ def _subject(key: str) -> ServiceName | IPv4Address | None:
 
 
 def _stored(pair: KvPair, before: Stored[T] | None, decoder: msgspec.json.Decoder[T]) -> Stored[T]:
-    if before is not None and before.index == pair.modify_index:
+    if before is not None and (before.index, before.value) == (pair.modify_index, pair.value):
         return before
-    return Stored(decoding(decoder, pair.value), pair.modify_index)
+    return Stored(decoding(decoder, pair.value), pair.modify_index, pair.value)
 
 
 _LEASE = msgspec.json.Decoder(Lease, dec_hook=decode_hook)

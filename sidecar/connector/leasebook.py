@@ -141,6 +141,8 @@ class LeaseBook:
     def _go_by(self, service: ServiceName, lease: Lease | None) -> None:
         if lease is None:
             del self._leases[service]
+            # The very same record may come back, restored.
+            self._seen.pop(service, None)
         else:
             self._leases[service] = lease
             _log.info("leased", service=service, address=lease.ip, epoch=lease.epoch)

@@ -20,7 +20,7 @@ from ztna.catalog import KvPair, KvSnapshot
 from ztna.consul.client import ConsulClient
 from ztna.errors import ConsulUnavailable
 from ztna.jsontypes import to_json
-from ztna.leases import Lease, service_key
+from ztna.leases import SERVICE_PREFIX, Lease, service_key
 from ztna.names import ServiceName
 
 SERVICES = [ServiceName(name) for name in ("ant", "bee", "cow")]
@@ -207,3 +207,41 @@ def test_what_was_learnt_while_the_kv_was_read_counts_more_than_what_was_read() 
     steps += [("restored", 1), ("watched", 0), ("grant", ant, third), ("watched", 0), ("answered", 1, True)]
     world = asyncio.run(play(steps))
     assert (world.went_back, world.book.lease(ant)) == ([], Lease(third, 1_003))
+
+
+def test_a_record_that_was_lost_and_comes_back_by_a_restore_is_gone_by_again() -> None:
+    ant, bee, first = SERVICES[0], SERVICES[1], ADDRESSES[0]
+    steps: list[tuple[object, ...]] = [("grant", ant, first), ("watched", 0), ("release", ant)]
+    steps += [("grant", bee, first), ("watched", 0), ("answered", 0, True), ("watched", 0)]
+    lost = asyncio.run(play(steps))
+    assert (lost.book.lease(ant), lost.book.lease(bee)) == (None, Lease(first, 1_002))
+    back = asyncio.run(play([*steps, ("restored", 2)]))
+    assert (back.book.lease(ant), back.book.lease(bee)) == (Lease(first, 1_001), None)
+
+
+def test_an_address_is_anothers_by_a_record_at_an_index_that_was_one_elsewhere() -> None:
+    """A Consul that was set up anew gives out the indexes of the old one again."""
+    ant, bee, (first, second, *_) = SERVICES[0], SERVICES[1], ADDRESSES
+
+    def shown(*leases: tuple[ServiceName, IPv4Address, int]) -> KvSnapshot:
+        found = (
+            KvPair(key=service_key(name), value=to_json(Lease(ip, epoch)), modify_index=20)
+            for name, ip, epoch in leases
+        )
+        return KvSnapshot(pairs={pair.key: pair for pair in found}, index=20)
+
+    async def scene() -> None:
+        consul = LateConsul()
+        book = LeaseBook(cast(ConsulClient, consul), [ant], lambda *_: None)
+        book.watch._publish(shown((ant, first, 5), (bee, second, 6)))
+        book.watch._publish(shown((bee, second, 6)))
+        running = asyncio.ensure_future(book.run())
+        await turns()
+        assert (book.lease(ant), consul.waiting) == (Lease(first, 5), []), "nobody else's so far"
+        book.watch._publish(shown((bee, first, 7)))
+        await turns()
+        assert [what for _, what, _ in consul.waiting] == [SERVICE_PREFIX], "it asks Consul"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(scene())

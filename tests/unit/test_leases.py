@@ -54,6 +54,13 @@ def test_records_come_back_as_they_were_written_with_their_index() -> None:
     assert audit(table) == ()
 
 
+def test_another_record_at_the_same_index_is_read() -> None:
+    """A Consul that was set up anew counts anew."""
+    before = read_table(pairs(*good()))
+    other = Lease(IPv4Address("10.100.0.10"), 7)
+    assert read_table(pairs((service_key(WEB), other)), before).leases[WEB].record == other
+
+
 def test_what_did_not_change_is_not_read_again() -> None:
     before = read_table(pairs(*good()))
     same = read_table(pairs(*good()), before)
@@ -65,7 +72,8 @@ def test_what_did_not_change_is_not_read_again() -> None:
 def test_fields_of_the_next_release_are_ignored() -> None:
     newer = [(key, json.dumps(json.loads(to_json(value)) | {"since": 1}).encode()) for key, value in good()]
     table = read_table(pairs(*newer))
-    assert (table.leases, table.unreadable) == (read_table(pairs(*good())).leases, {})
+    assert {name: stored.record for name, stored in table.leases.items()} == {WEB: good()[0][1]}
+    assert table.unreadable == {}
 
 
 def test_unreadable_records_are_told_and_left_out() -> None:
