@@ -7,7 +7,9 @@ import errno
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Hashable
+from typing import cast
 
 import pytest
 
@@ -112,6 +114,42 @@ async def test_a_pair_that_is_silent_and_well_is_left_alone(rig: Rig) -> None:
     for after in range(1, 60):
         assert not pair.is_cut(loop.time() + after)
     assert rig.splicer.pairs == 1
+
+
+async def test_each_pair_is_looked_at_once_in_a_round_and_never_all_at_once(rig: Rig) -> None:
+    """Ten thousand looks take longer than the loop may be blocked."""
+    looked_at: Counter[int] = Counter()
+
+    class Looked:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def is_cut(self, now: float) -> bool:
+            looked_at[self.number] += 1
+            return False
+
+    pairs = [Looked(number) for number in range(1_000)]
+    splicer = rig.splicer
+    splicer._looker.cancel()
+    splicer._pairs = {fd: cast(pipes.Pair, pairs[fd // 2]) for fd in range(2 * len(pairs))}
+    for part in range(1, module.LOOK_PARTS + 1):
+        splicer._look()
+        splicer._looker.cancel()
+        assert looked_at.total() == part * len(pairs) / module.LOOK_PARTS
+    splicer._pairs = {}
+    assert set(looked_at.values()) == {1}
+
+
+async def test_a_pair_that_ends_before_it_is_looked_at_is_let_go(rig: Rig) -> None:
+    agent, connector = await rig.pair()
+    agent.writer.write(b"a word")
+    assert await connector.read(6) == b"a word"
+    (pair,) = set(rig.splicer._pairs.values())
+    rig.splicer._looker.cancel()
+    rig.splicer._to_look_at = [[], [pair]]
+    rig.splicer.end_session(SESSION)
+    rig.splicer._look()
+    assert (rig.splicer.pairs, rig.splicer.refusals["dead_path"]) == (0, 0)
 
 
 async def test_much_goes_both_ways_at_once_and_half_close_passes_through(rig: Rig) -> None:
