@@ -31,6 +31,8 @@ RETRY_SECONDS = 1.0
 RETRIES_MAX = 48
 """How many of those not answered are asked for again at once: of each two questions, of the 128 a second that a relay
 answers."""
+RESOLVED_SECONDS = 1.0
+"""How long a program waits for the answer about a name while its lease is asked for: resolvers give up at 5 s."""
 HOLD_SECONDS = 600.0
 """For so long a name that nobody answers for keeps its lease (design.md 2.8: names may be stale)."""
 
@@ -68,6 +70,7 @@ class RelayedLeases:
         self._rereading = Rereading(self._reread)
         self._unanswered: dict[ServiceName, float] = {}  # and since when, the longest not asked for first
         self._newer: dict[ServiceName, Lease | None] = {}
+        self._resolving: dict[ServiceName, asyncio.Event] = {}
         self._again = asyncio.Event()
         self._problem = ""
         self._has_published = False
@@ -102,7 +105,22 @@ class RelayedLeases:
         if (known is None and len(self.leases) < SERVICES_MAX) or (
             known is not None and known.ip not in addresses
         ):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RESOLVED_SECONDS):
+                    await self._reread_once(service)
+
+    async def _reread_once(self, service: ServiceName) -> None:
+        """Ask for a lease, or wait for who asks for it already: many names are below one service's."""
+        asking = self._resolving.get(service)
+        if asking is not None:
+            await asking.wait()
+            return
+        asking = self._resolving[service] = asyncio.Event()
+        try:
             await self._reread(service)
+        finally:
+            del self._resolving[service]
+            asking.set()
 
     async def run(self) -> None:
         """Follow until cancelled."""

@@ -229,6 +229,30 @@ async def test_what_a_program_resolves_is_asked_for_where_it_is_not_known_as_tha
     assert made.changes == [{WEB: first}, {WEB: moved}] and len(made.told.asked) == 4, "no room for another"
 
 
+async def test_a_service_is_asked_for_once_however_many_names_below_it_are_resolved() -> None:
+    made = Following(["web-app"])
+    made.told.leases["web-app"] = first = Lease(IPv4Address("10.100.0.2"), 1, (Port("tcp", 80),))
+    names = [f"web-app.{ZONE}", *(f"i{number}.web-app.{ZONE}" for number in range(20))]
+    await asyncio.gather(*(made.leases.resolved(name, {first.ip}) for name in names))
+    assert made.changes == [{WEB: first}] and len(made.told.asked) == 2
+
+
+async def test_an_answer_about_a_name_does_not_wait_for_relays_that_say_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, asked = Following(["web-app"]), asyncio.Event()
+
+    async def silent(name: str, kind: Type) -> Message:
+        asked.set()
+        return await asyncio.Future()
+
+    monkeypatch.setattr(made.told, "ask", silent)
+    monkeypatch.setattr(relayed_leases, "RESOLVED_SECONDS", 0.05)
+    async with asyncio.timeout(30.0):
+        await made.leases.resolved(f"web-app.{ZONE}", {IPv4Address("10.100.0.2")})
+    assert asked.is_set() and made.changes == []
+
+
 async def test_one_is_read_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with following("web-app", monkeypatch=monkeypatch) as made:
         await until(lambda: made.changes)
