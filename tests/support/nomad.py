@@ -238,11 +238,13 @@ class NomadCluster:
             bound = {"AuthMethod": METHOD, "BindType": "role", "BindName": job}
             write("binding-rule", bound | {"Selector": f'value.nomad_job_id=="{job}"'})
 
-    def logins(self) -> list[str]:
-        """The accessors of the tokens that logins made."""
-        return [
-            each["AccessorID"] for each in self.lab.consul_get("/v1/acl/tokens") if each.get("AuthMethod")
-        ]
+    def logins(self) -> dict[str, str]:
+        """The accessors of the tokens that logins made, and of each what it may and since when."""
+        return {
+            each["AccessorID"]: f"{[may['Name'] for may in each.get('Policies') or ()]} {each['CreateTime']}"
+            for each in self.lab.consul_get("/v1/acl/tokens")
+            if each.get("AuthMethod")
+        }
 
     # -- the end -------------------------------------------------------------------------------------
 
