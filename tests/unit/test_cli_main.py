@@ -15,18 +15,21 @@ from tests.support.lab import until
 from ztna.cli.main import INTERRUPTED, cli
 
 ANSWER_SECONDS = 60.0
+IN_THE_BACKGROUND = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+"""As a script starts it with `&`."""
 
 
+@pytest.mark.parametrize("start", [(), IN_THE_BACKGROUND], ids=["foreground", "background"])
 @pytest.mark.parametrize("options", [("--once",), ("--once", "--json"), ()])
 def test_ctrl_c_before_the_second_look_of_top_is_an_interruption(
-    tmp_path: Path, options: tuple[str, ...]
+    tmp_path: Path, options: tuple[str, ...], start: tuple[str, ...]
 ) -> None:
     """Without a terminal it looks twice, also when nobody said --once."""
     file = tmp_path / "dnsd.yaml"
     with socket.create_server(("127.0.0.1", 0)) as admin:
         admin.settimeout(ANSWER_SECONDS)
         file.write_text(f"dnsd: {{admin: '127.0.0.1:{admin.getsockname()[1]}'}}\n")
-        argv = [command("ztna"), "top", *options, "--interval", "3600", "--config", str(file)]
+        argv = [*start, command("ztna"), "top", *options, "--interval", "3600", "--config", str(file)]
         with subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:

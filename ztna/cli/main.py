@@ -72,6 +72,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command; what we raise on purpose becomes one line and status 1."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background by a script (POSIX 2.11). Whoever sends it means it nevertheless.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         cli()
     except ZtnaError as error:
