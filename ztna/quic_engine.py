@@ -28,7 +28,7 @@ from aioquic.quic.connection import (
 )
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder, QuicSentPacket
-from aioquic.quic.recovery import QuicPacketSpace
+from aioquic.quic.recovery import QuicPacketPacer, QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -41,6 +41,8 @@ UDP_PAYLOAD_BYTES_MIN = 1200
 """What every path carries (RFC 9000 14)."""
 LARGE_LOST_MAX = 6
 """So many larger packets lost in a row, and none that came: the path does not carry them (RFC 8899 4.3)."""
+BURST_PACKETS = (2, 16)
+"""What the pacer lets go at once: at least, and at most (RFC 9002 7.7), a quarter of the window between them."""
 CID_BYTES = 20
 RESET_TOKEN_BYTES = 16
 DATAGRAM_FRAME_BYTES_MAX = 65536
@@ -96,13 +98,25 @@ def bounded_phrase(text: str) -> str:
 
 
 class _Congestion(RenoCongestionControl):
-    """aioquic's own, which also counts the packets that are lost for their size."""
+    """aioquic's own, whose window grows only when it is used, and which counts the packets lost for their size."""
 
     large_lost = 0
     has_carried = False
+    _used_at = 0.0
+
+    def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
+        super().on_packet_sent(packet=packet)
+        if 2 * self.bytes_in_flight >= self.congestion_window:
+            assert packet.sent_time is not None
+            self._used_at = packet.sent_time
 
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
+        window = self.congestion_window, self._congestion_stash
         super().on_packet_acked(now=now, packet=packet)
+        assert packet.sent_time is not None
+        if packet.sent_time > self._used_at:
+            # RFC 9002 7.8. It would grow as long as the connection lasts, until no loss could tame a burst.
+            self.congestion_window, self._congestion_stash = window
         self.has_carried = True
         if packet.sent_bytes > UDP_PAYLOAD_BYTES_MIN:
             self.large_lost = 0
@@ -120,6 +134,22 @@ class _Congestion(RenoCongestionControl):
 
 
 register_congestion_control(CONGESTION_CONTROL, _Congestion)
+
+
+class _Pacer(QuicPacketPacer):
+    """aioquic's own, whose burst stays one on fast paths.
+
+    It bounds the time of a packet from below and not that of a burst: past 16 packets in a microsecond, which a LAN
+    reaches, it lets them go one by one, each at the cost of a turn of the loop.
+    """
+
+    def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
+        super().update_rate(congestion_window, smoothed_rtt)
+        assert self.packet_time is not None
+        least, most = BURST_PACKETS
+        packets = max(least, min(congestion_window // 4 // self._max_datagram_size, most))
+        self.bucket_max = packets * self.packet_time
+        self.bucket_time = min(self.bucket_time, self.bucket_max)
 
 
 def _flooded(code: QuicErrorCode, frame_type: int, phrase: str) -> QuicConnectionError:
@@ -151,6 +181,7 @@ class Engine(QuicConnection):
         self._datagrams = FairQueue(DATAGRAM_QUEUE_MAX)
         pending: Any = self._datagrams
         self._datagrams_pending = pending
+        self._loss._pacer = _Pacer(max_datagram_size=configuration.max_datagram_size)
         self._payload_probe = 0
         # aioquic draws random CIDs and tokens; ours must survive a restart and have bit 0x40 set.
         cid = new_cid()

@@ -22,7 +22,7 @@ from ztna.errors import IdentityError, LinkError, Refused
 from ztna.identity import Identity, require_relay
 from ztna.quic import DATAGRAM_QUEUE_MAX, Connection
 from ztna.quic_connection import ROUND_TRIPS_WAITING_MAX
-from ztna.quic_engine import LARGE_LOST_MAX, Engine, new_cid, reset_token
+from ztna.quic_engine import BURST_PACKETS, LARGE_LOST_MAX, Engine, new_cid, reset_token
 from ztna.quiet import INTERVAL_SECONDS
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS, REFUSALS
@@ -511,6 +511,42 @@ async def test_the_datagram_queue_drops_its_oldest(serve: Any, dial: Any) -> Non
     assert results == [True] * DATAGRAM_QUEUE_MAX + [False] * 5
     assert drops("queue", "datagram_queue_full") == 5
     assert list(mine.connection._engine._datagrams_pending) == sent[5:]
+
+
+async def test_a_window_grows_by_what_uses_it_and_by_nothing_else(serve: Any, dial: Any) -> None:
+    """RFC 9002 7.8: one that was never filled says nothing of what the path carries."""
+    mine = await dial(serve(more={"echo": True}).address).connect()
+    control = mine.connection._engine._loss._cc
+    before = control.congestion_window
+    for number in range(100):
+        assert mine.connection.send_datagram(bytes(1200))
+        await mine.until(lambda number=number: len(mine.datagrams) == number + 1)
+    assert control.congestion_window == before
+    for _ in range(200):
+        assert mine.connection.send_datagram(bytes(1200))
+    await mine.until(lambda: len(mine.datagrams) == 300)
+    assert control.congestion_window > 2 * before
+
+
+async def test_a_fast_path_gets_bursts_and_not_one_packet_a_turn(serve: Any, dial: Any) -> None:
+    server = serve(more={"echo": True})
+    client = dial(server.address)
+    mine = await client.connect()
+    engine = mine.connection._engine
+    engine._loss._cc.congestion_window = 100_000_000
+    engine._loss._pacer.update_rate(100_000_000, 0.001)
+    bursts: list[int] = []
+
+    class Counting:
+        def send(self, packets: Sequence[tuple[bytes, Any]]) -> None:
+            bursts.append(len(packets))
+            client.socket.send(packets)
+
+    client.client._path = Counting()
+    for _ in range(320):
+        assert mine.connection.send_datagram(bytes(1200))
+    await mine.until(lambda: len(mine.datagrams) == 320)
+    assert sum(each >= BURST_PACKETS[1] for each in bursts) >= 320 // BURST_PACKETS[1] // 2
 
 
 async def test_a_reader_that_stops_costs_one_window(serve: Any, dial: Any) -> None:
