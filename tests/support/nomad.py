@@ -84,8 +84,8 @@ class NomadCluster:
     """Whether the server's host has a stand-in for Vault (tests.support.vault), and Nomad knows of it."""
     agents: dict[str, Running] = field(default_factory=dict)
     consuls: dict[str, Running] = field(default_factory=dict)
-    abandoned: set[str] = field(default_factory=set)
-    """The tokens that there were as a task was killed, which had no time to give up its own."""
+    abandoned: str = ""
+    """The token of a task that was killed, which had no time to give it up."""
 
     def __post_init__(self) -> None:
         self.binary = str(require_binary("nomad"))
@@ -239,9 +239,9 @@ class NomadCluster:
             write("binding-rule", bound | {"Selector": f'value.nomad_job_id=="{job}"'})
 
     def logins(self) -> dict[str, str]:
-        """The accessors of the tokens that logins made, and of each what it may and since when."""
+        """The accessors of the tokens that logins made, and of each the job whose task it is for."""
         return {
-            each["AccessorID"]: f"{[may['Name'] for may in each.get('Policies') or ()]} {each['CreateTime']}"
+            each["AccessorID"]: " ".join(role["Name"] for role in each["Roles"])
             for each in self.lab.consul_get("/v1/acl/tokens")
             if each.get("AuthMethod")
         }

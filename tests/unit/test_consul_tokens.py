@@ -9,6 +9,7 @@ import pytest
 from consul import base
 
 from ztna.config import ConsulConfig, ConsulLoginConfig
+from ztna.consul import tokens
 from ztna.consul.tokens import (
     LOGIN_RETRY_SECONDS,
     RENEW_AT_PART,
@@ -33,6 +34,7 @@ class Consul:
         self.posts: list[tuple[str, str | None]] = []
         self.bodies: list[Any] = []
         self.answers: list[tuple[int, str] | ConsulUnavailable] = []
+        self.after_login: tuple[int, str] | ConsulUnavailable | None = None
         self._life_s = life_s
 
     async def post(self, path: str, body: str, token: str | None) -> base.Response:
@@ -47,6 +49,8 @@ class Consul:
             return response(*answer)
         if path == "/v1/acl/logout":
             return response(200, "true")
+        if self.after_login is not None:
+            self.answers = [self.after_login]
         made = {"SecretID": f"token-{len(self.posts)}", "CreateTime": "2026-11-30T13:19:30.693807429Z"}
         if self._life_s is not None:
             minute, second = divmod(19 * 60 + 30 + self._life_s, 60)
@@ -227,13 +231,73 @@ async def test_a_revoked_token_is_replaced_but_a_fresh_one_given_time(jwt: Path)
     assert await source.current() == "token-2"
 
 
-@pytest.mark.parametrize("answer", [(500, "no leader"), ConsulUnavailable("away")], ids=["500", "away"])
-async def test_who_cannot_log_out_goes_nevertheless(
-    jwt: Path, answer: tuple[int, str] | ConsulUnavailable
+async def test_one_that_consul_knows_after_all_is_given_back_and_one_it_does_not_is_no_failure(
+    jwt: Path,
 ) -> None:
+    """A server that has just started has not read all that it stored."""
+    consul = Consul()
+    source = login(consul, jwt)
+    token = await source.current()
+    for answer in ((200, "true"), (403, "ACL not found"), ConsulUnavailable("away")):
+        consul.now += SETTLE_SECONDS
+        assert await source.refused(token)
+        before = len(consul.posts)
+        consul.answers = [(500, "no leader")]
+        with pytest.raises(ConsulUnavailable, match="no leader"):
+            await source.current()
+        consul.now += LOGIN_RETRY_SECONDS
+        consul.after_login = answer
+        new = await source.current()
+        assert consul.posts[before:] == [("/v1/acl/login", None)] * 2 + [("/v1/acl/logout", token)]
+        assert new != token
+        token = new
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(500, "no leader"), (403, "ACL not found"), ConsulUnavailable("away")],
+    ids=["500", "403", "away"],
+)
+async def test_who_cannot_log_out_goes_nevertheless(
+    jwt: Path,
+    answer: tuple[int, str] | ConsulUnavailable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokens, "LOGOUT_SECONDS", 0.5)
+    monkeypatch.setattr(tokens, "LOGOUT_RETRY_SECONDS", 0.02)
     consul = Consul()
     source = login(consul, jwt)
     await source.current()
-    consul.answers = [answer]
+    consul.answers = [answer] * 1000
     await source.close()
-    assert consul.posts[-1] == ("/v1/acl/logout", "token-1")
+    tried = consul.posts[1:]
+    assert set(tried) == {("/v1/acl/logout", "token-1")}
+    assert (len(tried) == 1) == (answer == (403, "ACL not found")), "what Consul refuses is not asked again"
+
+
+async def test_who_ends_while_consul_elects_a_leader_logs_out_once_it_has_one(
+    jwt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "LOGOUT_RETRY_SECONDS", 0.02)
+    consul = Consul()
+    source = login(consul, jwt)
+    await source.current()
+    consul.answers = [(500, "no leader"), ConsulUnavailable("away")]
+    await source.close()
+    assert consul.posts[1:] == [("/v1/acl/logout", "token-1")] * 3
+    assert not consul.answers
+
+
+async def test_a_consul_that_hangs_holds_no_end_up(jwt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "LOGOUT_SECONDS", 0.1)
+
+    async def post(path: str, body: str, token: str | None) -> base.Response:
+        if path == "/v1/acl/logout":
+            await asyncio.Event().wait()
+        return await consul.post(path, body, token)
+
+    consul = Consul()
+    source = LoginToken(ConsulLoginConfig(method="nomad", jwt_file=str(jwt)), post, lambda: consul.now)
+    await source.current()
+    async with asyncio.timeout(5):
+        await source.close()

@@ -7,6 +7,7 @@ by the `post` that it is given. Requests and their answers are ztna.consul.trans
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import tenacity
 from consul import base
 
 from ztna.config import ConsulConfig, ConsulLoginConfig
@@ -27,6 +29,9 @@ TOKEN_BYTES_MAX = 16 * 1024
 RENEW_AT_PART = 0.7
 """A login is renewed when so much of its token's life is over, so that there is time for it to fail for a while."""
 LOGIN_RETRY_SECONDS = 1.0
+LOGOUT_SECONDS = 3.0
+"""So long a daemon that ends tries to log out: Consul may be electing a leader, or starting on the same host."""
+LOGOUT_RETRY_SECONDS = 0.5
 SETTLE_SECONDS = 2.0
 """A server that did not create a token may not have heard of it for so long."""
 
@@ -158,6 +163,7 @@ class LoginToken:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._token: str | None = None
+        self._given_up: str | None = None
         self._made_at = self._renew_at = self._ends_at = 0.0
         self._failure: ConsulError | None = None
         self._retry_at = 0.0
@@ -183,21 +189,27 @@ class LoginToken:
             return True
         if self._clock() < self._made_at + SETTLE_SECONDS:
             raise ConsulUnavailable("Consul does not know the token of the login yet")
-        self._token = None
+        self._token, self._given_up = None, token
         return True
 
     async def close(self) -> None:
-        """Log out. One that cannot be ends with its time."""
+        """Log out, within LOGOUT_SECONDS. A token that cannot be given back ends with its time."""
         if self._token is None:
             return
         token, self._token = self._token, None
+        attempts = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(ConsulUnavailable),
+            stop=tenacity.stop_before_delay(LOGOUT_SECONDS),
+            wait=tenacity.wait_fixed(LOGOUT_RETRY_SECONDS),
+            reraise=True,
+        )
         try:
-            answer = await self._post("/v1/acl/logout", "", token)
+            async with asyncio.timeout(LOGOUT_SECONDS):
+                await attempts(self._log_out, token)
         except ConsulError as error:
             _log.warning("not_logged_out", error=error)
-            return
-        if answer.code != 200:
-            _log.warning("not_logged_out", error=f"Consul answered {answer.code}: {answer.body.strip()}")
+        except TimeoutError:
+            _log.warning("not_logged_out", error=f"Consul did not answer within {LOGOUT_SECONDS:g} s")
 
     @property
     def _due(self) -> bool:
@@ -221,6 +233,18 @@ class LoginToken:
         self._failure = self.problem = None
         self.generation += 1
         _log.info("logged_in", method=self._method, seconds=life_s)
+        if self._given_up is not None:
+            # A server that has just started may not know tokens that there are: without this one would be left over.
+            given_up, self._given_up = self._given_up, None
+            with contextlib.suppress(ConsulError):
+                await self._log_out(given_up)
+
+    async def _log_out(self, token: str) -> None:
+        """Give a token back. Raises ConsulError."""
+        answer = await self._post("/v1/acl/logout", "", token)
+        if answer.code != 200:
+            kind = ConsulUnavailable if answer.code >= 500 else ConsulForbidden
+            raise kind(f"Consul answered {answer.code}: {answer.body.strip()}")
 
     async def _login(self) -> _LoggedIn:
         try:
