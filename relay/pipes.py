@@ -11,6 +11,8 @@ import fcntl
 import os
 import select
 import socket
+import sys
+import termios
 from collections.abc import Hashable
 
 from relay.metering import Meter
@@ -23,10 +25,17 @@ SPLICES_PER_EVENT = 8
 """After so many rounds a busy direction lets the others go first."""
 BULK_BYTES = 2 * 1024 * 1024
 BULK_SECONDS = 0.128
-"""A direction that moves so much within so little and unanswered is bulk: it moves in ticks, not at each arrival.
+"""A direction that moves so much within so little is bulk: it moves in ticks, not at each arrival.
 
 Much more than an answer mostly is: the end of what is bulk waits for a tick.
 """
+TURNS_MAX = 4
+"""So many answers running that came when nothing waited: the two take turns, and each turn waits for a tick.
+
+One may come by chance right after a tick; the acknowledgements of a link come while more is on its way.
+"""
+REST_SECONDS = 1.0
+"""What two take turns with is not bulk for so long."""
 STAY_BULK_BYTES = 64 * 1024
 STAY_BULK_SECONDS = 0.016
 """A bulk direction that moves less within so much moves at each arrival again."""
@@ -43,9 +52,10 @@ class Direction:
     """One way of a pair: source socket -> pipe -> target socket."""
 
     __slots__ = (
-        "_answered_from",
         "_burst_at",
         "_burst_from",
+        "_rests_until",
+        "_turns",
         "bytes",
         "finished",
         "held",
@@ -70,8 +80,8 @@ class Direction:
         self.source_ended = self.finished = self.is_bulk = False
         self.held = False
         """Whether the meter let nothing more out of the source the last time."""
-        self._burst_at = 0.0
-        self._burst_from = self._answered_from = 0
+        self._burst_at = self._rests_until = 0.0
+        self._burst_from = self._turns = 0
 
     def pump(self) -> bool:
         """Move what can be moved; True when there is more to do at once. Raises OSError when a side broke."""
@@ -106,15 +116,15 @@ class Direction:
         """Whether BULK_BYTES went through within BULK_SECONDS; to be asked after each pump."""
         if now - self._burst_at > BULK_SECONDS:
             self._burst_at, self._burst_from = now, self.bytes
-        return self.bytes - max(self._burst_from, self._answered_from) >= BULK_BYTES
+        return self.bytes - self._burst_from >= BULK_BYTES and now >= self._rests_until
 
-    def answered(self) -> bool:
-        """Note that something went the other way; return whether so much went this way before that it may be bulk.
-
-        Two that take turns would wait for a tick at every turn.
-        """
-        moved, self._answered_from = self.bytes - self._answered_from, self.bytes
-        return moved >= BULK_BYTES
+    def is_in_turns(self, now: float) -> bool:
+        """Whether the two take turns; to be asked when something went the other way while this one is bulk."""
+        self._turns = 0 if self.in_pipe or _waiting_bytes(self.source) else self._turns + 1
+        if self._turns < TURNS_MAX:
+            return False
+        self._turns, self._rests_until = 0, now + REST_SECONDS
+        return True
 
     def close(self) -> None:
         os.close(self.reader)
@@ -212,6 +222,12 @@ class Pair:
     def close(self) -> None:
         self.up.close()
         self.down.close()
+
+
+def _waiting_bytes(sock: socket.socket) -> int:
+    """Return how many received bytes nobody has taken yet."""
+    raw = fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4))
+    return int.from_bytes(raw, sys.byteorder)
 
 
 def _splice(source: int, target: int, count: int) -> int:

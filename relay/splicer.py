@@ -38,8 +38,8 @@ LISTEN_BACKLOG = 1024
 ACCEPTS_PER_WAKEUP = 64
 ACCEPT_PAUSE_SECONDS = 0.1
 EVENTS_PER_WAKEUP = 256
-TICK_SECONDS = 0.001
-SLOW_TICK_SECONDS = 0.002
+TICK_SECONDS = 0.002
+SLOW_TICK_SECONDS = 0.004
 """Between ticks when no direction moved BIG_BATCH_BYTES in the last; the most that a bulk direction waits."""
 HELD_TICK_SECONDS = 0.02
 """How often what a rate holds back is looked at again."""
@@ -342,7 +342,7 @@ class Splicer:
                 before = direction.bytes
                 more = direction.pump() or more
                 other = pair.other(direction)
-                if direction.bytes > before and not other.answered() and other.is_bulk:
+                if direction.bytes > before and other.is_bulk and other.is_in_turns(self._loop.time()):
                     self._stop_ticks(other)
                     more = other.pump() or more
         except OSError:

@@ -215,30 +215,58 @@ async def test_bulk_moves_in_ticks_and_what_follows_at_each_arrival(rig: Rig) ->
     connector.writer.close()
 
 
-async def test_two_that_take_turns_never_wait_for_a_tick(rig: Rig) -> None:
+async def test_two_that_take_turns_wait_for_a_few_ticks_and_then_for_a_while_for_none(
+    monkeypatch: pytest.MonkeyPatch, rig: Rig
+) -> None:
+    monkeypatch.setattr(pipes, "REST_SECONDS", 10 * DEADLINE_S)
     agent, connector = await rig.pair()
-    for _ in range(4 * pipes.BULK_BYTES // (64 * 1024)):
+    [pair] = rig.splicer._pairs_of[SESSION]
+    for _ in range(8 * pipes.BULK_BYTES // (64 * 1024)):
         agent.writer.write(bytes(64 * 1024))
         await connector.read(64 * 1024)
-        assert not rig.splicer._bulk
+        assert not (rig.splicer._bulk and pair.up._rests_until), "it rests"
         connector.writer.write(b"next")
         await agent.read(4)
+    assert pair.up._rests_until
     agent.writer.close()
     connector.writer.close()
 
 
-async def test_an_early_answer_ends_bulk(rig: Rig) -> None:
+async def test_answers_while_more_is_on_its_way_end_no_bulk(rig: Rig) -> None:
+    """As a link acknowledges what it takes."""
+    agent, connector = await rig.pair()
+    reading = asyncio.create_task(connector.read())
+    written = await flood(agent, lambda: bool(rig.splicer._bulk))
+    [direction] = rig.splicer._bulk
+    answers = 0
+
+    def many() -> bool:
+        nonlocal answers
+        answers += 1
+        connector.writer.write(b"acknowledged")
+        return answers == 400
+
+    written += await flood(agent, many)
+    assert direction._rests_until == 0.0
+    agent.writer.write_eof()
+    assert len(await reading) == written
+    assert await agent.read(12 * answers) == b"acknowledged" * answers
+    agent.writer.close()
+    connector.writer.close()
+
+
+async def test_answers_to_all_that_was_said_end_bulk(rig: Rig) -> None:
     agent, connector = await rig.pair()
     reading = asyncio.create_task(connector.read())
     written = await flood(agent, lambda: bool(rig.splicer._bulk))
     await rig_is_quiet(rig)
-    for _ in range(2):
-        connector.writer.write(b"answer")
-        assert await agent.read(6) == b"answer"
     [pair] = rig.splicer._pairs_of[SESSION]
+    pair.up._burst_at = asyncio.get_running_loop().time() + DEADLINE_S  # nothing but the answers ends it
     rig.splicer._start_ticks(pair, pair.up)
-    connector.writer.write(b"early")
-    assert await agent.read(5) == b"early"
+    for number in range(1, pipes.TURNS_MAX + 1):
+        assert rig.splicer._bulk
+        connector.writer.write(b"%d" % number)
+        assert await agent.read(1) == b"%d" % number
     assert not rig.splicer._bulk
     agent.writer.write_eof()
     assert len(await reading) == written
