@@ -219,6 +219,7 @@ async def test_two_that_take_turns_wait_for_a_few_ticks_and_then_for_a_while_for
     monkeypatch: pytest.MonkeyPatch, rig: Rig
 ) -> None:
     monkeypatch.setattr(pipes, "REST_SECONDS", 10 * DEADLINE_S)
+    monkeypatch.setattr(pipes, "BULK_SECONDS", DEADLINE_S)
     agent, connector = await rig.pair()
     [pair] = rig.splicer._pairs_of[SESSION]
     for _ in range(8 * pipes.BULK_BYTES // (64 * 1024)):
