@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.support.certificates import Pki
+from ztna.ca import Authority
 from ztna.cli.ca import ca
 from ztna.config import TlsConfig
 from ztna.credentials import Credentials
@@ -249,3 +250,30 @@ def serial(file: Path) -> int:
 
 def chain(file: Path) -> list[bytes]:
     return [each.public_bytes(Encoding.DER) for each in x509.load_pem_x509_certificates(file.read_bytes())]
+
+
+def test_what_cannot_last_as_long_as_was_asked_for_is_told(tmp_path: Path) -> None:
+    directory = tmp_path / "ca"
+    run("init", "--ca", directory)
+    ends = Authority.load(directory).intermediate.not_valid_after_utc
+    told = f"is good until {ends:%Y-%m-%d %H:%M} UTC and no longer"
+    agent = ("issue", "--ca", directory, "--agent", "web-app", "--out", tmp_path)
+    kept, cut = run(*agent, "kept"), run(*agent, "cut", "--days", "3650")
+    assert kept.exit_code == cut.exit_code == 0
+    assert "no longer" not in kept.output
+    assert f"{tmp_path / 'cut.pem'} {told}" in cut.stderr and "ztna ca init" in cut.stderr
+    renewed = run("renew", "--ca", directory, tmp_path / "kept.pem", "--days", "3650")
+    assert f"{tmp_path / 'kept.pem'} {told}" in renewed.stderr
+    crl = run("crl", "--ca", directory, "--days", "3650")
+    assert f"{directory / 'crl.pem'}, good until {ends:%Y-%m-%d %H:%M} UTC." in crl.stdout
+    assert f"{directory / 'crl.pem'} {told}" in crl.stderr
+    key, request = tmp_path / "far.key", tmp_path / "far.csr"
+    openssl(
+        *["req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/"],
+        *("-keyout", key, "-out", request),
+    )
+    signed = run(
+        *("sign-csr", "--ca", directory, request, "far", "--agent", "web-app"),
+        *("--days", "3650", "--out", tmp_path / "far.pem"),
+    )
+    assert f"{tmp_path / 'far.pem'} {told}" in signed.stderr

@@ -129,11 +129,13 @@ def issue(directory: Path, name: str, key: KeyKind, out: Path, **grants: Unpack[
     """Issue a certificate for NAME with the grants given."""
     certificate_file, key_file = out / f"{name}.pem", out / f"{name}.key"
     with _told():
-        chain, key_pem = Authority.load(directory).issue(name, key=key, **grants)
+        authority = Authority.load(directory)
+        chain, key_pem = authority.issue(name, key=key, **grants)
         out.mkdir(parents=True, exist_ok=True)
         write_private(key_file, key_pem)
         certificate_file.write_bytes(chain)
     click.echo(f"Wrote {certificate_file} and {key_file} (0600).")
+    _tell_if_cut(authority, certificate_file, leaf_of(chain).not_valid_after_utc)
 
 
 @ca.command("sign-csr")
@@ -157,6 +159,7 @@ def sign_csr(directory: Path, request: Path, name: str, out: Path | None, **gran
             raise ConfigError(f"{target} exists already and is not overwritten")
         target.write_bytes(chain)
     click.echo(f"Wrote {target}.")
+    _tell_if_cut(authority, target, leaf_of(chain).not_valid_after_utc)
 
 
 @ca.command()
@@ -188,8 +191,10 @@ def renew(
             chain = file.read_bytes()
             if leaf_of(chain).serial_number in revoked:
                 raise ConfigError("it was revoked")
-            replace_file(file, authority.renew(chain, agent=agent, connector=connector, days=days))
+            renewed = authority.renew(chain, agent=agent, connector=connector, days=days)
+            replace_file(file, renewed)
         click.echo(f"Renewed {file}.")
+        _tell_if_cut(authority, file, leaf_of(renewed).not_valid_after_utc)
 
 
 @ca.command()
@@ -225,8 +230,22 @@ def _write_crl(directory: Path, authority: Authority, leaves: list[x509.Certific
     file = directory / CRL
     with _told(file):
         before = file.read_bytes() if file.exists() else None
-        replace_file(file, authority.crl(before, leaves, days=days))
-    click.echo(f"Wrote {file}, good for {days} days.")
+        made = authority.crl(before, leaves, days=days)
+        replace_file(file, made)
+    until = x509.load_pem_x509_crl(made).next_update_utc
+    assert until is not None
+    click.echo(f"Wrote {file}, good until {until:%Y-%m-%d %H:%M} UTC.")
+    _tell_if_cut(authority, file, until)
+
+
+def _tell_if_cut(authority: Authority, file: Path, until: datetime) -> None:
+    """Tell of what could not be made to last as long as was asked for."""
+    if until == authority.intermediate.not_valid_after_utc:
+        click.echo(
+            f"{file} is good until {until:%Y-%m-%d %H:%M} UTC and no longer: the CA's intermediate certificate "
+            "ends then. Make another CA with `ztna ca init` and trust both until all certificates are of the new one.",
+            err=True,
+        )
 
 
 def _serials(directory: Path) -> frozenset[int]:
