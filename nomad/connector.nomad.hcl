@@ -124,7 +124,7 @@ job "connector" {
     task "connector" {
       driver = var.driver
 
-      # Above the drain (25 s by default). A client cuts it to its max_kill_timeout, which is 30 s unless it says more.
+      # Above the drain (25 s by default) and a logout (3 s). A client cuts it to its max_kill_timeout, which is 30 s unless it says more.
       kill_timeout = "30s"
       kill_signal  = "SIGTERM"
 

@@ -32,7 +32,8 @@ Much more than an answer mostly is: the end of what is bulk waits for a tick.
 TURNS_MAX = 4
 """So many answers running that came when nothing waited: the two take turns, and each turn waits for a tick.
 
-One may come by chance right after a tick; the acknowledgements of a link come while more is on its way.
+Those to one tick count once. One may come by chance right after a tick; the acknowledgements of a link come while
+more is on its way.
 """
 REST_SECONDS = 1.0
 """What two take turns with is not bulk for so long."""
@@ -55,6 +56,7 @@ class Direction:
         "_burst_at",
         "_burst_from",
         "_rests_until",
+        "_turned_at",
         "_turns",
         "bytes",
         "finished",
@@ -81,7 +83,7 @@ class Direction:
         self.held = False
         """Whether the meter let nothing more out of the source the last time."""
         self._burst_at = self._rests_until = 0.0
-        self._burst_from = self._turns = 0
+        self._burst_from = self._turned_at = self._turns = 0
 
     def pump(self) -> bool:
         """Move what can be moved; True when there is more to do at once. Raises OSError when a side broke."""
@@ -120,6 +122,9 @@ class Direction:
 
     def is_in_turns(self, now: float) -> bool:
         """Whether the two take turns; to be asked when something went the other way while this one is bulk."""
+        if self.bytes == self._turned_at:
+            return False  # another answer to the same
+        self._turned_at = self.bytes
         self._turns = 0 if self.in_pipe or _waiting_bytes(self.source) else self._turns + 1
         if self._turns < TURNS_MAX:
             return False

@@ -359,7 +359,8 @@ class Splicer:
             for direction in directions:
                 if direction.held:
                     self._hold(pair, direction)
-                elif not direction.is_bulk and direction.bursts(now):
+                # Two in ticks would see no arrival that tells that they take turns.
+                elif direction.bursts(now) and not (direction.is_bulk or pair.other(direction).is_bulk):
                     self._start_ticks(pair, direction)
 
     def _refill(self, *directions: Direction) -> None:

@@ -253,10 +253,54 @@ async def test_one_that_consul_knows_after_all_is_given_back_and_one_it_does_not
         token = new
 
 
+async def test_one_that_was_given_up_is_given_back_by_who_ends_before_the_next_login(jwt: Path) -> None:
+    consul = Consul()
+    source = login(consul, jwt)
+    token = await source.current()
+    consul.now += SETTLE_SECONDS
+    assert await source.refused(token)
+    consul.answers = [(500, "no leader")]
+    with pytest.raises(ConsulUnavailable, match="no leader"):
+        await source.current()
+    await source.close()
+    assert consul.posts[-1] == ("/v1/acl/logout", token)
+
+
+async def test_a_token_is_given_back_without_holding_others_up_and_not_lost_with_who_asked(
+    jwt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging: list[str | None] = []
+
+    async def post(path: str, body: str, token: str | None) -> base.Response:
+        if path == "/v1/acl/logout" and token == "token-1":
+            hanging.append(token)
+            await asyncio.Event().wait()
+        return await consul.post(path, body, token)
+
+    consul = Consul()
+    source = LoginToken(ConsulLoginConfig(method="nomad", jwt_file=str(jwt)), post, lambda: consul.now)
+    token = await source.current()
+    consul.now += SETTLE_SECONDS
+    assert await source.refused(token)
+    monkeypatch.setattr(tokens, "LOGOUT_RETRY_SECONDS", 60)
+    asking = asyncio.create_task(source.current())
+    while not hanging:
+        await asyncio.sleep(0)
+    assert await source.current() == "token-2"
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    monkeypatch.setattr(tokens, "LOGOUT_RETRY_SECONDS", 0.05)
+    assert await source.current() == "token-2"
+    assert hanging == [token, token]
+    await source.close()
+    assert consul.posts[-1] == ("/v1/acl/logout", "token-2")
+
+
 @pytest.mark.parametrize(
     "answer",
-    [(500, "no leader"), (403, "ACL not found"), ConsulUnavailable("away")],
-    ids=["500", "403", "away"],
+    [(500, "no leader"), (429, "too many"), (403, "ACL not found"), ConsulUnavailable("away")],
+    ids=["500", "429", "403", "away"],
 )
 async def test_who_cannot_log_out_goes_nevertheless(
     jwt: Path,

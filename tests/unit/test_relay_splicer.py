@@ -215,8 +215,9 @@ async def test_bulk_moves_in_ticks_and_what_follows_at_each_arrival(rig: Rig) ->
     connector.writer.close()
 
 
+@pytest.mark.parametrize("answer", [4, 64 * 1024], ids=["short answers", "long answers"])
 async def test_two_that_take_turns_wait_for_a_few_ticks_and_then_for_a_while_for_none(
-    monkeypatch: pytest.MonkeyPatch, rig: Rig
+    monkeypatch: pytest.MonkeyPatch, rig: Rig, answer: int
 ) -> None:
     monkeypatch.setattr(pipes, "REST_SECONDS", 10 * DEADLINE_S)
     monkeypatch.setattr(pipes, "BULK_SECONDS", DEADLINE_S)
@@ -225,10 +226,12 @@ async def test_two_that_take_turns_wait_for_a_few_ticks_and_then_for_a_while_for
     for _ in range(8 * pipes.BULK_BYTES // (64 * 1024)):
         agent.writer.write(bytes(64 * 1024))
         await connector.read(64 * 1024)
-        assert not (rig.splicer._bulk and pair.up._rests_until), "it rests"
-        connector.writer.write(b"next")
-        await agent.read(4)
+        connector.writer.write(bytes(answer))
+        await agent.read(answer)
+        assert not any(each.is_bulk and each._rests_until for each in (pair.up, pair.down)), "it rests"
     assert pair.up._rests_until
+    assert bool(pair.down._rests_until) == (answer > 4)
+    assert not rig.splicer._bulk
     agent.writer.close()
     connector.writer.close()
 
@@ -256,19 +259,18 @@ async def test_answers_while_more_is_on_its_way_end_no_bulk(rig: Rig) -> None:
     connector.writer.close()
 
 
-async def test_answers_to_all_that_was_said_end_bulk(rig: Rig) -> None:
+async def test_several_answers_to_one_turn_are_one(rig: Rig) -> None:
     agent, connector = await rig.pair()
     reading = asyncio.create_task(connector.read())
     written = await flood(agent, lambda: bool(rig.splicer._bulk))
     await rig_is_quiet(rig)
     [pair] = rig.splicer._pairs_of[SESSION]
-    pair.up._burst_at = asyncio.get_running_loop().time() + DEADLINE_S  # nothing but the answers ends it
+    pair.up._burst_at = asyncio.get_running_loop().time() + DEADLINE_S  # silence does not end it
     rig.splicer._start_ticks(pair, pair.up)
-    for number in range(1, pipes.TURNS_MAX + 1):
-        assert rig.splicer._bulk
-        connector.writer.write(b"%d" % number)
-        assert await agent.read(1) == b"%d" % number
-    assert not rig.splicer._bulk
+    for _ in range(2 * pipes.TURNS_MAX):
+        connector.writer.write(b"answer")
+        assert await agent.read(6) == b"answer"
+    assert rig.splicer._bulk.keys() == {pair.up}
     agent.writer.write_eof()
     assert len(await reading) == written
     agent.writer.close()

@@ -7,7 +7,6 @@ by the `post` that it is given. Requests and their answers are ztna.consul.trans
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -32,6 +31,7 @@ LOGIN_RETRY_SECONDS = 1.0
 LOGOUT_SECONDS = 3.0
 """So long a daemon that ends tries to log out: Consul may be electing a leader, or starting on the same host."""
 LOGOUT_RETRY_SECONDS = 0.5
+"""Between two tries of that, and how long a request waits while an earlier token is given back."""
 SETTLE_SECONDS = 2.0
 """A server that did not create a token may not have heard of it for so long."""
 
@@ -178,6 +178,8 @@ class LoginToken:
             async with self._lock:
                 if self._due:
                     await self._renew()
+        if self._given_up is not None and self._token is not None:
+            await self._give_back(self._given_up)
         if self._token is None or self._clock() >= self._ends_at:
             assert self._failure is not None
             raise self._failure
@@ -194,9 +196,8 @@ class LoginToken:
 
     async def close(self) -> None:
         """Log out, within LOGOUT_SECONDS. A token that cannot be given back ends with its time."""
-        if self._token is None:
-            return
-        token, self._token = self._token, None
+        held = [each for each in (self._token, self._given_up) if each is not None]
+        self._token = self._given_up = None
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ConsulUnavailable),
             stop=tenacity.stop_before_delay(LOGOUT_SECONDS),
@@ -205,7 +206,8 @@ class LoginToken:
         )
         try:
             async with asyncio.timeout(LOGOUT_SECONDS):
-                await attempts(self._log_out, token)
+                for each in held:
+                    await attempts(self._log_out, each)
         except ConsulError as error:
             _log.warning("not_logged_out", error=error)
         except TimeoutError:
@@ -233,17 +235,24 @@ class LoginToken:
         self._failure = self.problem = None
         self.generation += 1
         _log.info("logged_in", method=self._method, seconds=life_s)
-        if self._given_up is not None:
-            # A server that has just started may not know tokens that there are: without this one would be left over.
-            given_up, self._given_up = self._given_up, None
-            with contextlib.suppress(ConsulError):
-                await self._log_out(given_up)
+
+    async def _give_back(self, token: str) -> None:
+        """Log a token out that Consul did not know: a server that has just started may not know all that there are."""
+        self._given_up = None
+        try:
+            async with asyncio.timeout(LOGOUT_RETRY_SECONDS):
+                await self._log_out(token)
+        except (ConsulError, TimeoutError) as error:
+            _log.debug("not_given_back", error=error)
+        except asyncio.CancelledError:
+            self._given_up = token
+            raise
 
     async def _log_out(self, token: str) -> None:
         """Give a token back. Raises ConsulError."""
         answer = await self._post("/v1/acl/logout", "", token)
         if answer.code != 200:
-            kind = ConsulUnavailable if answer.code >= 500 else ConsulForbidden
+            kind = ConsulUnavailable if answer.code == 429 or answer.code >= 500 else ConsulForbidden
             raise kind(f"Consul answered {answer.code}: {answer.body.strip()}")
 
     async def _login(self) -> _LoggedIn:
