@@ -76,9 +76,10 @@ def test_a_service_that_refuses_is_a_reset() -> None:
     (nobody,) = free_ports(1)
     gate = Gate("tcp", nobody)
     try:
+        # It may come before connect(2) returns.
         with (
-            socket.create_connection(("127.0.0.1", gate.port), 10) as client,
             pytest.raises(ConnectionResetError),
+            socket.create_connection(("127.0.0.1", gate.port), 10) as client,
         ):
             client.recv(1)
     finally:
