@@ -360,7 +360,7 @@ class Splicer:
                 if direction.held:
                     self._hold(pair, direction)
                 # Two in ticks would see no arrival that tells that they take turns.
-                elif direction.bursts(now) and not (direction.is_bulk or pair.other(direction).is_bulk):
+                elif not (direction.is_bulk or pair.other(direction).is_bulk) and direction.bursts(now):
                     self._start_ticks(pair, direction)
 
     def _refill(self, *directions: Direction) -> None:
