@@ -33,6 +33,8 @@ from ztna.wire.stream import (
 )
 
 DEADLINE_SECONDS = 20
+BUFFER_BYTES = 256 * 1024
+"""Each buffer of a local socket; the kernel doubles it, and without it takes as much as its host allows."""
 SESSION = SessionId("00000000000000aa")
 OTHER_SESSION = SessionId("00000000000000bb")
 
@@ -54,6 +56,16 @@ def open_frame(session: SessionId = SESSION, flow: str = "") -> OpenFrame:
         destination,
         WINDOW_BYTES_MIN,
     )
+
+
+def _bounded(sock: socket.socket) -> socket.socket:
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+    return sock
+
+
+def _listening() -> socket.socket:
+    return _bounded(socket.create_server(("127.0.0.1", 0), backlog=128))
 
 
 def refusals(reason: Reason) -> float:
@@ -108,7 +120,7 @@ class Ground:
         self.backend = ("127.0.0.1", 0)
         self.closing: list[Callable[[], None]] = []
         self.sockets: list[socket.socket] = []
-        self.programs = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.programs = _listening()
         self.sockets.append(self.programs)
         self.programs.setblocking(False)
         self.listener = self.make_listener()
@@ -126,7 +138,7 @@ class Ground:
             await self.release.wait()
         if self.refuse is not None:
             raise FlowRefused(self.refuse)
-        sock = socket.socket()
+        sock = _bounded(socket.socket())
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, self.backend)
         return sock
@@ -137,13 +149,18 @@ class Ground:
             raise FlowRefused(self.refuse)
 
     async def serve(self, backend: Backend) -> None:
-        server = await asyncio.start_server(backend, "127.0.0.1", 0)
+        async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            # asyncio forgets a transport that reads nothing, and its task with it.
+            self.closing.append(writer.transport.abort)
+            await backend(reader, writer)
+
+        server = await asyncio.start_server(served, sock=_listening())
         self.closing.append(server.close)
         self.backend = server.sockets[0].getsockname()
 
     async def program(self) -> Program:
         loop = asyncio.get_running_loop()
-        sock = socket.socket()
+        sock = _bounded(socket.socket())
         sock.setblocking(False)
         await loop.sock_connect(sock, self.programs.getsockname())
         near, _ = await loop.sock_accept(self.programs)
@@ -180,7 +197,8 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Say one byte, then wait for the end without reading."""
     writer.write(b"!")
-    await asyncio.get_running_loop().create_future()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 class Raw:

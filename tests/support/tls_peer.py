@@ -12,6 +12,7 @@ from ztna.tls_tcp import connect, secure
 from ztna.wire import control
 
 WAIT_SECONDS = 15.0
+RECEIVE_BUFFER_BYTES = 256 * 1024
 
 Message = TypeVar("Message", bound=control.Message)
 
@@ -30,6 +31,7 @@ class TlsPeer:
     async def dial(cls, address: tuple[str, int], credentials: Credentials, alpn: str = ALPN) -> TlsPeer:
         """Do the handshake and say nothing."""
         sock: socket.socket = await connect(address, WAIT_SECONDS)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         return cls(TlsConnection(await secure(sock, credentials, alpn, server_side=False), "test"))
 
     @classmethod

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from relay.tls_door import SEND_BUFFER_BYTES
 from tests.support.relay import SERVICE, RunningRelay, running_relay
-from tests.support.tls_peer import TlsPeer
+from tests.support.tls_peer import RECEIVE_BUFFER_BYTES, TlsPeer
 from ztna import tls_control
 from ztna.errors import IdentityError, LinkError
 from ztna.names import ServiceName
+from ztna.quic_connection import STREAM_UNSENT_BYTES_MAX
 from ztna.reasons import Reason
 from ztna.telemetry import DROPS
 from ztna.wire import control
@@ -144,7 +146,9 @@ async def test_a_peer_that_reads_nothing_is_bounded_and_goes(mesh: RunningRelay)
     while connection.send_stream(0, message):
         said += len(message)
         await asyncio.sleep(0)
-    assert said < 16 * 1024 * 1024, "the kernel's buffers, and ours"
+    assert said < STREAM_UNSENT_BYTES_MAX + 2 * (SEND_BUFFER_BYTES + RECEIVE_BUFFER_BYTES), (
+        "ours, the kernel's"
+    )
     (relay_peer,) = mesh.relay.peers.values()
     relay_peer.send(control.Health(ServiceName(SERVICE), "x" * 60_000))
     await until(lambda: not mesh.relay.peers)

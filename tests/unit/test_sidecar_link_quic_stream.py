@@ -16,6 +16,7 @@ from sidecar.link.packet import PacketLink
 from sidecar.link.quic_stream import UNSENT_BYTES_MAX
 from sidecar.link.stream import Carrier, OpenLost
 from tests.support.stream_ground import (
+    BUFFER_BYTES,
     DEADLINE_SECONDS,
     SESSION,
     Ground,
@@ -34,8 +35,9 @@ from ztna.wire.control import Address, ForwarderBind
 from ztna.wire.stream import WINDOW_BYTES_MAX
 
 PROBE_KEY = Secret(b"p" * 32)
-SLACK_BYTES = 8 * 1024 * 1024
-"""What the kernels of two local connections may hold beside the windows."""
+PIECE_BYTES = 256 * 1024
+SLACK_BYTES = 4 * 2 * BUFFER_BYTES + PIECE_BYTES
+"""What the kernel may hold beside the windows: two local connections with two buffers each, and a piece."""
 
 
 class Link:
@@ -127,7 +129,7 @@ async def test_a_reader_that_stops_stops_the_writer(link: Link) -> None:
     program, _ = await link.flow()
     assert await program.read(1) == b"!"
     sent = 0
-    piece = bytes(1 << 20)
+    piece = bytes(PIECE_BYTES)
     while sent <= WINDOW_BYTES_MAX + UNSENT_BYTES_MAX + SLACK_BYTES:
         try:
             async with asyncio.timeout(1.0):
